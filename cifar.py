@@ -1,0 +1,101 @@
+"""Attention transfer between wide ResNets on small images (sections 3.1 and 4.1 of the paper, tables 1 and 2).
+
+    python cifar.py --save logs/resnet_16_2_teacher --depth 16 --width 2
+    python cifar.py --save logs/at_16_1_16_2 --teacher_id resnet_16_2_teacher --beta 1e+3
+    python cifar.py --save logs/kd_16_1_16_2 --teacher_id resnet_16_2_teacher --alpha 0.9
+
+WRN-16-1 alone errs on 8.77% of CIFAR-10's test images in the paper, with attention transfer from WRN-16-2 on 7.93%.
+"""
+
+from functools import partial
+
+import torch
+
+import data
+import engine
+import options
+from resnet import wide_resnet
+from utils import cast, set_requires_grad_except_bn_
+
+# The flags that say which images are tested on, and their values where an older log does not hold them.
+TEST_SET = {'dataset': 'CIFAR10', 'holdout': 0, 'image_size': 32}
+
+
+def parse():
+    parser = options.Parser(description=__doc__, formatter_class=options.argparse.RawDescriptionHelpFormatter)
+    flag = parser.add_argument_group('data and teacher').add_argument
+    flag('--dataset', default='CIFAR10', help='CIFAR10, CIFAR100, folder or digits')
+    flag('--dataroot', '--data_root', default='.', help='where the data set is, or is to be downloaded')
+    flag('--image_size', default=32, type=options.number(int, 8, 512), help='for folder and digits (default: 32)')
+    flag('--randomcrop_pad', default=4, type=options.number(float, 0, 511), help='pixels around a crop (default: 4)')
+    flag('--holdout', default=0, type=options.number(int, 0), help='test on the last N training images instead')
+    flag('--teacher_id', default='', help='name of the run in logs/ whose network teaches')
+    options.common_flags(
+        parser,
+        depth=16,
+        batch_size=128,
+        epochs=200,
+        epoch_step='[60,120,160]',
+        lr_decay_ratio=0.2,
+        weight_decay=0.0005,
+    )
+    opt = parser.parse_args()
+    options.check(opt, opt.teacher_id)
+    wide_resnet(opt.depth, opt.width, 2)  # a shape that is none is told before anything else begins
+    if opt.randomcrop_pad % 1 or opt.randomcrop_pad >= opt.image_size:
+        raise ValueError(f'--randomcrop_pad {opt.randomcrop_pad:g}: expected whole pixels, fewer than the image has')
+    return opt
+
+
+def build_data(opt, device):
+    """The data set, and train_batches(epoch) and test_batches() on the device."""
+    dataset = data.load(opt.dataset, opt.dataroot, opt.image_size, opt.holdout, opt.nthread, engine.say)
+    engine.say(f'{opt.dataset}: {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images')
+    train, test = dataset.train.to(device), dataset.test.to(device)
+    augment = int(opt.randomcrop_pad), dataset.flip, opt.seed
+    workers = engine.rank(), engine.world()
+    train_batches = partial(data.TrainBatches, train, opt.batch_size, *augment, *workers)
+    return dataset, train_batches, partial(data.TestBatches, test, opt.batch_size, *workers)
+
+
+def build_student(opt, num_classes, device):
+    """The network to train, drawn from the seed, and its parameters on the device."""
+    torch.manual_seed(opt.seed)
+    f, params = wide_resnet(opt.depth, opt.width, num_classes)
+    params = cast(params, 'double' if opt.dtype in ('double', 'float64') else 'float', device)
+    set_requires_grad_except_bn_(params)
+    return f, params
+
+
+def build_teacher(opt, dataset, test_batches, device):
+    """The teacher as x -> (logits, groups), checked against its own log; None where no teacher is named."""
+    if not opt.teacher_id:
+        return None
+    f, params, record = engine.find_teacher(opt.teacher_id)
+    num_classes = len(params['fc.bias'])
+    if num_classes != dataset.num_classes:
+        raise ValueError(
+            f'--teacher_id {opt.teacher_id} tells {num_classes} classes apart, but the data have {dataset.num_classes}'
+        )
+    params = cast(params, 'double' if opt.dtype in ('double', 'float64') else 'float', device)
+    _, (accuracy,) = engine.evaluate(f, params, test_batches(), device, opt.dtype)
+    same = all(record.get(flag, default) == getattr(opt, flag) for flag, default in TEST_SET.items())
+    engine.check_teacher(record, accuracy, same)
+    return partial(f, params=params, mode=False)
+
+
+def main():
+    opt = parse()
+    device = engine.start(opt)
+    engine.say('parsed options:', vars(opt))
+    dataset, train_batches, test_batches = build_data(opt, device)
+    f, params = build_student(opt, dataset.num_classes, device)
+    teacher = build_teacher(opt, dataset, test_batches, device)
+    engine.describe(opt, f, params, teacher, next(iter(test_batches()))[0][:1])
+    step = engine.make_step(opt, engine.data_parallel(f, params), teacher, device)
+    facts = {'num_classes': dataset.num_classes}
+    engine.fit(opt, step, f, params, train_batches, test_batches, device, facts)
+
+
+if __name__ == '__main__':
+    options.run(main)

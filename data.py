@@ -1,0 +1,272 @@
+"""Image data sets held in memory as uint8, and batches of them augmented on the compute device.
+
+Order and augmentation are a pure function of (seed, epoch, sample index): they depend neither on the number of
+workers nor on where a run was resumed.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+from urllib.error import URLError
+
+import cv2
+import numpy as np
+import torch
+import torchvision
+from torchvision.datasets.folder import find_classes, make_dataset
+
+cv2.setNumThreads(0)
+
+MEAN = (125.3, 123.0, 113.9)  # of CIFAR-10's training images, red, green, blue; used for every data set here
+STD = (63.0, 62.1, 66.7)
+BINARY_FOLDER = 'cifar-10-batches-bin'
+BINARY_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then the red, green and blue planes
+BINARY_RECORDS = 10_000  # in each official file
+IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm')
+
+
+class Images(NamedTuple):
+    """Images of one size with their labels."""
+
+    pixels: torch.Tensor  # (N, H, W, 3) uint8, red, green, blue
+    labels: torch.Tensor  # (N,) int64
+
+    def to(self, device):
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+
+class Dataset(NamedTuple):
+    """What `load` returns."""
+
+    train: Images
+    test: Images
+    num_classes: int
+    flip: bool  # whether a mirrored image is still of its class
+
+
+# ------------------------------------------------------------------------------------------------------ data sets
+
+
+def load(dataset, root='.', image_size=32, holdout=0, nthread=4, note=print):
+    """Load a data set: 'CIFAR10', 'CIFAR100', 'folder' or 'digits'.
+
+    With `holdout`, the last that many training images take the place of the test set. `note` is told what the reader
+    should know. Raises ValueError or OSError, with a message for the user, where data is missing or damaged.
+    """
+    if dataset == 'digits':
+        loaded = _digits(image_size)
+    elif dataset == 'folder':
+        loaded = _folder(root, image_size, nthread)
+    elif dataset == 'CIFAR10' and os.path.isdir(os.path.join(root, BINARY_FOLDER)):
+        loaded = _cifar10_binary(os.path.join(root, BINARY_FOLDER), note)
+    elif dataset in ('CIFAR10', 'CIFAR100'):
+        loaded = _cifar(dataset, root, note)
+    else:
+        raise ValueError(f'--dataset {dataset}: expected CIFAR10, CIFAR100, folder or digits')
+    if image_size != 32 and dataset.startswith('CIFAR'):
+        raise ValueError(f'--image_size {image_size}: {dataset} has images of 32x32')
+    if not holdout:
+        return loaded
+    kept = len(loaded.train.labels) - holdout
+    if kept < 1:
+        raise ValueError(f'--holdout {holdout}: {dataset} has only {kept + holdout} training images')
+    train, test = (Images(*(t[part] for t in loaded.train)) for part in (slice(kept), slice(kept, None)))
+    return loaded._replace(train=train, test=test)
+
+
+def _images(pixels, labels):
+    return Images(torch.from_numpy(np.ascontiguousarray(pixels)), torch.as_tensor(np.asarray(labels), dtype=torch.long))
+
+
+def _cifar(dataset, root, note):
+    source = getattr(torchvision.datasets, dataset)
+    if not os.path.isdir(os.path.join(root, source.base_folder)):
+        size = {'CIFAR10': 163, 'CIFAR100': 161}[dataset]
+        note(f'{dataset} is not in {root}: downloading {size} MiB from {source.url}')
+    try:
+        parts = [source(root, train=train, download=True) for train in (True, False)]
+    except (URLError, TimeoutError, ConnectionError) as error:
+        raise OSError(
+            f'{dataset} is not in {root} and {source.url} cannot be reached ({getattr(error, "reason", error)}): '
+            f'put {source.base_folder} there by hand, or name its folder with --dataroot'
+        ) from None
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f'{dataset} in {root} is damaged ({error}): delete {source.base_folder} there') from None
+    return Dataset(*(_images(part.data, part.targets) for part in parts), len(parts[0].classes), flip=True)
+
+
+def _cifar10_binary(folder, note):
+    def read(name, fewer_allowed):
+        path = os.path.join(folder, name)
+        if not os.path.isfile(path):
+            raise OSError(f'{path} is missing: the binary CIFAR-10 has data_batch_1..5.bin and test_batch.bin')
+        size = os.path.getsize(path)
+        records, rest = divmod(size, BINARY_RECORD)
+        if rest or not 0 < records <= BINARY_RECORDS or records < BINARY_RECORDS and not fewer_allowed:
+            expected = f'{BINARY_RECORDS} records of {BINARY_RECORD} bytes'
+            raise ValueError(f'{path} has {size} bytes, not {expected}: it is truncated or not CIFAR-10')
+        data = np.fromfile(path, np.uint8).reshape(records, BINARY_RECORD)
+        if data[:, 0].max() > 9:
+            raise ValueError(f'{path} has a label of {data[:, 0].max()}; CIFAR-10 has 0 to 9')
+        if records < BINARY_RECORDS:
+            note(f'{path} holds {records} of {BINARY_RECORDS} images')
+        return data
+
+    train = np.concatenate([read(f'data_batch_{i}.bin', False) for i in range(1, 6)])
+    test = read('test_batch.bin', True)
+    planes = [d[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for d in (train, test)]  # -> (N, 32, 32, 3)
+    return Dataset(_images(planes[0], train[:, 0]), _images(planes[1], test[:, 0]), 10, flip=True)
+
+
+def _digits(image_size):
+    """scikit-learn's 1,797 handwritten digits of 8x8, enlarged: the first 1,000 to train on, the others to test."""
+    from sklearn.datasets import load_digits  # a second to import: only where it is asked for
+
+    pixels, labels = load_digits(return_X_y=True)
+    small = (pixels.reshape(-1, 8, 8) * 255 / 16).round().astype(np.uint8)
+    grey = [cv2.resize(d, (image_size, image_size), interpolation=cv2.INTER_LINEAR) for d in small]
+    pixels = np.repeat(np.stack(grey)[..., None], 3, axis=3)
+    return Dataset(_images(pixels[:1000], labels[:1000]), _images(pixels[1000:], labels[1000:]), 10, flip=False)
+
+
+def _folder(root, image_size, nthread):
+    if not os.path.isdir(root):
+        raise OSError(f'{root}: no such folder')
+    parts, names = [], []
+    for part in ('train', 'test'):
+        folder = os.path.join(root, part)
+        if not os.path.isdir(folder):
+            raise OSError(f'{root} has no folder {part!r}: --dataset folder reads train/<class>/* and test/<class>/*')
+        classes, index = find_classes(folder)
+        if len(classes) < 2:
+            raise ValueError(f'{folder} has only one class, {classes[0]!r}: nothing to learn')
+        files = make_dataset(folder, index, IMAGE_SUFFIXES)
+        with ThreadPoolExecutor(max(1, nthread)) as pool:
+            pixels = list(pool.map(lambda file: _square(read_image(file[0]), image_size), files))
+        names.append(classes)
+        parts.append(_images(np.stack(pixels), [label for _, label in files]))
+    if names[0] != names[1]:
+        odd = sorted(set(names[0]) ^ set(names[1]))
+        raise ValueError(f'{root}: train and test have different classes; in one only: {", ".join(odd[:5])}')
+    return Dataset(*parts, len(names[0]), flip=True)
+
+
+def _square(image, size):
+    shrinking = min(image.shape[:2]) > size
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)
+
+
+def read_image(path):
+    """Decode an image file to (H, W, 3) uint8, red, green, blue, unrotated as PIL gives it.
+
+    Raises ValueError naming the file when it is unreadable or cut short (which OpenCV alone would pass over).
+    """
+    with open(path, 'rb') as file:
+        content = file.read()
+    whole = content and (not content.startswith(b'\xff\xd8') or _jpeg_is_whole(content))
+    image = None
+    if whole:
+        try:
+            flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+            image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+        except cv2.error:  # more pixels than OpenCV's limit, for one
+            pass
+    if image is None:
+        raise ValueError(f'{path} is not a readable image{"" if whole else ": it is empty or cut short"}')
+    return image
+
+
+def _jpeg_is_whole(content):
+    """Whether a JPEG has its end marker behind its first scan; one inside a thumbnail does not count."""
+    at = 2
+    while content[at : at + 1] == b'\xff' and at + 4 <= len(content):
+        if content[at + 1] == 0xDA:  # start of scan: from here on, FF D9 is the end of the image
+            return content.find(b'\xff\xd9', at) >= 0
+        if content[at + 1] == 0xFF:  # a fill byte
+            at += 1
+        else:
+            at += 2 + int.from_bytes(content[at + 2 : at + 4], 'big')
+    return False
+
+
+# -------------------------------------------------------------------------------------------------------- batches
+
+
+def order(n, seed, epoch):
+    """The order of n samples in an epoch: a permutation, (n,) int64."""
+    return np.random.default_rng([seed, epoch, 0]).permutation(n)
+
+
+def augmentation(n, pad, flip, seed, epoch):
+    """Where to crop each of n samples and whether to mirror it: an int64 array (n, 3) of row, column, mirrored.
+
+    Rows and columns are 0 to 2 * pad. Line i depends on seed, epoch and i alone.
+    """
+    draws = np.random.default_rng([seed, epoch, 1]).integers(0, 2**32, size=(n, 3))
+    return (draws * np.array([2 * pad + 1, 2 * pad + 1, 2 if flip else 1])) >> 32
+
+
+def crop(pixels, index, where, pad):
+    """Reflect-pad (edge not repeated), crop back to size and mirror, all in one indexing operation.
+
+    pixels (N, H, W, 3), index (B,), where (B, 3) as of `augmentation` -> (B, H, W, 3) of the same dtype.
+    """
+    height, width = pixels.shape[1:3]
+
+    def reflected(start, size):  # (B,) -> (B, size)
+        at = start[:, None] + torch.arange(size, device=start.device) - pad
+        return (size - 1) - ((size - 1) - at.abs()).abs()
+
+    rows, columns = reflected(where[:, 0], height), reflected(where[:, 1], width)
+    columns = torch.where(where[:, 2:] > 0, columns.flip(1), columns)
+    return pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def normalize(pixels):
+    """Normalise (B, H, W, 3) uint8 to float32 (B, 3, H, W) in channels-last memory format."""
+    mean, std = (torch.tensor(v, device=pixels.device) for v in (MEAN, STD))
+    return ((pixels - mean) / std).permute(0, 3, 1, 2)
+
+
+def share(indices, rank, world):
+    """What one of `world` workers takes of a global batch of indices."""
+    return indices[rank::world]
+
+
+class TrainBatches:
+    """One epoch of augmented batches: (images (B, 3, H, W), labels (B,), size of the global batch)."""
+
+    def __init__(self, images, batch_size, pad, flip, seed, rank, world, epoch):
+        n, device = len(images.labels), images.labels.device
+        # A last batch too small to give every worker an image is left out.
+        starts = [i for i in range(0, n, batch_size) if min(batch_size, n - i) >= world]
+        shuffled = order(n, seed, epoch)
+        batches = [shuffled[i : i + batch_size] for i in starts]
+        self.sizes = [len(b) for b in batches]
+        self.batches = [torch.from_numpy(share(b, rank, world)).to(device) for b in batches]
+        self.where = torch.from_numpy(augmentation(n, pad, flip, seed, epoch)).to(device)
+        self.images, self.pad = images, pad
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for index, size in zip(self.batches, self.sizes):
+            pixels = crop(self.images.pixels, index, self.where[index], self.pad)
+            yield normalize(pixels), self.images.labels[index], size
+
+
+class TestBatches:
+    """Every image once, in order, unaugmented: (images (B, 3, H, W), labels (B,), B)."""
+
+    def __init__(self, images, batch_size, rank=0, world=1):
+        index = torch.arange(len(images.labels), device=images.labels.device)
+        self.batches = share(index, rank, world).split(batch_size)
+        self.images = images
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        for index in self.batches:
+            yield normalize(self.images.pixels[index]), self.images.labels[index], len(index)

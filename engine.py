@@ -1,0 +1,564 @@
+"""The one training loop: torchnet's Engine, its meters, mixed precision, workers, the log.
+
+Everything that is logged or learnt is a function of the global batch and does not depend on the number of workers,
+but for batch norm, whose statistics each worker takes of its own share.
+"""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import subprocess
+import sys
+import warnings
+from functools import partial
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torchnet.engine import Engine
+from torchnet.meter import AverageValueMeter, ClassErrorMeter, TimeMeter
+from tqdm import tqdm
+
+import checkpoint
+from utils import DTYPES, STATISTICS, at_loss, kd_loss, num_trained, print_tensor_dict
+
+FLUSH = 20  # steps between two looks at the losses: each look makes the host wait for the device
+NOT_SETTINGS = {'save', 'resume', 'overwrite', 'nthread', 'gpu_id', 'dataroot'}  # flags that change no result
+HALF_SCALE = 1024.0  # float16 gradients are computed this many times larger, or small ones would vanish
+
+
+# -------------------------------------------------------------------------------------------------------- workers
+
+
+def rank():
+    return int(os.environ.get('RANK', 0))
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(*words):
+    """Print, from the first worker alone."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def start(opt):
+    """Check --ngpu and --save, start the workers, join them and seed: returns the torch.device of this worker.
+
+    With --ngpu N this command starts itself N times under PyTorch's elastic launcher and ends with them; the workers
+    find their place in the environment, just as under torchrun. Raises ValueError where the flags cannot be followed.
+    """
+    if opt.gpu_id:
+        os.environ['CUDA_VISIBLE_DEVICES'] = opt.gpu_id
+    cuda = torch.cuda.is_available()
+    there = torch.cuda.device_count() if cuda else os.cpu_count()
+    if opt.ngpu > there:
+        raise ValueError(f'--ngpu {opt.ngpu}: there are {there} {"GPUs" if cuda else "CPU cores and no GPU"}')
+    check_save(opt)
+    if 'LOCAL_RANK' in os.environ:
+        dist.init_process_group('nccl' if cuda else 'gloo')
+    elif opt.ngpu > 1:
+        sys.exit(_launch(opt.ngpu))
+    device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if cuda else torch.device('cpu')
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True  # a resumed run has to repeat every bit
+    torch.manual_seed(opt.seed)
+    return device
+
+
+def _launch(ngpu):
+    """Run this very command once per worker, wait, and return the exit status."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // ngpu)))
+    logging.getLogger('torch.distributed').setLevel(logging.CRITICAL)  # the worker has said what is wrong
+    config = LaunchConfig(1, 1, ngpu, run_id=str(os.getpid()), rdzv_backend='c10d', rdzv_endpoint='localhost:0')
+    config.max_restarts = 0
+    try:
+        elastic_launch(config, sys.executable)('-u', *sys.argv)
+    except ChildFailedError as error:
+        return max(1, error.get_first_failure()[1].exitcode)
+    return 0
+
+
+class _Module(torch.nn.Module):
+    """A functional network as the module that DistributedDataParallel wants."""
+
+    def __init__(self, f, params):
+        super().__init__()
+        self.f, self.params = f, params
+        for key, value in params.items():
+            if value.requires_grad:
+                params[key] = torch.nn.Parameter(value.detach())
+                self.register_parameter(key.replace('.', '/'), params[key])
+
+    def forward(self, x):
+        return self.f(x, self.params, True)
+
+
+def data_parallel(f, params):
+    """The network in training mode, x -> (logits, groups), with gradients averaged over workers if there are several.
+
+    With several workers, trained entries of `params` are replaced by torch.nn.Parameter: build the optimizer after.
+    """
+    if world() == 1:
+        return partial(f, params=params, mode=True)
+    warnings.filterwarnings('ignore', 'Grad strides do not match')  # 1x1 convolutions in channels-last order
+    device = next(iter(params.values())).device
+    ids = [device.index] if device.type == 'cuda' else None
+    return torch.nn.parallel.DistributedDataParallel(_Module(f, params), device_ids=ids)
+
+
+def _sum_over_workers(values, device):
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    if world() > 1:
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+def _join_statistics_(params):
+    """Give all workers the mean of their running statistics."""
+    if world() > 1:
+        for key, value in params.items():
+            if key.endswith(STATISTICS):
+                dist.all_reduce(value)
+                value /= world()
+
+
+# ---------------------------------------------------------------------------------------------- schedules and step
+
+
+def lr_at(epoch, lr, epoch_step, lr_decay_ratio):
+    """The learning rate of a 1-based epoch: it drops at the start of each epoch named in `epoch_step`."""
+    return lr * lr_decay_ratio ** sum(step <= epoch for step in epoch_step)
+
+
+def beta_at(epoch, epochs, beta, decay):
+    """The weight of attention transfer in a 1-based epoch; 'linear' starts at beta and would reach 0 after the last."""
+    return beta * (1 - (epoch - 1) / epochs) if decay == 'linear' else beta
+
+
+def autocast(device, dtype):
+    """Mixed precision for a dtype of `utils.DTYPES`: bfloat16 and float16 compute, float32 parameters and losses."""
+    dtype = DTYPES[dtype]
+    if dtype in (torch.bfloat16, torch.float16):
+        return torch.autocast(device.type, dtype)
+    return contextlib.nullcontext()
+
+
+def full(logits):
+    """Logits in the precision that losses are computed in: float32, or float64 where that is the compute dtype."""
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def make_step(opt, student, teacher, device):
+    """The training step as a function: step(images, labels) -> (logits, named losses), unweighted.
+
+    student and teacher are x -> (logits, groups); teacher is None where there is none. Losses are `ce`, with alpha
+    `kd`, with beta `at0`, `at1`, ... by number of the group.
+    """
+
+    def step(images, labels):
+        with autocast(device, opt.dtype):
+            if teacher is not None:
+                with torch.no_grad():
+                    y_t, groups_t = teacher(images)
+            y_s, groups_s = student(images)
+        logits = full(y_s)
+        terms = {'ce': F.cross_entropy(logits, labels)}
+        if opt.alpha:
+            terms['kd'] = kd_loss(logits, full(y_t), opt.temperature)
+        if opt.beta:
+            for i in transfer_groups(opt.groups, len(groups_s)):
+                terms[f'at{i}'] = at_loss(groups_s[i], groups_t[i], opt.power, opt.mapping, opt.at_form)
+        return logits, terms
+
+    return step
+
+
+def transfer_groups(groups, number):
+    """The numbers of the groups that transfer attention, of `number` groups; ValueError for one that is not there."""
+    chosen = [int(g) for g in groups.split(',')] if groups else list(range(number))
+    if max(chosen) >= number:
+        raise ValueError(f'--groups {groups}: the network has groups 0 to {number - 1}')
+    return chosen
+
+
+def describe(opt, f, params, teacher, image):
+    """Print the student's parameters and what beta amounts to on each attention map; image is (1, 3, H, W)."""
+    if rank() == 0:
+        print_tensor_dict(params)
+    say(f'{num_trained(params):,} trained parameters')
+    if not opt.beta:
+        return
+    with torch.no_grad():
+        pairs = list(zip(f(image, params, False)[1], teacher(image)[1]))
+    for i in transfer_groups(opt.groups, len(pairs)):
+        height, width = (min(sizes) for sizes in zip(*(g.shape[2:] for g in pairs[i])))
+        if opt.at_form == 'code':
+            weight = opt.beta / (opt.batch_size * height * width)
+            say(f'at{i}: beta {opt.beta:g} weighs each element of the {height}x{width} maps by {weight:.4g}')
+        else:
+            weight = opt.beta / (2 * opt.batch_size)
+            say(f'at{i}: beta {opt.beta:g} weighs the distance of two {height}x{width} maps by {weight:.4g}')
+
+
+# -------------------------------------------------------------------------------------------------------- the log
+
+
+def read_log(path):
+    """Read a log, ours or the authors': one dictionary an epoch. A last line that was cut short is left out.
+
+    Raises OSError where there is no such file and ValueError where another line cannot be read.
+    """
+    with open(path, errors='replace') as file:
+        lines = file.read().splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.startswith('json_stats'):
+            continue
+        try:
+            record = json.loads(line[line.index(':') + 1 :])
+            if not isinstance(record, dict):
+                raise ValueError
+            records.append(record)
+        except (ValueError, RecursionError):
+            if number < len(lines):
+                raise ValueError(f'{path}, line {number}: json_stats is not followed by a JSON object') from None
+    return records
+
+
+def _line(record):
+    def plain(value):  # JSON has no infinity: the deviation of one value, for one
+        if isinstance(value, float):
+            return float(value) if math.isfinite(value) else None
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return 'json_stats: ' + json.dumps({k: plain(v) for k, v in record.items()}, allow_nan=False) + '\n'
+
+
+def _append_line(path, line):
+    with open(path, 'a') as file:
+        file.write(line)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def commit():
+    """The commit of this code, with '-dirty' where tracked files differ from it; None outside a repository."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = 'git describe --always --dirty --abbrev=12'.split()
+    try:
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+# ------------------------------------------------------------------------------------------- what --save holds
+
+
+def check_save(opt):
+    """Refuse a --save that holds another run, unless that run is resumed or may be overwritten; nothing is written."""
+    if not opt.save:
+        say('note: without --save, neither log nor parameters will be kept')
+        return
+    log, model = (os.path.join(opt.save, name) for name in ('log.txt', 'model.pt7'))
+    if os.path.exists(opt.save) and not os.path.isdir(opt.save):
+        raise ValueError(f'--save {opt.save} is not a folder')
+    if opt.overwrite or not (os.path.exists(log) or os.path.exists(model)):
+        return
+    before = read_log(log)[-1:] if os.path.exists(log) else []
+    changed = []
+    if before:
+        now = {k: v for k, v in vars(opt).items() if k not in NOT_SETTINGS}
+        now['lr'] = lr_at(before[0].get('epoch', 1), opt.lr, json.loads(opt.epoch_step), opt.lr_decay_ratio)
+        changed = [f'{k} {before[0][k]}, not {v}' for k, v in now.items() if k in before[0] and before[0][k] != v]
+    settings = f' of other settings ({"; ".join(changed)})' if changed else ''
+    if not _resumes_own(opt):
+        raise ValueError(
+            f'--save {opt.save} holds a run{settings}: continue it with --resume auto, '
+            'replace it with --overwrite, or save elsewhere'
+        )
+    if changed:
+        say(f'note: {opt.save} is a run{settings}; the epochs to come use the new ones')
+
+
+def _resumes_own(opt):
+    own = os.path.join(opt.save, 'model.pt7')
+    return opt.resume == 'auto' or (opt.resume and os.path.realpath(opt.resume) == os.path.realpath(own))
+
+
+def _resume_(opt, params, trained, optimizer):
+    """Load the checkpoint that --resume names into params and optimizer; returns the number of epochs that it did."""
+    path = os.path.join(opt.save, 'model.pt7') if opt.resume == 'auto' else opt.resume
+    if not path or (opt.resume == 'auto' and not os.path.exists(path)):
+        return 0
+    state = checkpoint.load(path)
+    momentum, epoch = state.get('optimizer'), state.get('epoch')
+    if not isinstance(momentum, dict) or type(epoch) is not int:
+        raise ValueError(f'{path} holds parameters alone, without momentum and epoch: it can teach, but not be resumed')
+    if set(momentum) != set(trained) or any(momentum[k].shape != v.shape for k, v in trained.items()):
+        raise ValueError(f'{path}: its momentum does not fit the network')
+    checkpoint.restore_(params, state['params'], path)
+    for key, value in trained.items():
+        optimizer.state[value]['momentum_buffer'] = momentum[key].to(value)
+    say(f'resumed from {path} after epoch {epoch}')
+    return epoch
+
+
+def _open_run(opt, done):
+    """Make --save ready for what follows after `done` epochs: later lines, broken ones and an old run go."""
+    if not opt.save or rank():
+        return
+    os.makedirs(opt.save, exist_ok=True)
+    log, model = (os.path.join(opt.save, name) for name in ('log.txt', 'model.pt7'))
+    if opt.overwrite and os.path.exists(model):
+        os.unlink(model)
+    if os.path.exists(log):
+        kept = [] if opt.overwrite else [r for r in read_log(log) if r['epoch'] <= done]
+        checkpoint.write_whole(log, ''.join(map(_line, kept)).encode())
+
+
+# ------------------------------------------------------------------------------------------ evaluation and training
+
+
+def evaluate(f, params, batches, device, dtype='float', topk=(1,)):
+    """Cross entropy and accuracies in percent of a network over batches, every image counted once over all workers.
+
+    Returns (loss, [accuracy for each k of topk]).
+    """
+    losses, errors = AverageValueMeter(), ClassErrorMeter(list(topk), accuracy=True)
+
+    def network(sample):
+        with autocast(device, dtype):
+            logits = full(f(sample[0], params, False)[0])
+        return F.cross_entropy(logits, sample[1], reduction='sum'), logits
+
+    def on_forward(state):
+        losses.add(state['loss'].item(), len(state['sample'][1]))
+        errors.add(state['output'].float(), state['sample'][1])
+
+    engine = Engine()
+    engine.hooks['on_forward'] = on_forward
+    with torch.no_grad():
+        engine.test(network, batches)
+    loss, n, *wrong = _sum_over_workers([losses.sum, losses.n, *(errors.sum[k] for k in topk)], device)
+    return loss / n, [100 * (1 - w / n) for w in wrong]
+
+
+def find_teacher(teacher_id):
+    """The network and the last log line of the run logs/<teacher_id>: (f, params, record).
+
+    Raises OSError where log or model is missing and ValueError where they are damaged or of different networks.
+    """
+    run = os.path.join('logs', teacher_id)
+    log, model = (os.path.join(run, name) for name in ('log.txt', 'model.pt7'))
+    for path in (log, model):
+        if not os.path.isfile(path):
+            raise OSError(f'--teacher_id {teacher_id}: there is no {path}')
+    records = read_log(log)
+    if not records:
+        raise ValueError(f'--teacher_id {teacher_id}: {log} has no line of results')
+    f, params = checkpoint.load_teacher(model, (records[-1].get('depth'), records[-1].get('width')))
+    return f, params, records[-1]
+
+
+def check_teacher(record, accuracy, same_test_set):
+    """Refuse a teacher whose accuracy is not what the last line of its own log says, to half a point."""
+    logged = record.get('test_acc')
+    logged = logged[0] if isinstance(logged, list) else logged
+    if not isinstance(logged, (int, float)) or not same_test_set:
+        say(f'teacher: {accuracy:.2f}% on these test images; its log has no figure to compare that with')
+    elif not abs(logged - accuracy) <= 0.5:
+        raise ValueError(
+            f'the teacher is right on {accuracy:.2f}% of the test images, but on {logged:.2f}% by its own log: '
+            'its log and model do not belong together, or the data are not what it was trained on'
+        )
+    else:
+        say(f'teacher: {accuracy:.2f}% on the test images, {logged:.2f}% by its log')
+
+
+class _Meters:
+    """Losses and accuracy of a training epoch; they stay on the device until `flush`."""
+
+    def __init__(self, device):
+        self.device = device
+        self.time = TimeMeter('s')
+        self.reset()
+
+    def reset(self):
+        self.values = {}
+        self.errors = ClassErrorMeter(accuracy=True)
+        self.images = self.steps = 0
+        self.pending = []
+        self.time.reset()
+
+    def add(self, terms, logits, labels, size):
+        """Take the parts of this worker: terms sum over workers to the means of the global batch of `size` images."""
+        self.names = list(terms)
+        self.pending.append((torch.stack([t.detach() for t in terms.values()]), logits.detach(), labels))
+        self.images += size
+
+    def flush(self, epoch):
+        """Bring what is pending to the meters; FloatingPointError names the first step whose loss is not finite."""
+        if not self.pending:
+            return
+        rows, logits, labels = zip(*self.pending)
+        rows = torch.stack(rows)
+        if world() > 1:
+            dist.all_reduce(rows)
+        self.errors.add(torch.cat(logits).float(), torch.cat(labels))
+        for row in rows.tolist():
+            self.steps += 1
+            terms = dict(zip(self.names, row))
+            if not all(map(math.isfinite, row)):
+                found = ', '.join(f'{k} {v:.4g}' for k, v in terms.items())
+                raise FloatingPointError(
+                    f'epoch {epoch}, step {self.steps}: the loss is not finite ({found}); '
+                    'try a lower --lr or --beta, or --dtype float'
+                )
+            for name, value in terms.items():
+                self.values.setdefault(name, AverageValueMeter()).add(value)
+        self.pending = []
+
+    def accuracy(self):
+        wrong, n = _sum_over_workers([self.errors.sum[1], self.errors.n], self.device)
+        return 100 * (1 - wrong / n)
+
+
+def fit(opt, step, f, params, train_batches, test_batches, device, facts):
+    """Train for opt.epochs, keeping log and checkpoint in opt.save; returns the last epoch's record.
+
+    step: as of `make_step`. f, params: the network that is trained, evaluated and saved. train_batches(epoch) and
+    test_batches() give iterables as of `data`. facts: what else belongs in every line of the log.
+    Raises FloatingPointError for a loss that is not finite and OSError where --save cannot be written.
+    """
+    trained = {k: v for k, v in params.items() if v.requires_grad}
+    optimizer = torch.optim.SGD(trained.values(), opt.lr, momentum=0.9, weight_decay=opt.weight_decay)
+    epoch_step = json.loads(opt.epoch_step)
+    done = _resume_(opt, params, trained, optimizer)
+    if done >= opt.epochs:
+        say(f'nothing to do: {done} of {opt.epochs} epochs are done')
+        return None
+    _open_run(opt, done)
+    facts = {**vars(opt), **facts, 'n_parameters': num_trained(params), **environment(device)}
+    scale = HALF_SCALE if DTYPES[opt.dtype] == torch.float16 else 1
+    meters, beta, record = _Meters(device), 0.0, None
+
+    def network(sample):
+        images, labels, size = sample
+        logits, terms = step(images, labels)
+        total = sum(_weight(name, opt.alpha, beta) * term for name, term in terms.items())
+        terms = {'loss': total, **terms}
+        part = len(labels) / size
+        meters.add({k: t.detach() * part for k, t in terms.items()}, logits, labels, size)
+        return total * (part * world() * scale), logits  # the gradient is averaged over workers
+
+    def on_start(state):
+        state['epoch'] = done
+
+    def on_start_epoch(state):
+        nonlocal beta
+        epoch = state['epoch'] + 1
+        beta = beta_at(epoch, opt.epochs, opt.beta, opt.beta_decay)
+        for group in optimizer.param_groups:
+            group['lr'] = lr_at(epoch, opt.lr, epoch_step, opt.lr_decay_ratio)
+        if epoch in epoch_step:
+            optimizer.state.clear()  # momentum starts from zero, as in the original
+        meters.reset()
+        bar = {'disable': True if rank() else None, 'leave': False, 'desc': f'epoch {epoch}/{opt.epochs}'}
+        state['iterator'] = state['bar'] = tqdm(train_batches(epoch), unit='step', **bar)
+
+    def on_forward(state):
+        if scale != 1:
+            torch._foreach_div_([v.grad for v in trained.values()], scale)
+
+    def on_update(state):
+        if len(meters.pending) == FLUSH:
+            meters.flush(state['epoch'] + 1)
+            speed = meters.images / meters.time.value()
+            state['bar'].set_postfix_str(f'loss {meters.values["loss"].value()[0]:.4f}, {speed:.0f} images/s')
+
+    def on_end_epoch(state):
+        nonlocal record
+        epoch = state['epoch']
+        meters.flush(epoch)
+        seconds = meters.time.value()
+        _join_statistics_(params)
+        timer = TimeMeter('s')
+        loss, accuracy = evaluate(f, params, test_batches(), device, opt.dtype)
+        values = {name: meter.value() for name, meter in meters.values.items()}
+        record = {
+            **facts,
+            'epoch': epoch,
+            'train_loss': values['loss'][0],
+            'train_acc': meters.accuracy(),
+            'test_loss': loss,
+            'test_acc': accuracy[0],
+            'train_time': seconds,
+            'test_time': timer.value(),
+            'at_losses': [v for k, v in values.items() if k.startswith('at')],
+            **{k: v[0] for k, v in values.items() if k != 'loss'},
+            'lr': optimizer.param_groups[0]['lr'],
+            'beta_now': beta,
+            'images_per_second': meters.images / seconds,
+        }
+        _keep(opt, record, params, trained, optimizer)
+        _print_epoch(opt, record)
+
+    engine = Engine()
+    hooks = (on_start, on_start_epoch, on_forward, on_update, on_end_epoch)
+    engine.hooks.update({hook.__name__: hook for hook in hooks})
+    engine.train(network, None, opt.epochs, optimizer)
+    if opt.save:
+        say(f'log: {os.path.join(opt.save, "log.txt")}\nmodel: {os.path.join(opt.save, "model.pt7")}')
+    return record
+
+
+def _weight(name, alpha, beta):
+    return {'ce': 1 - alpha, 'kd': alpha}.get(name, beta)
+
+
+def _keep(opt, record, params, trained, optimizer):
+    """Append the log line, then replace the checkpoint: between the two, a resume repeats the epoch and its line."""
+    if not opt.save or rank():
+        return
+    _append_line(os.path.join(opt.save, 'log.txt'), _line(record))
+    state = {
+        'params': {k: v.detach() for k, v in params.items()},
+        'optimizer': {k: optimizer.state[v]['momentum_buffer'] for k, v in trained.items()},
+        'epoch': record['epoch'],
+    }
+    checkpoint.save(os.path.join(opt.save, 'model.pt7'), state)
+
+
+def _print_epoch(opt, record):
+    terms = '  '.join(f'{k} {record[k]:.3g}' for k in record if k in ('ce', 'kd') or k[:2] == 'at' and k[2:].isdigit())
+    say(
+        f'epoch {record["epoch"]}/{opt.epochs}  lr {record["lr"]:.3g}  '
+        f'train {record["train_loss"]:.4f} {record["train_acc"]:.2f}%  '
+        f'test {record["test_loss"]:.4f} {record["test_acc"]:.2f}%  {terms}  '
+        f'{record["images_per_second"]:.0f} images/s  {record["train_time"]:.0f}+{record["test_time"]:.0f} s'
+    )
+
+
+def environment(device):
+    """What a run ran on, for its log."""
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else _processor()
+    return {'torch': torch.__version__, 'device': name, 'workers': world(), 'commit': commit()}
+
+
+def _processor():
+    try:
+        with open('/proc/cpuinfo') as file:
+            model = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), 'CPU')
+    except OSError:
+        model = 'CPU'
+    return f'{model}, {torch.get_num_threads()} threads'

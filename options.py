@@ -1,0 +1,116 @@
+"""The flags that every training script shares, their checks, and how a script ends when something is wrong."""
+
+import argparse
+import json
+import math
+import os
+import sys
+
+from utils import DTYPES
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, with exit status 2."""
+
+    def error(self, message):
+        self.exit(2, f'{self.prog}: error: {message}\n')
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: an int or float from low (or above it) to high."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(f'{text!r} is not {"an integer" if kind is int else "a number"}') from None
+        if not (low < value if above else low <= value) or not value <= high or not math.isfinite(value):
+            bounds = f'{"above" if above else "at least"} {low:g}' + ('' if high == math.inf else f', at most {high:g}')
+            raise argparse.ArgumentTypeError(f'{text} is out of range ({bounds})')
+        return value
+
+    return parse
+
+
+def epoch_list(text):
+    """An argparse type: a JSON list of rising epochs, kept as the text that it was."""
+    try:
+        epochs = json.loads(text)
+    except (ValueError, RecursionError):
+        epochs = None
+    rising = isinstance(epochs, list) and all(type(e) is int and e > 0 for e in epochs)
+    if not rising or sorted(set(epochs)) != epochs:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON list of rising epochs, like [60,120,160]')
+    return text
+
+
+def group_list(text):
+    """An argparse type: distinct group numbers from 0, separated by commas, kept as the text that it was."""
+    parts = text.split(',') if text else []
+    if not all(p.isascii() and p.isdigit() and len(p) < 4 for p in parts) or len(set(map(int, parts))) != len(parts):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a list of group numbers like 0,2')
+    return text
+
+
+def common_flags(parser, *, depth, batch_size, epochs, epoch_step, lr_decay_ratio, weight_decay):
+    """Add the shared flags, with a script's own defaults, under upstream's names and its early spellings."""
+    flag = parser.add_argument_group('network').add_argument
+    flag('--depth', default=depth, type=number(int, 1), help='layers of the network (default: %(default)s)')
+    flag('--width', default=1, type=number(float, 0, above=True), help='times the base width (default: 1)')
+    flag('--dtype', default='float', choices=list(DTYPES), help='compute dtype; parameters and losses stay float32')
+
+    flag = parser.add_argument_group('training').add_argument
+    flag('--epochs', default=epochs, type=number(int, 1), metavar='N', help='default: %(default)s')
+    flag('--batch_size', '--batchSize', default=batch_size, type=number(int, 2), help='of all workers together')
+    flag('--lr', default=0.1, type=number(float, 0, above=True), help='learning rate (default: 0.1)')
+    flag('--epoch_step', default=epoch_step, type=epoch_list, help='JSON list of the epochs at whose start lr drops')
+    flag('--lr_decay_ratio', default=lr_decay_ratio, type=number(float, 0), help='what lr is multiplied by there')
+    flag('--weight_decay', '--weightDecay', default=weight_decay, type=number(float, 0), help='default: %(default)s')
+    flag('--seed', default=0, type=number(int, 0, 2**63 - 1), help='of initialisation, order and augmentation')
+
+    flag = parser.add_argument_group('transfer from a teacher').add_argument
+    flag('--alpha', default=0, type=number(float, 0, 1), help='weight of knowledge distillation (paper: 0.9)')
+    flag('--temperature', default=4, type=number(float, 0, above=True), help='of distillation (default: 4)')
+    flag('--beta', default=0, type=number(float, 0), help='weight of attention transfer (paper: 1e+3)')
+    flag('--beta_decay', default='none', choices=['none', 'linear'], help='linear takes beta to 0 over the run')
+    flag('--at_form', default='code', choices=['code', 'paper'], help="the loss of the authors' code, or eq. 2")
+    flag('--mapping', default='sum', choices=['sum', 'max'], help='attention map: over channels (section 3.1)')
+    flag('--power', default=2, type=number(float, 0, 16, above=True), help='attention map: p of |A|^p (section 3.1)')
+    flag('--groups', default='', type=group_list, help='transfer from these groups alone, like 0,2 (default: all)')
+
+    flag = parser.add_argument_group('run').add_argument
+    flag('--save', default='', help='folder for log.txt and model.pt7; without it, nothing is kept')
+    flag('--resume', default='', help="a checkpoint to go on from, or 'auto' for the one in --save, if there is one")
+    flag('--overwrite', action='store_true', help='replace the run that --save holds')
+    flag('--nthread', default=4, type=number(int, 0, 1024), help='threads that decode images')
+    flag('--ngpu', default=1, type=number(int, 1, 1024), help='workers: one a GPU, or CPU processes without GPUs')
+    flag('--gpu_id', default='', help='GPUs to use, like 0,1 (default: all that CUDA_VISIBLE_DEVICES allows)')
+
+
+def check(opt, teacher):
+    """Refuse flags that contradict each other; `teacher` says whether one was named."""
+    if (opt.alpha or opt.beta) and not teacher:
+        raise ValueError(f'--{"alpha" if opt.alpha else "beta"} needs a teacher: name one with --teacher_id')
+    if opt.resume and opt.overwrite:
+        raise ValueError('--resume and --overwrite contradict each other')
+    if opt.resume == 'auto' and not opt.save:
+        raise ValueError('--resume auto continues the run in --save, which is not given')
+    if opt.batch_size < opt.ngpu:
+        raise ValueError(f'--batch_size {opt.batch_size} gives some of --ngpu {opt.ngpu} workers nothing to do')
+
+
+def run(main):
+    """Call a script's main; what goes wrong becomes one line and an exit status (2 wrong use, 1 failed run).
+
+    With AT_TRACEBACK=1 in the environment the traceback is shown instead.
+    """
+    try:
+        main()
+    except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
+        if os.environ.get('AT_TRACEBACK'):
+            raise
+        if int(os.environ.get('RANK', 0)) == 0:
+            message = ' '.join(str(error).split()) or 'interrupted'
+            print(f'{os.path.basename(sys.argv[0])}: error: {message}', file=sys.stderr)
+        status = {FloatingPointError: 1, KeyboardInterrupt: 130}
+        sys.exit(status.get(type(error), 2))

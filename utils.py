@@ -1,0 +1,147 @@
+"""The vocabulary that every network and every loss of this repository is written in.
+
+Parameters are flat dictionaries of tensors (`conv0`, `group0.block0.bn0.weight`, ...) and networks are functions of
+them. Below the parameters stand the losses of the paper, each two lines that one can check against its equation.
+"""
+
+import torch
+import torch.nn.functional as F
+
+STATISTICS = ('running_mean', 'running_var')
+DTYPES = {
+    'float': torch.float32,
+    'float32': torch.float32,
+    'double': torch.float64,
+    'float64': torch.float64,
+    'half': torch.float16,
+    'float16': torch.float16,
+    'bfloat16': torch.bfloat16,
+}
+
+
+# ---------------------------------------------------------------------------------------------------- parameters
+
+
+def conv_params(ni, no, k=1):
+    """A (no, ni, k, k) convolution weight, Kaiming-normal (He et al. 2015, eq. 10), without a bias."""
+    return torch.nn.init.kaiming_normal_(torch.empty(no, ni, k, k))
+
+
+def linear_params(ni, no):
+    """The (no, ni) Kaiming-normal weight and zero (no,) bias of a linear layer."""
+    return {'weight': torch.nn.init.kaiming_normal_(torch.empty(no, ni)), 'bias': torch.zeros(no)}
+
+
+def bnparams(n):
+    """Batch norm over n channels: weight ~ U(0, 1) as the authors draw it, bias 0, running mean 0 and variance 1."""
+    return {
+        'weight': torch.rand(n),
+        'bias': torch.zeros(n),
+        'running_mean': torch.zeros(n),
+        'running_var': torch.ones(n),
+    }
+
+
+def flatten(params, base=''):
+    """Turn nested dictionaries into a flat one with dotted keys, leaving out what is None."""
+    flat = {}
+    for key, value in params.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f'{base}{key}.'))
+        elif value is not None:
+            flat[base + key] = value
+    return flat
+
+
+def cast(params, dtype='float', device=None):
+    """A tensor, or every tensor of a dictionary, as a leaf of a dtype (a name in `DTYPES`) on a device."""
+    if isinstance(params, dict):
+        return {k: cast(v, dtype, device) for k, v in params.items()}
+    return params.detach().to(device=device, dtype=DTYPES[dtype])
+
+
+def batch_norm(x, params, base, mode):
+    """Batch norm of x (N, C, H, W) with the parameters under `base`; mode True uses and updates batch statistics."""
+    return F.batch_norm(
+        x,
+        params[base + '.running_mean'],
+        params[base + '.running_var'],
+        params[base + '.weight'],
+        params[base + '.bias'],
+        training=mode,
+    )
+
+
+def set_requires_grad_except_bn_(params):
+    """Make every tensor of a flat dictionary trainable in place, except batch norm's running statistics."""
+    for key, value in params.items():
+        if not key.endswith(STATISTICS):
+            value.requires_grad_()
+
+
+def num_trained(params):
+    """The number of trained values in a flat dictionary: everything but running statistics."""
+    return sum(v.numel() for k, v in params.items() if not k.endswith(STATISTICS))
+
+
+def print_tensor_dict(params):
+    """Print a table of the names, shapes and dtypes of a flat dictionary of tensors."""
+    width = max(map(len, params))
+    for i, (key, value) in enumerate(params.items()):
+        shape = 'x'.join(map(str, value.shape))
+        dtype = str(value.dtype).removeprefix('torch.')
+        print(f'{i:4d}  {key:{width}s}  {shape:>14s}  {dtype}{"" if value.requires_grad else "  not trained"}')
+
+
+# -------------------------------------------------------------------------------------------------------- losses
+
+
+def attention_map(x, p=2, mapping='sum'):
+    """Collapse activations to one map over positions (eq. 1 and section 3.1).
+
+    x is (N, C, H, W); the result is (N, H, W) in at least float32: sum_c |x_c|^p, or max_c |x_c|^p for
+    mapping='max'. Raises ValueError for another mapping or p <= 0.
+    """
+    if mapping not in ('sum', 'max') or not p > 0:
+        raise ValueError(f"attention map: mapping is 'sum' or 'max' and p > 0, not {mapping!r} and {p}")
+    x = x if x.dtype == torch.float64 else x.float()
+    x = x.square() if p == 2 else x.abs().pow(p)
+    return x.sum(1) if mapping == 'sum' else x.amax(1)
+
+
+def at(x, p=2, mapping='sum'):
+    """The attention map of x (N, C, H, W), flattened and L2-normalised per sample: (N, H*W). See `attention_map`."""
+    return F.normalize(attention_map(x, p, mapping).flatten(1))
+
+
+def at_loss(x, y, p=2, mapping='sum', form='code'):
+    """How far the attention maps of two activations x (N, C, H, W) and y (N, C', H', W') lie apart; a scalar.
+
+    form='code' is what the authors' code computes, mean((Q_x - Q_y)^2) over samples and positions. form='paper' is
+    eq. 2, 1/2 mean_n ||Q_x - Q_y||_2. Both are to be multiplied by beta, and they are not proportional to each other.
+    Where the maps differ in size, the larger is average-pooled to the smaller before it is normalised.
+    Raises ValueError for an unknown form, and what `attention_map` raises.
+    """
+    q_x, q_y = attention_map(x, p, mapping), attention_map(y, p, mapping)
+    size = [min(a, b) for a, b in zip(q_x.shape[1:], q_y.shape[1:])]
+    q_x, q_y = (F.normalize(F.adaptive_avg_pool2d(q, size).flatten(1)) for q in (q_x, q_y))  # (N, H*W)
+    if form == 'code':
+        return (q_x - q_y).square().mean()
+    if form == 'paper':
+        return torch.linalg.vector_norm(q_x - q_y, dim=1).mean() / 2
+    raise ValueError(f"attention loss: form is 'code' or 'paper', not {form!r}")
+
+
+def kd_loss(y, teacher_y, temperature):
+    """Hinton et al. 2015, section 2: T^2 KL(softmax(y_T / T) || softmax(y / T)) of logits (N, classes); a scalar.
+
+    The divergence is summed over classes and averaged over samples, in the dtype of the logits.
+    """
+    log_p = F.log_softmax(y / temperature, dim=1)
+    log_q = F.log_softmax(teacher_y / temperature, dim=1)
+    return F.kl_div(log_p, log_q, reduction='batchmean', log_target=True) * temperature**2
+
+
+def distillation(y, teacher_y, labels, temperature, alpha):
+    """alpha * `kd_loss` + (1 - alpha) * cross entropy, of logits (N, classes) and labels (N,); a scalar."""
+    return alpha * kd_loss(y, teacher_y, temperature) + (1 - alpha) * F.cross_entropy(y, labels)
