@@ -93,7 +93,8 @@ def main():
     teacher = build_teacher(opt, dataset, test_batches, device)
     engine.describe(opt, f, params, teacher, next(iter(test_batches()))[0][:1])
     step = engine.make_step(opt, engine.data_parallel(f, params), teacher, device)
-    facts = {'num_classes': dataset.num_classes}
+    images = {'train_images': len(dataset.train.labels), 'test_images': len(dataset.test.labels)}
+    facts = {'num_classes': dataset.num_classes, **images}
     engine.fit(opt, step, f, params, train_batches, test_batches, device, facts)
 
 

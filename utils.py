@@ -123,8 +123,10 @@ def at_loss(x, y, p=2, mapping='sum', form='code'):
     Raises ValueError for an unknown form, and what `attention_map` raises.
     """
     q_x, q_y = attention_map(x, p, mapping), attention_map(y, p, mapping)
-    size = [min(a, b) for a, b in zip(q_x.shape[1:], q_y.shape[1:])]
-    q_x, q_y = (F.normalize(F.adaptive_avg_pool2d(q, size).flatten(1)) for q in (q_x, q_y))  # (N, H*W)
+    if q_x.shape != q_y.shape:
+        size = [min(a, b) for a, b in zip(q_x.shape[1:], q_y.shape[1:])]
+        q_x, q_y = (F.adaptive_avg_pool2d(q, size) for q in (q_x, q_y))
+    q_x, q_y = (F.normalize(q.flatten(1)) for q in (q_x, q_y))  # (N, H, W) -> (N, H*W)
     if form == 'code':
         return (q_x - q_y).square().mean()
     if form == 'paper':
