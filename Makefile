@@ -1,21 +1,44 @@
 # make venv | demo | test | lint | format | table | clean
+
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/pip --disable-pip-version-check --quiet
+PIP := $(BIN)/pip --disable-pip-version-check --quiet install
 
 .PHONY: venv demo test lint format table clean
 
-venv: .venv/.runtime
+venv: .venv/runtime
 
-# A stamp is written last, so an interrupted installation starts over.
-.venv/.runtime: requirements.txt
+# The marks are written last: what was interrupted starts over.
+.venv/runtime: requirements.txt
 	rm -rf .venv
 	$(PYTHON) -m venv .venv
-	@echo 'installing requirements.txt (a few minutes, about 6 GB)'
-	$(PIP) install 'setuptools<81' wheel
-	$(PIP) install --no-build-isolation -r requirements.txt
+	@echo 'installing requirements.txt: some minutes, 6 GB'
+	$(PIP) 'setuptools<81' wheel
+	$(PIP) --no-build-isolation -r requirements.txt
 	touch $@
 
-.venv/.dev: .venv/.runtime requirements-dev.txt
-	$(PIP) install --no-build-isolation -r requirements-dev.txt
+.venv/development: .venv/runtime requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
 	touch $@
+
+demo: .venv/runtime
+	$(BIN)/python reproduce.py demo
+
+test: .venv/development
+	$(BIN)/python -m pytest
+
+lint: .venv/development
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: .venv/development
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The results in README.md, from the logs in logs/.
+table: .venv/runtime
+	$(BIN)/python reproduce.py table1 --rows 1 --epochs 16 --seeds 1 --show --markdown README.md
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis logs/digits-*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

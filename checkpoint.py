@@ -6,12 +6,13 @@ A checkpoint is a dictionary of tensors, numbers and strings that torch.load rea
 file from a stranger is data and never code.
 """
 
-import argparse
 import io
 import os
+import warnings
 
 import torch
 
+import options
 import resnet
 
 
@@ -48,10 +49,12 @@ def load(path):
     """
     if not os.path.isfile(path):
         raise OSError(f'{path}: no such checkpoint')
+    with open(path, 'rb') as file:
+        content = io.BytesIO(file.read())
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except OSError:
-        raise
+        with warnings.catch_warnings():  # about unusual pickles; what matters becomes an error
+            warnings.simplefilter('ignore')
+            state = torch.load(content, map_location='cpu', weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes the reader raise, it is not a checkpoint
         raise ValueError(f'{path} is not a checkpoint, or is damaged ({_first_line(error)})') from None
     if not isinstance(state, dict) or not isinstance(state.get('params'), dict):
@@ -115,7 +118,7 @@ def slim(run):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.Parser(__doc__)
     parser.add_argument('action', choices=['slim'])
     parser.add_argument('run', help='a folder that holds model.pt7')
     opt = parser.parse_args()
@@ -123,4 +126,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    options.run(main)

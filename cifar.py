@@ -22,7 +22,7 @@ TEST_SET = {'dataset': 'CIFAR10', 'holdout': 0, 'image_size': 32}
 
 
 def parse():
-    parser = options.Parser(description=__doc__, formatter_class=options.argparse.RawDescriptionHelpFormatter)
+    parser = options.Parser(__doc__)
     flag = parser.add_argument_group('data and teacher').add_argument
     flag('--dataset', default='CIFAR10', help='CIFAR10, CIFAR100, folder or digits')
     flag('--dataroot', '--data_root', default='.', help='where the data set is, or is to be downloaded')

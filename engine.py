@@ -274,12 +274,7 @@ def check_save(opt):
         raise ValueError(f'--save {opt.save} is not a folder')
     if opt.overwrite or not (os.path.exists(log) or os.path.exists(model)):
         return
-    before = read_log(log)[-1:] if os.path.exists(log) else []
-    changed = []
-    if before:
-        now = {k: v for k, v in vars(opt).items() if k not in NOT_SETTINGS}
-        now['lr'] = lr_at(before[0].get('epoch', 1), opt.lr, json.loads(opt.epoch_step), opt.lr_decay_ratio)
-        changed = [f'{k} {before[0][k]}, not {v}' for k, v in now.items() if k in before[0] and before[0][k] != v]
+    changed = _changed_settings(opt, read_log(log)) if os.path.exists(log) else []
     settings = f' of other settings ({"; ".join(changed)})' if changed else ''
     if not _resumes_own(opt):
         raise ValueError(
@@ -288,6 +283,18 @@ def check_save(opt):
         )
     if changed:
         say(f'note: {opt.save} is a run{settings}; the epochs to come use the new ones')
+
+
+def _changed_settings(opt, records):
+    """How the flags differ from those that a log's last line holds: ['lr 0.1, not 0.05', ...]."""
+    if not records:
+        return []
+    before = dict(records[-1])
+    if before.get('lr') and before.get('lr_decay_ratio'):  # the log has the rate of the epoch, not the flag
+        steps = json.loads(before.get('epoch_step', '[]'))
+        before['lr'] = float(f'{before["lr"] / lr_at(before.get("epoch", 1), 1, steps, before["lr_decay_ratio"]):.12g}')
+    now = {k: v for k, v in vars(opt).items() if k not in NOT_SETTINGS}
+    return [f'{k} {before[k]}, not {v}' for k, v in now.items() if k in before and before[k] != v]
 
 
 def _resumes_own(opt):

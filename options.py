@@ -10,7 +10,11 @@ from utils import DTYPES
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, with exit status 2."""
+    """An argument parser that shows a description as it is written, and an error in one line with exit status 2."""
+
+    def __init__(self, description):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message):
         self.exit(2, f'{self.prog}: error: {message}\n')
@@ -55,8 +59,8 @@ def group_list(text):
 def common_flags(parser, *, depth, batch_size, epochs, epoch_step, lr_decay_ratio, weight_decay):
     """Add the shared flags, with a script's own defaults, under upstream's names and its early spellings."""
     flag = parser.add_argument_group('network').add_argument
-    flag('--depth', default=depth, type=number(int, 1), help='layers of the network (default: %(default)s)')
-    flag('--width', default=1, type=number(float, 0, above=True), help='times the base width (default: 1)')
+    flag('--depth', default=depth, type=number(int, 1, 10_000), help='layers of the network (default: %(default)s)')
+    flag('--width', default=1, type=number(float, 0, 100, above=True), help='times the base width (default: 1)')
     flag('--dtype', default='float', choices=list(DTYPES), help='compute dtype; parameters and losses stay float32')
 
     flag = parser.add_argument_group('training').add_argument

@@ -44,7 +44,7 @@ TABLES = {
 
 
 def parse():
-    parser = options.Parser(description=__doc__, formatter_class=options.argparse.RawDescriptionHelpFormatter)
+    parser = options.Parser(__doc__)
     flag = parser.add_argument
     flag('table', choices=list(TABLES))
     flag('--rows', default='', help="numbers of the table's rows from 1, like 1,3 (default: all)")

@@ -1,0 +1,76 @@
+"""Small real data and real runs that several test files share."""
+
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+import cifar
+import options
+
+torch.set_num_threads(1)
+
+
+def draw(rng, label, size):
+    """A noisy image with a bright square whose corner tells the class: (H, W, 3) uint8."""
+    height, width = size
+    image = rng.integers(0, 100, (height, width, 3), dtype=np.uint8)
+    half_h, half_w = height // 2, width // 2
+    top, left = divmod(label, 2)
+    image[top * half_h : (top + 1) * half_h, left * half_w : (left + 1) * half_w] += 120
+    return image
+
+
+@pytest.fixture(scope='session')
+def photos(tmp_path_factory):
+    """A folder of 3 classes with 20 training and 7 test images each, of several sizes and kinds of file."""
+    root, rng = tmp_path_factory.mktemp('photos'), np.random.default_rng(0)
+    for part, count in (('train', 20), ('test', 7)):
+        for label, name in enumerate(('ant', 'bee', 'cat')):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                suffix = ('png', 'jpg', 'bmp')[i % 3]
+                assert cv2.imwrite(str(folder / f'{i}.{suffix}'), draw(rng, label, (24 + i, 40 - i)))
+    return root
+
+
+@pytest.fixture
+def script(monkeypatch, capfd, tmp_path):
+    """Run a script's main in an empty folder: script(cifar, 'flags') -> (exit status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(module, *arguments):
+        words = [word for a in arguments for word in (a.split() if isinstance(a, str) else map(str, a))]
+        monkeypatch.setattr(sys, 'argv', [f'{module.__name__}.py', *words])
+        status = 0
+        try:
+            options.run(module.main)
+        except SystemExit as stop:
+            status = stop.code or 0
+        out, err = capfd.readouterr()
+        return status, out, err
+
+    return run
+
+
+SMALL = '--dataset folder --image_size 16 --randomcrop_pad 2 --depth 10 --width 0.25 --batch_size 16'
+
+
+@pytest.fixture
+def train(script, photos):
+    """Train a tiny network on `photos`: train('flags') -> (exit status, stdout, stderr)."""
+    return lambda *arguments: script(cifar, SMALL, ['--dataroot', photos], *arguments)
+
+
+def refused(result, *words):
+    """Whether a script ended with status 2 and one line of error that has all these words; says why not."""
+    status, _, err = result
+    assert status == 2, (status, err)
+    assert err.count('\n') == 1 and 'error: ' in err, err
+    assert 'Traceback' not in err
+    for word in words:
+        assert word in err, (word, err)
+    return True

@@ -1,0 +1,259 @@
+"""Whole runs of cifar.py on real image files: what they log, keep, refuse and go on from."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import SMALL, refused
+
+import checkpoint
+import cifar
+import engine
+
+TIMES = {'train_time', 'test_time', 'images_per_second', 'save', 'resume'}
+
+
+def logged(run):
+    """The lines of a run's log, without what differs between two runs of the same."""
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in engine.read_log(f'logs/{run}/log.txt')]
+
+
+def weights(run):
+    state = checkpoint.load(f'logs/{run}/model.pt7')
+    return {**state['params'], **{f'momentum of {k}': v for k, v in state['optimizer'].items()}}
+
+
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture
+def teacher(train):
+    assert train('--epochs 6 --epoch_step [4] --lr 0.05 --save logs/teacher')[0] == 0
+
+
+def test_a_teacher_learns_and_what_a_run_writes_is_complete(teacher):
+    assert sorted(os.listdir('logs/teacher')) == ['log.txt', 'model.pt7']
+    records = engine.read_log('logs/teacher/log.txt')
+    assert [r['epoch'] for r in records] == [1, 2, 3, 4, 5, 6]
+    assert records[-1]['train_acc'] > 60 and records[-1]['test_acc'] > 60  # 33 by chance
+    fields = 'train_loss train_acc test_loss test_acc train_time test_time at_losses n_parameters num_classes'
+    ours = 'ce lr beta_now images_per_second seed torch device commit train_images test_images'
+    flags = 'depth width dataset dataroot teacher_id batch_size epochs epoch_step weight_decay temperature alpha beta'
+    assert set(f'{fields} {ours} {flags}'.split()) <= set(records[0])
+    assert records[0]['n_parameters'] == sum(v.numel() for k, v in weights('teacher').items() if k.startswith('mom'))
+    assert not any(k.startswith(('student', 'teacher')) for k in weights('teacher'))
+
+
+def test_at_kd_and_both_learn_from_a_teacher_and_log_their_terms(train, teacher):
+    for name, flags, terms in (
+        ('at', '--beta 1000', ['ce', 'at0', 'at1', 'at2']),
+        ('kd', '--alpha 0.9', ['ce', 'kd']),
+        ('both', '--beta 1000 --alpha 0.9 --beta_decay linear --groups 1,2', ['ce', 'kd', 'at1', 'at2']),
+        ('paper', '--beta 10 --at_form paper --mapping max --power 1', ['ce', 'at0', 'at1', 'at2']),
+    ):
+        status, out, err = train(
+            '--epochs 2 --teacher_id teacher --epoch_step [] --lr 0.05', flags, f'--save logs/{name}'
+        )
+        assert status == 0, err
+        first, last = engine.read_log(f'logs/{name}/log.txt')
+        assert [k for k in last if k in ('ce', 'kd') or re.fullmatch(r'at\d', k)] == terms
+        assert last['train_loss'] < first['train_loss']
+        expected = {'ce': 1 - last['alpha'], 'kd': last['alpha']}
+        total = sum(expected.get(k, last['beta_now']) * last[k] for k in terms)
+        assert last['train_loss'] == pytest.approx(total, rel=1e-5)
+        assert [m for m, _ in last['at_losses']] == [last[k] for k in terms if k.startswith('at')]
+        assert re.search(r'teacher: (\S+)% on the test images, \1% by its log', out)
+        if name == 'at':
+            assert 'at0: beta 1000 weighs each element of the 16x16 maps by 0.2441' in out
+            assert 'at2: beta 1000 weighs each element of the 4x4 maps by 3.906' in out
+
+
+def test_what_one_sees_is_readable_without_a_terminal(train):
+    status, out, err = train('--epochs 2 --epoch_step [2] --save logs/run')
+    assert (status, err) == (0, '') and '\r' not in out and '\x1b' not in out
+    lines = out.splitlines()
+    assert lines[0].startswith("parsed options: {'dataset': 'folder'")
+    assert lines[1] == 'folder: 60 training and 21 test images'
+    assert any(re.match(r'\s+0  conv0\s+16x3x3x3  float32', line) for line in lines)
+    assert '5,891 trained parameters' in lines
+    assert [bool(re.match(rf'epoch {e}/2  lr 0\.[012]+  train \S+ \S+%  test', lines[e - 5])) for e in (1, 2)] == [
+        True
+    ] * 2
+    assert lines[-2:] == ['log: logs/run/log.txt', 'model: logs/run/model.pt7']
+
+
+@pytest.mark.parametrize('dtype', ['float', 'bfloat16', 'half', 'double'])
+def test_every_dtype_trains_and_keeps_its_parameters_precise(train, dtype):
+    assert train('--epochs 2 --epoch_step [] --lr 0.05 --save logs/run', '--dtype', dtype)[0] == 0
+    first, last = engine.read_log('logs/run/log.txt')
+    assert last['train_loss'] < first['train_loss']
+    expected = torch.float64 if dtype == 'double' else torch.float32
+    assert {v.dtype for v in weights('run').values()} == {expected}
+
+
+def test_dtypes_agree_on_the_first_epoch(train):
+    losses = {}
+    for dtype in ('float', 'double', 'bfloat16', 'half'):
+        assert train('--epochs 1 --lr 0.01 --save', f'logs/{dtype} --dtype {dtype}')[0] == 0
+        losses[dtype] = engine.read_log(f'logs/{dtype}/log.txt')[0]['train_loss']
+    assert losses['float'] == pytest.approx(losses['double'], rel=1e-5)
+    assert losses['half'] == pytest.approx(losses['double'], rel=1e-2)
+    assert losses['bfloat16'] == pytest.approx(losses['double'], rel=2e-2)
+
+
+# ----------------------------------------------------------------------------------------------- going on
+
+
+@pytest.mark.parametrize('dtype', ['float', 'bfloat16'])
+def test_resumed_run_equals_uninterrupted_run_bit_for_bit(train, teacher, monkeypatch, dtype):
+    flags = (
+        f'--epochs 4 --epoch_step [2,4] --teacher_id teacher --alpha 0.5 --beta 100 --beta_decay linear --dtype {dtype}'
+    )
+    assert train(flags, '--save logs/whole --resume auto')[0] == 0
+    keep = engine._keep
+    for stop in (1, 2, 3):
+
+        def interrupted(opt, record, *rest, stop=stop):
+            keep(opt, record, *rest)
+            if record['epoch'] == stop:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(engine, '_keep', interrupted)
+        status, _, err = train(flags, f'--save logs/part{stop} --resume auto')
+        assert status == 130 and err == 'cifar.py: error: interrupted\n'
+        monkeypatch.setattr(engine, '_keep', keep)
+        with open(f'logs/part{stop}/log.txt', 'a') as log:  # what a kill between log and checkpoint leaves
+            log.write(engine._line({**logged('whole')[-1], 'epoch': stop + 1}) + 'json_stats: {"dep')
+        status, out, _ = train(flags, f'--save logs/part{stop} --resume auto')
+        assert status == 0 and f'after epoch {stop}' in out
+        assert logged(f'part{stop}') == logged('whole')
+        assert same_weights(f'part{stop}', 'whole')
+
+
+def test_resume_of_a_finished_run_changes_nothing(train, teacher):
+    before = os.stat('logs/teacher/model.pt7').st_mtime_ns, open('logs/teacher/log.txt').read()
+    status, out, _ = train('--epochs 6 --epoch_step [4] --lr 0.05 --save logs/teacher --resume auto')
+    assert status == 0 and 'nothing to do: 6 of 6 epochs are done' in out
+    assert before == (os.stat('logs/teacher/model.pt7').st_mtime_ns, open('logs/teacher/log.txt').read())
+
+
+def test_resume_from_another_run_leaves_that_run_alone(train, teacher):
+    before = open('logs/teacher/model.pt7', 'rb').read()
+    assert train('--epochs 7 --epoch_step [4] --lr 0.05 --save logs/on --resume logs/teacher/model.pt7')[0] == 0
+    assert [r['epoch'] for r in logged('on')] == [7]
+    assert open('logs/teacher/model.pt7', 'rb').read() == before
+
+
+def test_a_run_is_not_overwritten_unless_one_says_so(train, teacher):
+    before = open('logs/teacher/log.txt').read(), open('logs/teacher/model.pt7', 'rb').read()
+    assert refused(
+        train('--save logs/teacher --epochs 6 --lr 0.02 --epoch_step [4]'), 'lr 0.05, not 0.02', '--overwrite'
+    )
+    assert refused(train('--save logs/teacher --epochs 6 --lr 0.05 --epoch_step [4]'), 'holds a run:', '--resume auto')
+    assert before == (open('logs/teacher/log.txt').read(), open('logs/teacher/model.pt7', 'rb').read())
+    status, out, _ = train('--save logs/teacher --epochs 7 --lr 0.05 --epoch_step [4] --resume auto')
+    assert status == 0 and 'epochs 6, not 7' in out and len(logged('teacher')) == 7
+    assert train('--save logs/teacher --epochs 1 --lr 0.02 --overwrite')[0] == 0
+    assert [r['lr'] for r in logged('teacher')] == [0.02]
+
+
+# ----------------------------------------------------------------------------------------------- refusals
+
+
+def test_unusable_teachers_are_refused_and_nothing_is_written(train, script, teacher):
+    student = '--epochs 1 --beta 1 --save logs/student --teacher_id'
+    shutil.copytree('logs/teacher', 'logs/no_model')
+    os.unlink('logs/no_model/model.pt7')
+    shutil.copytree('logs/teacher', 'logs/no_log')
+    os.unlink('logs/no_log/log.txt')
+    shutil.copytree('logs/teacher', 'logs/wrong_log')
+    text = open('logs/wrong_log/log.txt').read()
+    open('logs/wrong_log/log.txt', 'w').write(text.replace('"depth": 10', '"depth": 16'))
+    shutil.copytree('logs/teacher', 'logs/boaster')
+    open('logs/boaster/log.txt', 'w').write(re.sub(r'"test_acc": [\d.]+', '"test_acc": 99.9', text))
+    shutil.copytree('logs/teacher', 'logs/empty_log')
+    open('logs/empty_log/log.txt', 'w').close()
+    shutil.copytree('logs/teacher', 'logs/damaged')
+    open('logs/damaged/model.pt7', 'w').write('nothing')
+    assert refused(train(student, 'nobody'), '--teacher_id nobody: there is no logs/nobody/log.txt')
+    assert refused(train(student, 'no_model'), 'there is no logs/no_model/model.pt7')
+    assert refused(train(student, 'no_log'), 'there is no logs/no_log/log.txt')
+    assert refused(train(student, 'empty_log'), 'has no line of results')
+    assert refused(train(student, 'damaged'), 'logs/damaged/model.pt7 is not a checkpoint')
+    assert refused(train(student, 'wrong_log'), 'is a WRN-10-0.25, but its log speaks of a WRN-16-0.25')
+    assert refused(train(student, 'boaster'), '99.90% by its own log')
+    other = script(cifar, '--dataset digits --image_size 16 --depth 10 --width 0.25', student, 'teacher')
+    assert refused(other, 'tells 3 classes apart, but the data have 10')
+    assert not os.path.exists('logs/student')
+
+
+def test_unusable_data_is_refused_and_nothing_is_written(script, tmp_path):
+    (tmp_path / 'empty').mkdir()
+    assert refused(script(cifar, '--dataset folder --dataroot nowhere --save logs/run'), 'nowhere: no such folder')
+    assert refused(script(cifar, '--dataset folder --dataroot empty --save logs/run'), "no folder 'train'")
+    (tmp_path / 'empty' / 'cifar-10-batches-bin').mkdir()
+    assert refused(script(cifar, '--dataroot empty --save logs/run'), 'data_batch_1.bin is missing')
+    assert not os.path.exists('logs')
+
+
+def test_unusable_checkpoints_are_refused(train, script, teacher):
+    again = '--epochs 8 --epoch_step [4] --lr 0.05 --save logs/run --resume'
+    open('broken.pt7', 'wb').write(open('logs/teacher/model.pt7', 'rb').read()[:5000])
+    assert refused(train(again, 'broken.pt7'), 'broken.pt7 is not a checkpoint, or is damaged')
+    assert refused(train(again, 'nowhere.pt7'), 'no such checkpoint')
+    assert refused(train(again, 'logs/teacher/model.pt7 --depth 16'), 'does not fit the network')
+    assert script(checkpoint, 'slim logs/teacher')[0] == 0
+    assert refused(train(again, 'logs/teacher/model.pt7'), 'it can teach, but not be resumed')
+    assert not os.path.exists('logs/run')
+    assert train('--epochs 1 --beta 1 --teacher_id teacher')[0] == 0  # it does teach
+
+
+def test_a_group_that_is_not_there_is_refused(train, teacher):
+    assert refused(train('--epochs 1 --beta 1 --teacher_id teacher --groups 3'), 'the network has groups 0 to 2')
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_terms(train):
+    status, _, err = train('--epochs 3 --lr 1e30 --save logs/run')
+    assert status == 1 and err.count('\n') == 1
+    assert re.search(r'epoch 1, step 2: the loss is not finite \(loss \S+, ce \S+\); try a lower --lr', err)
+    assert not os.path.exists('logs/run/model.pt7')
+
+
+def test_without_save_nothing_is_kept(train, tmp_path):
+    status, out, _ = train('--epochs 1')
+    assert status == 0 and 'without --save' in out and not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------- several processes
+
+
+def run_real(photos, *words, **more):
+    command = [sys.executable, cifar.__file__, *SMALL.split(), '--dataroot', str(photos), *words]
+    return subprocess.run(command, capture_output=True, text=True, **more)
+
+
+def test_two_workers_write_one_log_and_test_every_image_once(photos, tmp_path):
+    words = '--epochs 2 --epoch_step [2] --lr 0.02 --save logs/two --ngpu 2'.split()
+    done = run_real(photos, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('parsed options') == 1 and done.stdout.count('epoch 1/2') == 1
+    records = engine.read_log(tmp_path / 'logs' / 'two' / 'log.txt')
+    assert [r['epoch'] for r in records] == [1, 2] and records[0]['workers'] == 2
+    assert (records[-1]['test_acc'] * 21 / 100) % 1 == pytest.approx(0, abs=1e-6)
+    state = checkpoint.load(tmp_path / 'logs' / 'two' / 'model.pt7')
+    assert not any('/' in key for key in state['params'])
+
+
+def test_bad_input_to_several_workers_is_still_one_line_and_status_2(tmp_path):
+    done = run_real('nowhere', '--ngpu', '2', cwd=tmp_path)
+    assert refused((done.returncode, done.stdout, done.stderr), 'nowhere: no such folder')
+
+
+def test_more_workers_than_the_machine_has_are_refused(script):
+    assert refused(script(cifar, '--dataset digits --ngpu 999 --batch_size 1000'), '--ngpu 999: there are')

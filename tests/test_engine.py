@@ -1,0 +1,151 @@
+"""The loop against a loop written out by hand, schedules, evaluation and the log."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SMALL
+
+import checkpoint
+import data
+import engine
+import resnet
+import utils
+
+CPU = torch.device('cpu')
+
+
+def test_learning_rate_drops_at_the_start_of_the_named_epochs():
+    rates = [engine.lr_at(epoch, 0.1, [2, 4], 0.2) for epoch in range(1, 6)]
+    assert rates == pytest.approx([0.1, 0.02, 0.02, 0.004, 0.004])
+    assert engine.lr_at(200, 0.1, [60, 120, 160], 0.2) == pytest.approx(0.0008)
+
+
+def test_beta_stays_or_falls_on_a_line_to_zero():
+    assert [engine.beta_at(e, 4, 1000, 'none') for e in (1, 4)] == [1000, 1000]
+    assert [engine.beta_at(e, 4, 1000, 'linear') for e in (1, 2, 3, 4, 5)] == [1000, 750, 500, 250, 0]
+
+
+def test_fit_equals_a_loop_written_out_by_hand(train, photos, tmp_path):
+    """AT + KD with decaying beta and two drops of the rate, where momentum starts anew with a new optimizer."""
+    teacher = '--epochs 2 --epoch_step [2] --lr 0.05'
+    assert train(teacher, '--save logs/teacher')[0] == 0
+    flags = '--teacher_id teacher --alpha 0.7 --beta 50 --beta_decay linear --temperature 3 --seed 5 --epochs 3'
+    assert train(flags, '--epoch_step [2,3] --lr 0.05 --weight_decay 0.01 --save logs/student')[0] == 0
+
+    images = data.load('folder', photos, image_size=16).train
+    torch.manual_seed(5)
+    f, params = resnet.wide_resnet(10, 0.25, 3)
+    g, fixed = checkpoint.load_teacher('logs/teacher/model.pt7')
+    trained = [v for v in params.values() if v.requires_grad]
+    losses = []
+    for epoch, lr in ((1, 0.05), (2, 0.01), (3, 0.002)):
+        if epoch in (1, 2, 3):
+            optimizer = torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=0.01)
+        total, steps = 0, 0
+        for x, labels, _ in data.TrainBatches(images, 16, 2, True, 5, 0, 1, epoch):
+            y, groups = f(x, params, True)
+            with torch.no_grad():
+                y_t, groups_t = g(x, fixed, False)
+            at = sum(utils.at_loss(a, b) for a, b in zip(groups, groups_t))
+            loss = utils.distillation(y, y_t, labels, 3, 0.7) + 50 * (1 - (epoch - 1) / 3) * at
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total, steps = total + loss.item(), steps + 1
+        losses.append(total / steps)
+    saved = checkpoint.load('logs/student/model.pt7')['params']
+    for key, value in params.items():
+        torch.testing.assert_close(saved[key], value.detach(), rtol=1e-5, atol=1e-6)
+    records = engine.read_log('logs/student/log.txt')
+    assert [r['train_loss'] for r in records] == pytest.approx(losses, rel=1e-5)
+    assert [r['lr'] for r in records] == pytest.approx([0.05, 0.01, 0.002])
+    assert [r['beta_now'] for r in records] == pytest.approx([50, 100 / 3, 50 / 3])
+
+
+def test_evaluation_counts_every_image_once_whatever_the_batches():
+    torch.manual_seed(0)
+    f, params = resnet.wide_resnet(10, 0.25, 10)
+    images = data.load('digits', image_size=8).test
+    images = data.Images(images.pixels[:101], images.labels[:101])
+    logits = f(data.normalize(images.pixels), params, False)[0].detach()
+    wrong = (logits.argmax(1) != images.labels).sum().item()
+    for batch_size in (101, 25, 7):
+        loss, (accuracy,) = engine.evaluate(f, params, data.TestBatches(images, batch_size), CPU)
+        assert accuracy == pytest.approx(100 * (1 - wrong / 101), abs=1e-9)
+        assert loss == pytest.approx(F.cross_entropy(logits, images.labels).item(), rel=1e-5)
+    top2 = engine.evaluate(f, params, data.TestBatches(images, 25), CPU, topk=(1, 2))[1]
+    second = (logits.topk(2)[1] == images.labels[:, None]).any(1).double().mean().item()
+    assert top2 == pytest.approx([accuracy, 100 * second])
+
+
+@pytest.mark.parametrize('beta, alpha, names', [(0, 0, 'ce'), (1, 0, 'ce at0 at1 at2'), (0, 0.5, 'ce kd')])
+def test_step_names_its_terms_and_computes_no_other(monkeypatch, beta, alpha, names):
+    import options
+
+    parser = options.Parser('')
+    options.common_flags(parser, depth=10, batch_size=4, epochs=1, epoch_step='[]', lr_decay_ratio=1, weight_decay=0)
+    opt = parser.parse_args(['--alpha', str(alpha), '--beta', str(beta)])
+    f, params = resnet.wide_resnet(10, 0.25, 10)
+    network = partial(f, params=params, mode=True)
+    step = engine.make_step(opt, network, network, CPU)
+    logits, terms = step(torch.randn(4, 3, 8, 8), torch.arange(4))
+    assert list(terms) == names.split() and logits.shape == (4, 10)
+
+
+def test_transfer_groups_are_chosen_by_number():
+    assert engine.transfer_groups('', 3) == [0, 1, 2] and engine.transfer_groups('2,0', 3) == [2, 0]
+    with pytest.raises(ValueError, match='--groups 3: the network has groups 0 to 2'):
+        engine.transfer_groups('3', 3)
+
+
+# -------------------------------------------------------------------------------------------------------- the log
+
+UPSTREAM_LINE = (
+    'json_stats: {"depth": 16, "width": 2.0, "lr": 0.1, "alpha": 0, "epoch_step": "[60,120,160]", "epoch": 1, '
+    '"train_loss": 1.4, "train_acc": 48.3, "test_loss": 1.1, "test_acc": 60.5, "num_classes": 10, '
+    '"n_parameters": 691674, "train_time": 12.5, "test_time": 1.1, "at_losses": [[NaN, NaN], [0.1, Infinity]]}'
+)
+
+
+def test_the_authors_logs_are_read_and_other_lines_passed_over(tmp_path):
+    path = tmp_path / 'log.txt'
+    path.write_text(f'parsed options: {{}}\n{UPSTREAM_LINE}\n\n{UPSTREAM_LINE.replace("60.5", "61.0")}\n')
+    records = engine.read_log(path)
+    assert [r['test_acc'] for r in records] == [60.5, 61.0] and records[0]['width'] == 2
+
+
+def test_a_last_line_cut_short_is_left_out_and_any_other_is_an_error(tmp_path):
+    path = tmp_path / 'log.txt'
+    for cut in range(10, len(UPSTREAM_LINE)):
+        path.write_text(f'{UPSTREAM_LINE}\n{UPSTREAM_LINE[:cut]}')
+        assert len(engine.read_log(path)) == 1
+    path.write_text(f'{UPSTREAM_LINE[:100]}\n{UPSTREAM_LINE}\n')
+    with pytest.raises(ValueError, match='log.txt, line 1: json_stats is not followed by a JSON object'):
+        engine.read_log(path)
+    path.write_text(f'json_stats: {"[" * 100_000}\n{UPSTREAM_LINE}\n')
+    with pytest.raises(ValueError, match='line 1'):
+        engine.read_log(path)
+
+
+def test_log_lines_are_strict_json():
+    line = engine._line({'a': float('nan'), 'b': [(1.0, float('inf'))], 'c': 'd', 'e': True, 'f': None})
+    assert json.loads(line.removeprefix('json_stats: ')) == {
+        'a': None,
+        'b': [[1.0, None]],
+        'c': 'd',
+        'e': True,
+        'f': None,
+    }
+
+
+def test_commit_is_that_of_this_code_or_none(monkeypatch, tmp_path):
+    assert engine.commit() is None or len(engine.commit().removesuffix('-dirty')) >= 7
+    monkeypatch.setattr(engine, '__file__', str(tmp_path / 'engine.py'))
+    assert engine.commit() is None
+
+
+def test_the_small_network_of_these_tests_is_small():
+    assert '--width 0.25' in SMALL and utils.num_trained(resnet.wide_resnet(10, 0.25, 3)[1]) < 10_000

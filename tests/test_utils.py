@@ -1,0 +1,195 @@
+"""The losses against numpy in float64 and finite differences; the parameters against what the authors draw."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import utils
+
+rng = np.random.default_rng(7)
+X = rng.standard_normal((3, 5, 4, 6))
+Y = rng.standard_normal((3, 7, 4, 6))
+
+
+def np_map(x, p=2, mapping='sum'):
+    powers = np.abs(x) ** p
+    return powers.sum(1) if mapping == 'sum' else powers.max(1)
+
+
+def np_at(q):
+    q = q.reshape(len(q), -1)
+    return q / np.sqrt((q**2).sum(1, keepdims=True))
+
+
+def np_softmax(y):
+    e = np.exp(y - y.max(1, keepdims=True))
+    return e / e.sum(1, keepdims=True)
+
+
+def tensor(x, grad=False):
+    return torch.tensor(x, dtype=torch.float64, requires_grad=grad)
+
+
+@pytest.mark.parametrize('mapping', ['sum', 'max'])
+@pytest.mark.parametrize('p', [1, 1.5, 2, 3, 4])
+def test_attention_map_is_sum_or_max_of_absolute_powers(p, mapping):
+    expected = np_map(X, p, mapping)
+    np.testing.assert_allclose(utils.attention_map(tensor(X), p, mapping), expected, rtol=1e-12)
+    np.testing.assert_allclose(utils.at(tensor(X), p, mapping), np_at(expected), rtol=1e-12)
+
+
+def test_attention_map_does_not_depend_on_signs_even_for_odd_p():
+    assert torch.equal(utils.attention_map(tensor(X), 3), utils.attention_map(tensor(-X), 3))
+
+
+def test_attention_maps_of_half_precision_activations_are_float32():
+    x = tensor(X).bfloat16()
+    assert utils.attention_map(x).dtype == torch.float32
+    torch.testing.assert_close(utils.attention_map(x), utils.attention_map(x.float()), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('bad', [{'p': 0}, {'p': -1}, {'p': math.nan}, {'mapping': 'mean'}])
+def test_unknown_attention_map_is_refused(bad):
+    with pytest.raises(ValueError, match='attention map'):
+        utils.attention_map(tensor(X), **bad)
+
+
+def test_at_loss_code_form_is_the_mean_square_of_the_difference():
+    expected = ((np_at(np_map(X)) - np_at(np_map(Y))) ** 2).mean()
+    assert utils.at_loss(tensor(X), tensor(Y)).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_at_loss_paper_form_is_half_the_mean_norm_of_the_difference():
+    norms = np.sqrt(((np_at(np_map(X)) - np_at(np_map(Y))) ** 2).sum(1))
+    loss = utils.at_loss(tensor(X), tensor(Y), form='paper')
+    assert loss.item() == pytest.approx(norms.mean() / 2, rel=1e-12)
+
+
+def test_at_loss_of_a_batch_is_the_mean_of_its_samples():
+    for form in ('code', 'paper'):
+        alone = [utils.at_loss(tensor(X[i : i + 1]), tensor(Y[i : i + 1]), form=form) for i in range(len(X))]
+        together = utils.at_loss(tensor(X), tensor(Y), form=form)
+        assert together.item() == pytest.approx(sum(alone).item() / len(X), rel=1e-12)
+
+
+def test_larger_maps_are_average_pooled_to_the_smaller():
+    large = rng.standard_normal((3, 2, 8, 12))
+    pooled = np_map(large).reshape(3, 4, 2, 6, 2).mean((2, 4))
+    expected = ((np_at(pooled) - np_at(np_map(Y))) ** 2).mean()
+    assert utils.at_loss(tensor(large), tensor(Y)).item() == pytest.approx(expected, rel=1e-12)
+    assert utils.at_loss(tensor(Y), tensor(large)).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_at_loss_does_not_see_the_scale_of_activations():
+    assert utils.at_loss(tensor(X), tensor(3 * X)).item() == pytest.approx(0, abs=1e-30)
+
+
+def test_unknown_form_is_refused():
+    with pytest.raises(ValueError, match='form'):
+        utils.at_loss(tensor(X), tensor(Y), form='mean')
+
+
+@pytest.mark.parametrize('form', ['code', 'paper'])
+@pytest.mark.parametrize('p, mapping', [(1, 'sum'), (2, 'sum'), (3, 'sum'), (4, 'sum'), (2, 'max')])
+def test_at_loss_gradient_equals_finite_differences(p, mapping, form):
+    x, y = tensor(X[:2, :, :3, :3], True), tensor(Y[:2, :, :3, :3])
+    assert torch.autograd.gradcheck(lambda a: utils.at_loss(a, y, p, mapping, form), x)
+
+
+def test_at_loss_gradient_equals_finite_differences_when_maps_are_pooled():
+    x, y = tensor(X[:2], True), tensor(Y[:2, :, :2, :3])
+    assert torch.autograd.gradcheck(lambda a: utils.at_loss(a, y), x)
+
+
+@pytest.mark.parametrize('form', ['code', 'paper'])
+def test_a_student_equal_to_its_teacher_has_no_loss_and_a_zero_gradient(form):
+    x = tensor(X, True)
+    loss = utils.at_loss(x, tensor(X), form=form)
+    loss.backward()
+    assert loss.item() == 0 and torch.equal(x.grad, torch.zeros_like(x))
+
+
+def test_activations_of_zero_have_a_finite_loss_and_gradient():
+    x = torch.zeros(2, 3, 4, 4, requires_grad=True)
+    loss = utils.at_loss(x, torch.rand(2, 5, 4, 4))
+    loss.backward()
+    assert loss.isfinite() and x.grad.isfinite().all()
+
+
+LOGITS, TEACHER = 3 * rng.standard_normal((4, 6)), 3 * rng.standard_normal((4, 6))
+LABELS = np.array([0, 5, 2, 2])
+
+
+def np_kd(temperature):
+    p, q = np_softmax(LOGITS / temperature), np_softmax(TEACHER / temperature)
+    return temperature**2 * (q * np.log(q / p)).sum(1).mean()
+
+
+@pytest.mark.parametrize('temperature', [1, 4, 20])
+def test_kd_loss_is_summed_over_classes_and_averaged_over_samples(temperature):
+    loss = utils.kd_loss(tensor(LOGITS), tensor(TEACHER), temperature)
+    assert loss.item() == pytest.approx(np_kd(temperature), rel=1e-10)
+
+
+@pytest.mark.parametrize('alpha', [0, 0.3, 0.9, 1])
+def test_distillation_weighs_kd_and_cross_entropy(alpha):
+    cross_entropy = -np.log(np_softmax(LOGITS)[np.arange(4), LABELS]).mean()
+    loss = utils.distillation(tensor(LOGITS), tensor(TEACHER), torch.tensor(LABELS), 4, alpha)
+    assert loss.item() == pytest.approx(alpha * np_kd(4) + (1 - alpha) * cross_entropy, rel=1e-10)
+
+
+def test_distillation_gradient_equals_finite_differences():
+    teacher, labels = tensor(TEACHER), torch.tensor(LABELS)
+    assert torch.autograd.gradcheck(lambda y: utils.distillation(y, teacher, labels, 4, 0.9), tensor(LOGITS, True))
+
+
+def test_parameters_are_drawn_as_the_authors_draw_them():
+    torch.manual_seed(0)
+    conv, linear, bn = utils.conv_params(64, 128, 3), utils.linear_params(200, 100), utils.bnparams(10_000)
+    assert conv.shape == (128, 64, 3, 3) and linear['weight'].shape == (100, 200)
+    assert conv.std().item() == pytest.approx(math.sqrt(2 / (64 * 9)), rel=0.02)
+    assert linear['weight'].std().item() == pytest.approx(math.sqrt(2 / 200), rel=0.02)
+    assert not linear['bias'].any() and not bn['bias'].any() and not bn['running_mean'].any()
+    assert bn['weight'].min() >= 0 and bn['weight'].max() <= 1
+    assert bn['weight'].mean().item() == pytest.approx(0.5, abs=0.02)
+    assert torch.equal(bn['running_var'], torch.ones(10_000))
+
+
+def test_flatten_joins_keys_with_dots_and_leaves_out_none():
+    assert utils.flatten({'a': 1, 'b': {'c': {'d': 2}, 'e': None}}) == {'a': 1, 'b.c.d': 2}
+
+
+def test_cast_makes_leaves_of_the_dtype():
+    params = utils.cast({'a': torch.ones(2, requires_grad=True), 'b': {'c': torch.ones(1)}}, 'double')
+    assert params['a'].dtype == params['b']['c'].dtype == torch.float64
+    assert params['a'].is_leaf and not params['a'].requires_grad
+
+
+def test_all_but_running_statistics_are_trained():
+    params = {'conv': utils.conv_params(2, 3), **utils.flatten({'bn': utils.bnparams(3)})}
+    utils.set_requires_grad_except_bn_(params)
+    assert {k for k, v in params.items() if v.requires_grad} == {'conv', 'bn.weight', 'bn.bias'}
+    assert utils.num_trained(params) == 6 + 3 + 3
+
+
+def test_batch_norm_uses_the_batch_in_training_and_running_statistics_otherwise():
+    params = utils.flatten({'bn': utils.bnparams(5)})
+    x = torch.tensor(X, dtype=torch.float32)
+    mean, var = X.mean((0, 2, 3)), X.var((0, 2, 3), ddof=1)
+    params['bn.running_mean'] += 1
+    fixed = utils.batch_norm(x, params, 'bn', False)
+    expected = (x - 1) / math.sqrt(1 + 1e-5) * params['bn.weight'].view(-1, 1, 1)
+    torch.testing.assert_close(fixed, expected)
+    assert torch.equal(params['bn.running_mean'], torch.ones(5))
+    utils.batch_norm(x, params, 'bn', True)
+    np.testing.assert_allclose(params['bn.running_mean'], 0.9 + 0.1 * mean, rtol=1e-5)
+    np.testing.assert_allclose(params['bn.running_var'], 0.9 + 0.1 * var, rtol=1e-5)
+
+
+def test_tensor_table_names_shapes_and_what_is_not_trained(capsys):
+    utils.print_tensor_dict({'conv0': torch.zeros(16, 3, 3, 3, requires_grad=True), 'bn.running_mean': torch.zeros(4)})
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.split() == ['0', 'conv0', '16x3x3x3', 'float32']
+    assert second.split() == ['1', 'bn.running_mean', '4', 'float32', 'not', 'trained']
