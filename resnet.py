@@ -4,6 +4,9 @@
 but for batch norm's running statistics, which it updates when `mode` is True (training).
 """
 
+import itertools
+import re
+
 import torch.nn.functional as F
 
 from utils import batch_norm, bnparams, conv_params, flatten, linear_params, set_requires_grad_except_bn_
@@ -84,3 +87,132 @@ def wide_resnet_shape(params):
     if not blocks or last is None or fc is None or not last.dim() or not fc.dim():
         raise ValueError(f'no wide ResNet; its first parameters are {", ".join(list(params)[:3]) or "none"}')
     return 6 * len(blocks) + 4, last.shape[0] / 64, fc.shape[0]
+
+
+# ------------------------------------------------------------------------------------------------------- ImageNet
+
+# Blocks in each of the four groups, and the convolutions of a block: two (basic) or three (bottleneck).
+IMAGENET_DEPTHS = {
+    18: ((2, 2, 2, 2), 2),
+    34: ((3, 4, 6, 3), 2),
+    50: ((3, 4, 6, 3), 3),
+    101: ((3, 4, 23, 3), 3),
+    152: ((3, 8, 36, 3), 3),
+}
+
+
+def imagenet_resnet(depth, width, num_classes):
+    """The ResNet of He et al. 2015 for large images, as in fb.resnet.torch and torchvision: 18, 34, 50, 101 or 152.
+
+    Returns (f, params). f takes images (N, 3, H, W) and gives logits (N, num_classes) and the outputs of the four
+    groups, (N, 64wk, H/4, W/4) to (N, 512wk, H/32, W/32), halves rounded up; k is 4 for bottlenecks (50 and deeper), 1
+    otherwise. It takes folded params too (`fold_batch_norm`). `base` is a prefix of the keys of `params`.
+    Raises ValueError for another depth or a width below 1/64.
+    """
+    if depth not in IMAGENET_DEPTHS:
+        raise ValueError(f'--depth {depth}: an ImageNet ResNet has {", ".join(map(str, IMAGENET_DEPTHS))} layers')
+    if not 1 / 64 <= width <= 1024:
+        raise ValueError(f'--width {width}: an ImageNet ResNet is 1/64 to 1024 times 64 channels wide')
+    blocks, convs = IMAGENET_DEPTHS[depth]
+
+    def block_params(ni, inner, no, stride):
+        channels = [ni, inner, no] if convs == 2 else [ni, inner, inner, no]
+        kernels = [3, 3] if convs == 2 else [1, 3, 1]
+        shortcut = ni != no or stride != 1
+        params = {f'conv{i}': conv_params(channels[i], channels[i + 1], kernels[i]) for i in range(convs)}
+        params |= {f'bn{i}': bnparams(channels[i + 1]) for i in range(convs)}
+        return params | {
+            'convdim': conv_params(ni, no) if shortcut else None,
+            'bndim': bnparams(no) if shortcut else None,
+        }
+
+    params, ni = {'conv0': conv_params(3, 64, 7), 'bn0': bnparams(64)}, 64
+    for g, count in enumerate(blocks):
+        inner = int(64 * 2**g * width)
+        no = inner * (1 if convs == 2 else 4)
+        stride = 2 if g else 1
+        group = {f'block{i}': block_params(no if i else ni, inner, no, 1 if i else stride) for i in range(count)}
+        params[f'group{g}'], ni = group, no
+    params = flatten({**params, 'fc': linear_params(ni, num_classes)})
+    set_requires_grad_except_bn_(params)
+    return imagenet_forward, params
+
+
+def imagenet_forward(x, params, mode, base=''):
+    """The function of every ImageNet ResNet, whose depth and widths are read from its params, folded or not."""
+    dtype = params[base + 'fc.weight'].dtype
+    x = F.relu(_conv_bn(x.to(dtype), params, base, 'conv0', 'bn0', mode, 2, 3), inplace=True)
+    x = F.max_pool2d(x, 3, 2, 1)
+    groups = []
+    for g in range(4):
+        for i in itertools.count():
+            block = f'{base}group{g}.block{i}.'
+            if block + 'conv0' not in params and block + 'conv0.weight' not in params:
+                break
+            x = _imagenet_block(x, params, block, mode, 2 if g and not i else 1)
+        groups.append(x)
+    x = x.mean((2, 3))  # (N, C, H, W) -> (N, C)
+    return F.linear(x, params[base + 'fc.weight'], params[base + 'fc.bias']), tuple(groups)
+
+
+def _imagenet_block(x, params, base, mode, stride):
+    bottleneck = base + 'conv2' in params or base + 'conv2.weight' in params
+    strides = (1, stride, 1) if bottleneck else (stride, 1)
+    y = x
+    for i, s in enumerate(strides):
+        y = _conv_bn(y, params, base, f'conv{i}', f'bn{i}', mode, s, int(not bottleneck or i == 1))
+        if i < len(strides) - 1:
+            y = F.relu(y, inplace=True)
+    if base + 'convdim' in params or base + 'conv_dim.weight' in params:
+        x = _conv_bn(x, params, base, 'convdim', 'bndim', mode, stride, 0)
+    return F.relu(y + x, inplace=True)
+
+
+def _conv_bn(x, params, base, conv, bn, mode, stride, padding):
+    if base + conv in params:
+        x = F.conv2d(x, params[base + conv], stride=stride, padding=padding)
+        return batch_norm(x, params, base + bn, mode)
+    conv = base + FOLDED_NAMES.get(conv, conv)
+    return F.conv2d(x, params[conv + '.weight'], params[conv + '.bias'], stride=stride, padding=padding)
+
+
+FOLDED_NAMES = {'convdim': 'conv_dim'}  # what the authors' exports call a convolution otherwise
+
+
+def fold_batch_norm(params):
+    """Fold batch norm into the convolutions of an ImageNet ResNet, in the layout of the authors' exports.
+
+    `conv0` and `bn0.*` become `conv0.weight` and `conv0.bias`, `convdim` and `bndim.*` become `conv_dim.weight` and
+    `conv_dim.bias`; computed in float64, returned in the dtype that there was. For evaluation only.
+    """
+    folded = {}
+    for key, value in params.items():
+        parent, _, name = key.rpartition('.')
+        base = parent + '.' if parent else ''
+        if name.startswith('conv'):
+            bn = f'{base}bn{name.removeprefix("conv")}'
+            weight, bias, mean, var = (
+                params[f'{bn}.{part}'].double() for part in ('weight', 'bias', 'running_mean', 'running_var')
+            )
+            scale = weight / (var + 1e-5).sqrt()
+            conv = base + FOLDED_NAMES.get(name, name)
+            folded[conv + '.weight'] = (value.double() * scale.view(-1, 1, 1, 1)).to(value.dtype)
+            folded[conv + '.bias'] = (bias - mean * scale).to(value.dtype)
+        elif key.startswith('fc.'):
+            folded[key] = value
+    return {k: v.detach() for k, v in folded.items()}
+
+
+def imagenet_resnet_depth(params):
+    """The depth of the ImageNet ResNet that a flat dictionary, folded or not, belongs to.
+
+    Raises ValueError where the blocks in it are those of none of `IMAGENET_DEPTHS`.
+    """
+    pattern = re.compile(r'group(\d)\.block(\d{1,2})\.conv(\d)(\.weight)?')
+    found = [match.groups() for match in map(pattern.fullmatch, params) if match]
+    counts = tuple(len({block for g, block, *_ in found if g == str(group)}) for group in range(4))
+    convs = len({conv for *_, conv, _ in found})
+    for depth, shape in IMAGENET_DEPTHS.items():
+        if shape == (counts, convs):
+            return depth
+    raise ValueError(f'no ImageNet ResNet: {counts} blocks of {convs} convolutions in its groups')
