@@ -36,9 +36,9 @@ TABLES = {
     'demo': {
         'rows': [('wrn-16-1', 'wrn-16-2')],
         'dataset': 'digits',
-        'epochs': 20,
+        'epochs': 10,
         'seeds': 1,
-        'flags': ['--batch_size', '64', '--dtype', 'bfloat16'],
+        'flags': ['--batch_size', '64'],
     },
 }
 
@@ -50,7 +50,7 @@ def parse():
     flag('--rows', default='', help="numbers of the table's rows from 1, like 1,3 (default: all)")
     flag('--methods', default=','.join(METHODS), help='some of %(default)s (default: all)')
     flag('--seeds', type=options.number(int, 1, 1000), help='number of seeds, from 0 on (default: 5, demo: 1)')
-    flag('--epochs', type=options.number(int, 1), help='the schedule scales with it (default: 200, demo: 20)')
+    flag('--epochs', type=options.number(int, 1), help='the schedule scales with it (default: 200, demo: 10)')
     flag('--dataroot', default='.', help='as of cifar.py')
     flag('--holdout', default=0, type=options.number(int, 0), help='as of cifar.py: to choose between variants')
     flag('--dtype', default='', choices=['', *options.DTYPES], help='as of cifar.py')
