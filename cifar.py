@@ -15,7 +15,7 @@ import data
 import engine
 import options
 from resnet import wide_resnet
-from utils import cast, set_requires_grad_except_bn_
+from utils import set_requires_grad_except_bn_
 
 # The flags that say which images are tested on, and their values where an older log does not hold them.
 TEST_SET = {'dataset': 'CIFAR10', 'holdout': 0, 'image_size': 32}
@@ -40,7 +40,7 @@ def parse():
         weight_decay=0.0005,
     )
     opt = parser.parse_args()
-    options.check(opt, opt.teacher_id)
+    options.check(opt, opt.teacher_id, '--teacher_id')
     wide_resnet(opt.depth, opt.width, 2)  # a shape that is none is told before anything else begins
     if opt.randomcrop_pad % 1 or opt.randomcrop_pad >= opt.image_size:
         raise ValueError(f'--randomcrop_pad {opt.randomcrop_pad:g}: expected whole pixels, fewer than the image has')
@@ -58,26 +58,13 @@ def build_data(opt, device):
     return dataset, train_batches, partial(data.TestBatches, test, opt.batch_size, *workers)
 
 
-def build_student(opt, num_classes, device):
-    """The network to train, drawn from the seed, and its parameters on the device."""
-    torch.manual_seed(opt.seed)
-    f, params = wide_resnet(opt.depth, opt.width, num_classes)
-    params = cast(params, 'double' if opt.dtype in ('double', 'float64') else 'float', device)
-    set_requires_grad_except_bn_(params)
-    return f, params
-
-
 def build_teacher(opt, dataset, test_batches, device):
     """The teacher as x -> (logits, groups), checked against its own log; None where no teacher is named."""
     if not opt.teacher_id:
         return None
     f, params, record = engine.find_teacher(opt.teacher_id)
-    num_classes = len(params['fc.bias'])
-    if num_classes != dataset.num_classes:
-        raise ValueError(
-            f'--teacher_id {opt.teacher_id} tells {num_classes} classes apart, but the data have {dataset.num_classes}'
-        )
-    params = cast(params, 'double' if opt.dtype in ('double', 'float64') else 'float', device)
+    engine.check_classes(f'--teacher_id {opt.teacher_id}', params, dataset.num_classes)
+    params = engine.place(params, opt.dtype, device)
     _, (accuracy,) = engine.evaluate(f, params, test_batches(), device, opt.dtype)
     same = all(record.get(flag, default) == getattr(opt, flag) for flag, default in TEST_SET.items())
     engine.check_teacher(record, accuracy, same)
@@ -89,10 +76,13 @@ def main():
     device = engine.start(opt)
     engine.say('parsed options:', vars(opt))
     dataset, train_batches, test_batches = build_data(opt, device)
-    f, params = build_student(opt, dataset.num_classes, device)
+    torch.manual_seed(opt.seed)
+    f, params = wide_resnet(opt.depth, opt.width, dataset.num_classes)
+    params = engine.place(params, opt.dtype, device)
+    set_requires_grad_except_bn_(params)
     teacher = build_teacher(opt, dataset, test_batches, device)
     engine.describe(opt, f, params, teacher, next(iter(test_batches()))[0][:1])
-    step = engine.make_step(opt, engine.data_parallel(f, params), teacher, device)
+    step = engine.make_step(opt, engine.data_parallel(f, params, 'sync' if opt.sync_bn else True), teacher, device)
     images = {'train_images': len(dataset.train.labels), 'test_images': len(dataset.test.labels)}
     facts = {'num_classes': dataset.num_classes, **images}
     engine.fit(opt, step, f, params, train_batches, test_batches, device, facts)

@@ -22,10 +22,18 @@ from torchnet.meter import AverageValueMeter, ClassErrorMeter, TimeMeter
 from tqdm import tqdm
 
 import checkpoint
-from utils import DTYPES, STATISTICS, at_loss, kd_loss, num_trained, print_tensor_dict
+from utils import DTYPES, STATISTICS, at_loss, cast, kd_loss, num_trained, print_tensor_dict
 
 FLUSH = 20  # steps between two looks at the losses: each look makes the host wait for the device
-NOT_SETTINGS = {'save', 'resume', 'overwrite', 'nthread', 'gpu_id', 'dataroot'}  # flags that change no result
+NOT_SETTINGS = {
+    'save',
+    'resume',
+    'overwrite',
+    'nthread',
+    'gpu_id',
+    'dataroot',
+    'max_restarts',
+}  # flags that change no result
 HALF_SCALE = 1024.0  # float16 gradients are computed this many times larger, or small ones would vanish
 
 
@@ -37,7 +45,7 @@ def rank():
 
 
 def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else 1
 
 
 def say(*words):
@@ -58,11 +66,15 @@ def start(opt):
     there = torch.cuda.device_count() if cuda else os.cpu_count()
     if opt.ngpu > there:
         raise ValueError(f'--ngpu {opt.ngpu}: there are {there} {"GPUs" if cuda else "CPU cores and no GPU"}')
+    if opt.batch_size % max(opt.ngpu, world()):
+        raise ValueError(f'--batch_size {opt.batch_size} is not a multiple of the {max(opt.ngpu, world())} workers')
+    if opt.save and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
+        opt.resume, opt.overwrite = 'auto', False  # a worker died, and all begin again where the checkpoint is
     check_save(opt)
     if 'LOCAL_RANK' in os.environ:
         dist.init_process_group('nccl' if cuda else 'gloo')
     elif opt.ngpu > 1:
-        sys.exit(_launch(opt.ngpu))
+        sys.exit(_launch(opt))
     device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if cuda else torch.device('cpu')
     if cuda:
         torch.cuda.set_device(device)
@@ -71,49 +83,64 @@ def start(opt):
     return device
 
 
-def _launch(ngpu):
+def _launch(opt):
     """Run this very command once per worker, wait, and return the exit status."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if not torch.cuda.is_available():
-        os.environ.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // ngpu)))
-    logging.getLogger('torch.distributed').setLevel(logging.CRITICAL)  # the worker has said what is wrong
-    config = LaunchConfig(1, 1, ngpu, run_id=str(os.getpid()), rdzv_backend='c10d', rdzv_endpoint='localhost:0')
-    config.max_restarts = 0
+        os.environ.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // opt.ngpu)))
+    logging.getLogger('torch.distributed').setLevel(logging.CRITICAL)  # one message is enough, and it is below
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=opt.ngpu,
+        run_id=str(os.getpid()),
+        rdzv_backend='c10d',
+        rdzv_endpoint='localhost:0',
+        max_restarts=opt.max_restarts,
+        monitor_interval=1,
+    )
     try:
         elastic_launch(config, sys.executable)('-u', *sys.argv)
     except ChildFailedError as error:
-        return max(1, error.get_first_failure()[1].exitcode)
+        failed_rank, failure = error.get_first_failure()
+        if failure.exitcode in (1, 2):
+            return failure.exitcode  # it has said why
+        how = f'signal {-failure.exitcode}' if failure.exitcode < 0 else f'exit status {failure.exitcode}'
+        advice = '; go on with --resume auto' if opt.save else ''
+        print(f'worker {failed_rank} died ({how}) and all were stopped{advice}', file=sys.stderr)
+        return 1
     return 0
 
 
 class _Module(torch.nn.Module):
     """A functional network as the module that DistributedDataParallel wants."""
 
-    def __init__(self, f, params):
+    def __init__(self, f, params, mode):
         super().__init__()
-        self.f, self.params = f, params
+        self.f, self.params, self.mode = f, params, mode
         for key, value in params.items():
             if value.requires_grad:
                 params[key] = torch.nn.Parameter(value.detach())
                 self.register_parameter(key.replace('.', '/'), params[key])
 
     def forward(self, x):
-        return self.f(x, self.params, True)
+        return self.f(x, self.params, self.mode)
 
 
-def data_parallel(f, params):
-    """The network in training mode, x -> (logits, groups), with gradients averaged over workers if there are several.
+def data_parallel(f, params, mode=True):
+    """The network in a mode, x -> (logits, groups), with gradients averaged over workers if there are several.
 
+    mode is True (training, each worker's batch statistics), 'sync' (those of all workers) or False (fixed statistics).
     With several workers, trained entries of `params` are replaced by torch.nn.Parameter: build the optimizer after.
     """
     if world() == 1:
-        return partial(f, params=params, mode=True)
+        return partial(f, params=params, mode=bool(mode))
     warnings.filterwarnings('ignore', 'Grad strides do not match')  # 1x1 convolutions in channels-last order
     device = next(iter(params.values())).device
     ids = [device.index] if device.type == 'cuda' else None
-    return torch.nn.parallel.DistributedDataParallel(_Module(f, params), device_ids=ids)
+    return torch.nn.parallel.DistributedDataParallel(_Module(f, params, mode), device_ids=ids)
 
 
 def _sum_over_workers(values, device):
@@ -199,7 +226,10 @@ def describe(opt, f, params, teacher, image):
     if not opt.beta:
         return
     with torch.no_grad():
-        pairs = list(zip(f(image, params, False)[1], teacher(image)[1]))
+        groups, groups_t = f(image, params, False)[1], teacher(image)[1]
+    if len(groups) != len(groups_t):
+        raise ValueError(f'the student has {len(groups)} groups, the teacher {len(groups_t)}: no maps to pair')
+    pairs = list(zip(groups, groups_t))
     for i in transfer_groups(opt.groups, len(pairs)):
         height, width = (min(sizes) for sizes in zip(*(g.shape[2:] for g in pairs[i])))
         if opt.at_form == 'code':
@@ -303,7 +333,28 @@ def _resumes_own(opt):
 
 
 def _resume_(opt, params, trained, optimizer):
-    """Load the checkpoint that --resume names into params and optimizer; returns the number of epochs that it did."""
+    """Load the checkpoint that --resume names into params and optimizer; returns the number of epochs that it did.
+
+    The first worker alone reads it and tells the others, who may be on machines that do not see it.
+    """
+    epoch = _load_run_(opt, params, trained, optimizer) if rank() == 0 else 0
+    if world() == 1:
+        return epoch
+    (epoch,) = _from_first([epoch])
+    for value in params.values():
+        dist.broadcast(value.detach(), 0)
+    for value in trained.values() if epoch else ():
+        buffer = optimizer.state[value].setdefault('momentum_buffer', torch.zeros_like(value))
+        dist.broadcast(buffer, 0)
+    return epoch
+
+
+def _from_first(objects):
+    dist.broadcast_object_list(objects, 0)
+    return objects
+
+
+def _load_run_(opt, params, trained, optimizer):
     path = os.path.join(opt.save, 'model.pt7') if opt.resume == 'auto' else opt.resume
     if not path or (opt.resume == 'auto' and not os.path.exists(path)):
         return 0
@@ -360,6 +411,18 @@ def evaluate(f, params, batches, device, dtype='float', topk=(1,)):
     return loss / n, [100 * (1 - w / n) for w in wrong]
 
 
+def place(params, dtype, device):
+    """A network's parameters on the device: float64 for --dtype double, float32 for every other."""
+    return cast(params, 'double' if DTYPES[dtype] == torch.float64 else 'float', device)
+
+
+def check_classes(teacher, params, num_classes):
+    """Refuse a teacher of another number of classes than the data."""
+    found = len(params['fc.bias'])
+    if found != num_classes:
+        raise ValueError(f'{teacher} tells {found} classes apart, but the data have {num_classes}')
+
+
 def find_teacher(teacher_id):
     """The network and the last log line of the run logs/<teacher_id>: (f, params, record).
 
@@ -395,14 +458,14 @@ def check_teacher(record, accuracy, same_test_set):
 class _Meters:
     """Losses and accuracy of a training epoch; they stay on the device until `flush`."""
 
-    def __init__(self, device):
-        self.device = device
+    def __init__(self, device, topk):
+        self.device, self.topk = device, topk
         self.time = TimeMeter('s')
         self.reset()
 
     def reset(self):
         self.values = {}
-        self.errors = ClassErrorMeter(accuracy=True)
+        self.errors = ClassErrorMeter(list(self.topk), accuracy=True)
         self.images = self.steps = 0
         self.pending = []
         self.time.reset()
@@ -436,15 +499,16 @@ class _Meters:
         self.pending = []
 
     def accuracy(self):
-        wrong, n = _sum_over_workers([self.errors.sum[1], self.errors.n], self.device)
-        return 100 * (1 - wrong / n)
+        n, *wrong = _sum_over_workers([self.errors.n, *(self.errors.sum[k] for k in self.topk)], self.device)
+        return [100 * (1 - w / n) for w in wrong]
 
 
-def fit(opt, step, f, params, train_batches, test_batches, device, facts):
+def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(1,)):
     """Train for opt.epochs, keeping log and checkpoint in opt.save; returns the last epoch's record.
 
     step: as of `make_step`. f, params: the network that is trained, evaluated and saved. train_batches(epoch) and
-    test_batches() give iterables as of `data`. facts: what else belongs in every line of the log.
+    test_batches() give iterables as of `data`. facts: what else belongs in every line of the log. Accuracies are logged
+    as a number, or as a list where topk names several.
     Raises FloatingPointError for a loss that is not finite and OSError where --save cannot be written.
     """
     trained = {k: v for k, v in params.items() if v.requires_grad}
@@ -457,7 +521,7 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts):
     _open_run(opt, done)
     facts = {**vars(opt), **facts, 'n_parameters': num_trained(params), **environment(device)}
     scale = HALF_SCALE if DTYPES[opt.dtype] == torch.float16 else 1
-    meters, beta, record = _Meters(device), 0.0, None
+    meters, beta, record = _Meters(device, topk), 0.0, None
 
     def network(sample):
         images, labels, size = sample
@@ -500,15 +564,15 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts):
         seconds = meters.time.value()
         _join_statistics_(params)
         timer = TimeMeter('s')
-        loss, accuracy = evaluate(f, params, test_batches(), device, opt.dtype)
+        loss, accuracy = evaluate(f, params, test_batches(), device, opt.dtype, topk)
         values = {name: meter.value() for name, meter in meters.values.items()}
         record = {
             **facts,
             'epoch': epoch,
             'train_loss': values['loss'][0],
-            'train_acc': meters.accuracy(),
+            'train_acc': _one_or_list(meters.accuracy()),
             'test_loss': loss,
-            'test_acc': accuracy[0],
+            'test_acc': _one_or_list(accuracy),
             'train_time': seconds,
             'test_time': timer.value(),
             'at_losses': [v for k, v in values.items() if k.startswith('at')],
@@ -527,6 +591,14 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts):
     if opt.save:
         say(f'log: {os.path.join(opt.save, "log.txt")}\nmodel: {os.path.join(opt.save, "model.pt7")}')
     return record
+
+
+def _one_or_list(accuracies):
+    return accuracies[0] if len(accuracies) == 1 else accuracies
+
+
+def _percent(accuracy):
+    return ' '.join(f'{a:.2f}%' for a in (accuracy if isinstance(accuracy, list) else [accuracy]))
 
 
 def _weight(name, alpha, beta):
@@ -550,8 +622,8 @@ def _print_epoch(opt, record):
     terms = '  '.join(f'{k} {record[k]:.3g}' for k in record if k in ('ce', 'kd') or k[:2] == 'at' and k[2:].isdigit())
     say(
         f'epoch {record["epoch"]}/{opt.epochs}  lr {record["lr"]:.3g}  '
-        f'train {record["train_loss"]:.4f} {record["train_acc"]:.2f}%  '
-        f'test {record["test_loss"]:.4f} {record["test_acc"]:.2f}%  {terms}  '
+        f'train {record["train_loss"]:.4f} {_percent(record["train_acc"])}  '
+        f'test {record["test_loss"]:.4f} {_percent(record["test_acc"])}  {terms}  '
         f'{record["images_per_second"]:.0f} images/s  {record["train_time"]:.0f}+{record["test_time"]:.0f} s'
     )
 

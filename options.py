@@ -88,19 +88,19 @@ def common_flags(parser, *, depth, batch_size, epochs, epoch_step, lr_decay_rati
     flag('--overwrite', action='store_true', help='replace the run that --save holds')
     flag('--nthread', default=4, type=number(int, 0, 1024), help='threads that decode images')
     flag('--ngpu', default=1, type=number(int, 1, 1024), help='workers: one a GPU, or CPU processes without GPUs')
+    flag('--sync_bn', action='store_true', help="batch norm over all workers' images, not each worker's share")
+    flag('--max_restarts', default=0, type=number(int, 0, 1000), help='begin again so often when a worker dies')
     flag('--gpu_id', default='', help='GPUs to use, like 0,1 (default: all that CUDA_VISIBLE_DEVICES allows)')
 
 
-def check(opt, teacher):
-    """Refuse flags that contradict each other; `teacher` says whether one was named."""
+def check(opt, teacher, flag):
+    """Refuse flags that contradict each other; `teacher` is the value of `flag`, which names one."""
     if (opt.alpha or opt.beta) and not teacher:
-        raise ValueError(f'--{"alpha" if opt.alpha else "beta"} needs a teacher: name one with --teacher_id')
+        raise ValueError(f'--{"alpha" if opt.alpha else "beta"} needs a teacher: name one with {flag}')
     if opt.resume and opt.overwrite:
         raise ValueError('--resume and --overwrite contradict each other')
     if opt.resume == 'auto' and not opt.save:
         raise ValueError('--resume auto continues the run in --save, which is not given')
-    if opt.batch_size < opt.ngpu:
-        raise ValueError(f'--batch_size {opt.batch_size} gives some of --ngpu {opt.ngpu} workers nothing to do')
 
 
 def run(main):

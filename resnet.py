@@ -185,6 +185,8 @@ def fold_batch_norm(params):
     `conv0` and `bn0.*` become `conv0.weight` and `conv0.bias`, `convdim` and `bndim.*` become `conv_dim.weight` and
     `conv_dim.bias`; computed in float64, returned in the dtype that there was. For evaluation only.
     """
+    if not any(key.endswith('running_mean') for key in params):
+        return params  # folded already
     folded = {}
     for key, value in params.items():
         parent, _, name = key.rpartition('.')

@@ -5,6 +5,7 @@ them. Below the parameters stand the losses of the paper, each two lines that on
 """
 
 import torch
+import torch.distributed.nn.functional  # is not imported with torch
 import torch.nn.functional as F
 
 STATISTICS = ('running_mean', 'running_var')
@@ -61,15 +62,30 @@ def cast(params, dtype='float', device=None):
 
 
 def batch_norm(x, params, base, mode):
-    """Batch norm of x (N, C, H, W) with the parameters under `base`; mode True uses and updates batch statistics."""
-    return F.batch_norm(
-        x,
-        params[base + '.running_mean'],
-        params[base + '.running_var'],
-        params[base + '.weight'],
-        params[base + '.bias'],
-        training=mode,
-    )
+    """Batch norm of x (N, C, H, W) with the parameters under `base`.
+
+    mode False normalises with the running statistics; True with those of the batch, and updates the running ones;
+    'sync' likewise with those of the batches of all worker processes together.
+    """
+    names = ('running_mean', 'running_var', 'weight', 'bias')
+    mean, var, weight, bias = (params[f'{base}.{name}'] for name in names)
+    if mode == 'sync':
+        return _sync_batch_norm(x, mean, var, weight, bias)
+    return F.batch_norm(x, mean, var, weight, bias, training=mode)
+
+
+def _sync_batch_norm(x, running_mean, running_var, weight, bias, momentum=0.1, eps=1e-5):
+    all_reduce = torch.distributed.nn.functional.all_reduce  # sums over workers, and their gradients in the backward
+    x32 = x if x.dtype == torch.float64 else x.float()
+    n = all_reduce(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
+    mean = all_reduce(x32.sum((0, 2, 3))) / n
+    centred = x32 - mean.view(-1, 1, 1)
+    var = all_reduce(centred.square().sum((0, 2, 3))) / n
+    with torch.no_grad():
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * n / (n - 1), momentum)
+    scale = weight * (var + eps).rsqrt()
+    return (centred * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)).to(x.dtype)
 
 
 def set_requires_grad_except_bn_(params):

@@ -44,6 +44,8 @@ WRONG = {  # flag: values that it has to refuse
     'nthread': ['-1', '1.5', '1000000'],
     'ngpu': ['0', '-1', '1.5', '999', '1000000'],
     'gpu_id': [],
+    'sync_bn': ['yes'],
+    'max_restarts': ['-1', '1.5'],
 }
 
 
@@ -111,7 +113,7 @@ def test_flags_that_contradict_each_other_are_refused(script):
     assert refused(script(cifar, '--beta 1'), '--beta needs a teacher')
     assert refused(script(cifar, '--resume auto'), '--save, which is not given')
     assert refused(script(cifar, '--resume auto --save x --overwrite'), 'contradict')
-    assert refused(script(cifar, '--ngpu 4 --batch_size 3'), 'nothing to do')
+    assert refused(script(cifar, '--ngpu 2 --batch_size 3'), '--batch_size 3 is not a multiple of the 2 workers')
 
 
 def test_main_is_a_table_of_contents():
