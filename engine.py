@@ -22,6 +22,7 @@ from torchnet.meter import AverageValueMeter, ClassErrorMeter, TimeMeter
 from tqdm import tqdm
 
 import checkpoint
+from options import LOST_PEER
 from utils import DTYPES, STATISTICS, at_loss, cast, kd_loss, num_trained, print_tensor_dict
 
 FLUSH = 20  # steps between two looks at the losses: each look makes the host wait for the device
@@ -104,7 +105,8 @@ def _launch(opt):
     try:
         elastic_launch(config, sys.executable)('-u', *sys.argv)
     except ChildFailedError as error:
-        failed_rank, failure = error.get_first_failure()
+        failures = sorted(error.failures.items(), key=lambda f: (f[1].exitcode == LOST_PEER, f[1].timestamp))
+        failed_rank, failure = failures[0]
         if failure.exitcode in (1, 2):
             return failure.exitcode  # it has said why
         how = f'signal {-failure.exitcode}' if failure.exitcode < 0 else f'exit status {failure.exitcode}'
@@ -275,10 +277,13 @@ def _line(record):
 
 
 def _append_line(path, line):
-    with open(path, 'a') as file:
-        file.write(line)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(path, 'a') as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f'{path} could not be written: {error.strerror}') from None
 
 
 def commit():

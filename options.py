@@ -6,7 +6,11 @@ import math
 import os
 import sys
 
+import torch
+
 from utils import DTYPES
+
+LOST_PEER = 3  # exit status of a worker that stops because another one is gone
 
 
 class Parser(argparse.ArgumentParser):
@@ -110,6 +114,10 @@ def run(main):
     """
     try:
         main()
+    except RuntimeError as error:
+        if isinstance(error, torch.distributed.DistError) or '/gloo/' in str(error):
+            sys.exit(LOST_PEER)  # another worker is gone, of which the launcher tells
+        raise
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
         if os.environ.get('AT_TRACEBACK'):
             raise

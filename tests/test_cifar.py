@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -223,6 +224,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_terms(train)
     assert status == 1 and err.count('\n') == 1
     assert re.search(r'epoch 1, step 2: the loss is not finite \(loss \S+, ce \S+\); try a lower --lr', err)
     assert not os.path.exists('logs/run/model.pt7')
+
+
+def test_no_space_left_stops_the_run_and_leaves_its_last_checkpoint_whole(train, teacher):
+    before = open('logs/teacher/model.pt7', 'rb').read()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the system refuses longer files from here on
+    try:
+        result = train('--epochs 8 --epoch_step [4] --lr 0.05 --save logs/teacher --resume auto')
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert refused(result, 'logs/teacher/model.pt7 could not be written: ', 'what was there before is whole')
+    assert open('logs/teacher/model.pt7', 'rb').read() == before
+    assert sorted(os.listdir('logs/teacher')) == ['log.txt', 'model.pt7']
+    assert train('--epochs 8 --epoch_step [4] --lr 0.05 --save logs/teacher --resume auto')[0] == 0
+    assert [r['epoch'] for r in logged('teacher')] == list(range(1, 9))
 
 
 def test_without_save_nothing_is_kept(train, tmp_path):

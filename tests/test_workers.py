@@ -1,0 +1,128 @@
+"""One worker and several compute the same; dead ones are told of, and a run begins again where it was."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import SMALL
+
+import cifar
+import engine
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': ROOT}
+
+
+def torchrun(*words, **more):
+    command = [sys.executable, '-m', 'torch.distributed.run', *map(str, words)]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+
+
+def finished(process):
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return out
+
+
+def twenty_steps(tmp_path, mode, workers):
+    out = tmp_path / f'{mode}{workers}.pt'
+    words = ['--standalone', '--nproc-per-node', workers, os.path.join(HERE, 'workers.py'), mode, out]
+    finished(torchrun(*words))
+    return torch.load(out)
+
+
+@pytest.mark.parametrize('mode', ['fixed', 'sync'])
+def test_losses_gradients_and_weights_do_not_depend_on_the_number_of_workers(tmp_path, mode):
+    """Over 20 steps of AT and KD with uneven last batches; statistics of batch norm fixed, or joined."""
+    one, two = (twenty_steps(tmp_path, mode, workers) for workers in (1, 2))
+    assert len(one['losses']) == 20 and one['losses'][-1] < one['losses'][0]
+    torch.testing.assert_close(two['losses'], one['losses'], rtol=1e-6, atol=0)
+    for key, value in one['params'].items():
+        torch.testing.assert_close(two['params'][key], value, rtol=1e-6, atol=1e-9)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+def test_two_machines_train_together(photos, tmp_path):
+    """Two launchers meet over the network on this machine, as two nodes of one worker each."""
+    words = [*SMALL.split(), '--dataroot', str(photos), '--epochs', '1', '--save', 'logs/run']
+    port = free_port()
+    nodes = [
+        torchrun(
+            *('--nnodes', 2, '--nproc-per-node', 1, '--node-rank', node, '--master-addr', '127.0.0.1'),
+            *('--master-port', port, cifar.__file__, *words),
+            cwd=tmp_path,
+        )
+        for node in (0, 1)
+    ]
+    out = [finished(node) for node in nodes]
+    assert 'epoch 1/1' in out[0] and out[1] == ''
+    (record,) = engine.read_log(tmp_path / 'logs' / 'run' / 'log.txt')
+    assert record['workers'] == 2 and record['train_images'] == 60
+
+
+def start_two(photos, tmp_path, *more):
+    words = [
+        *SMALL.split(),
+        '--dataroot',
+        str(photos),
+        '--epochs',
+        '60',
+        '--lr',
+        '0.01',
+        '--save',
+        'logs/run',
+        '--ngpu',
+    ]
+    command = [sys.executable, cifar.__file__, *words, '2', *more]
+    return subprocess.Popen(
+        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def kill_second_worker(process, epoch):
+    """Kill worker 1 as soon as the first has told of an epoch."""
+    for line in process.stdout:
+        if line.startswith(f'epoch {epoch}/'):
+            break
+    children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+    for child in children:
+        environment = open(f'/proc/{child}/environ').read().split('\0')
+        if 'RANK=1' in environment:
+            os.kill(int(child), signal.SIGKILL)
+            return
+    raise AssertionError('no second worker')
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/environ'), reason='finds the worker to kill in /proc')
+
+
+@needs_proc
+def test_a_dead_worker_ends_the_others_with_one_message(photos, tmp_path):
+    process = start_two(photos, tmp_path)
+    kill_second_worker(process, 2)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert 'worker 1 died (signal 9) and all were stopped; go on with --resume auto' in err
+    assert 'Traceback' not in err, err
+
+
+@needs_proc
+def test_a_run_begins_again_where_it_was_when_a_worker_dies(photos, tmp_path):
+    process = start_two(photos, tmp_path, '--max_restarts', '1')
+    kill_second_worker(process, 3)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert re.search(r'resumed from logs/run/model.pt7 after epoch [3-9]', out)
+    records = engine.read_log(tmp_path / 'logs' / 'run' / 'log.txt')
+    assert [r['epoch'] for r in records] == list(range(1, 61))

@@ -1,0 +1,54 @@
+"""Twenty steps of AT + KD, to be run by any number of workers; writes losses and parameters to a file.
+
+python workers.py MODE OUT, MODE being fixed, sync or own batch norm statistics.
+"""
+
+import argparse
+import sys
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+import data
+import engine
+import resnet
+
+FLAGS = {'alpha': 0.7, 'beta': 100.0, 'temperature': 4.0, 'power': 2, 'mapping': 'sum', 'at_form': 'code'}
+
+
+def main():
+    mode = {'fixed': False, 'sync': 'sync', 'own': True}[sys.argv[1]]
+    if engine.world() > 1:
+        dist.init_process_group('gloo')
+    torch.set_num_threads(1)
+    opt = argparse.Namespace(**FLAGS, groups='', dtype='double')
+    torch.manual_seed(0)
+    device = torch.device('cpu')
+    f, params = resnet.wide_resnet(10, 0.25, 10)
+    g, params_t = resnet.wide_resnet(10, 0.5, 10)
+    params, params_t = ({k: v.detach().double() for k, v in p.items()} for p in (params, params_t))
+    for key, value in params.items():
+        value.requires_grad_('running' not in key)
+    step = engine.make_step(opt, engine.data_parallel(f, params, mode), partial(g, params=params_t, mode=False), device)
+    optimizer = torch.optim.SGD([v for v in params.values() if v.requires_grad], 0.002, 0.9, weight_decay=5e-4)
+    digits = data.load('digits', image_size=8).train
+    images = data.Images(digits.pixels[:150], digits.labels[:150])  # the last batch of an epoch has 22 images
+    losses = []
+    for epoch in range(1, 5):
+        for x, labels, size in data.TrainBatches(images, 32, 1, False, 0, engine.rank(), engine.world(), epoch):
+            _, terms = step(x, labels)
+            loss = 0.3 * terms['ce'] + 0.7 * terms['kd'] + 100 * sum(terms[f'at{i}'] for i in range(3))
+            optimizer.zero_grad()
+            (loss * (len(labels) / size * engine.world())).backward()
+            optimizer.step()
+            losses.append(loss.detach() * len(labels) / size)
+    losses = torch.stack(losses)
+    if engine.world() > 1:
+        dist.all_reduce(losses)
+    if engine.rank() == 0:
+        torch.save({'losses': losses, 'params': {k: v.detach() for k, v in params.items()}}, sys.argv[2])
+
+
+if __name__ == '__main__':
+    main()
