@@ -26,15 +26,9 @@ from options import LOST_PEER
 from utils import DTYPES, STATISTICS, at_loss, cast, kd_loss, num_trained, print_tensor_dict
 
 FLUSH = 20  # steps between two looks at the losses: each look makes the host wait for the device
-NOT_SETTINGS = {
-    'save',
-    'resume',
-    'overwrite',
-    'nthread',
-    'gpu_id',
-    'dataroot',
-    'max_restarts',
-}  # flags that change no result
+NOT_SETTINGS = set(
+    'save resume overwrite nthread gpu_id dataroot imagenetpath max_restarts'.split()
+)  # change no result
 HALF_SCALE = 1024.0  # float16 gradients are computed this many times larger, or small ones would vanish
 
 
@@ -345,18 +339,15 @@ def _resume_(opt, params, trained, optimizer):
     epoch = _load_run_(opt, params, trained, optimizer) if rank() == 0 else 0
     if world() == 1:
         return epoch
-    (epoch,) = _from_first([epoch])
+    told = [epoch]
+    dist.broadcast_object_list(told, 0)
+    (epoch,) = told
     for value in params.values():
         dist.broadcast(value.detach(), 0)
     for value in trained.values() if epoch else ():
         buffer = optimizer.state[value].setdefault('momentum_buffer', torch.zeros_like(value))
         dist.broadcast(buffer, 0)
     return epoch
-
-
-def _from_first(objects):
-    dist.broadcast_object_list(objects, 0)
-    return objects
 
 
 def _load_run_(opt, params, trained, optimizer):
@@ -385,7 +376,7 @@ def _open_run(opt, done):
     if opt.overwrite and os.path.exists(model):
         os.unlink(model)
     if os.path.exists(log):
-        kept = [] if opt.overwrite else [r for r in read_log(log) if r['epoch'] <= done]
+        kept = [] if opt.overwrite else [r for r in read_log(log) if r.get('epoch', 0) <= done]
         checkpoint.write_whole(log, ''.join(map(_line, kept)).encode())
 
 
@@ -518,74 +509,46 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(
     """
     trained = {k: v for k, v in params.items() if v.requires_grad}
     optimizer = torch.optim.SGD(trained.values(), opt.lr, momentum=0.9, weight_decay=opt.weight_decay)
-    epoch_step = json.loads(opt.epoch_step)
-    done = _resume_(opt, params, trained, optimizer)
+    epoch = done = _resume_(opt, params, trained, optimizer)
     if done >= opt.epochs:
         say(f'nothing to do: {done} of {opt.epochs} epochs are done')
         return None
     _open_run(opt, done)
     facts = {**vars(opt), **facts, 'n_parameters': num_trained(params), **environment(device)}
-    scale = HALF_SCALE if DTYPES[opt.dtype] == torch.float16 else 1
-    meters, beta, record = _Meters(device, topk), 0.0, None
+    meters, record = _Meters(device, topk), None
 
     def network(sample):
-        images, labels, size = sample
-        logits, terms = step(images, labels)
-        total = sum(_weight(name, opt.alpha, beta) * term for name, term in terms.items())
-        terms = {'loss': total, **terms}
-        part = len(labels) / size
-        meters.add({k: t.detach() * part for k, t in terms.items()}, logits, labels, size)
-        return total * (part * world() * scale), logits  # the gradient is averaged over workers
+        return _weighted_loss(opt, step, sample, epoch, meters)
 
     def on_start(state):
         state['epoch'] = done
 
     def on_start_epoch(state):
-        nonlocal beta
+        nonlocal epoch
         epoch = state['epoch'] + 1
-        beta = beta_at(epoch, opt.epochs, opt.beta, opt.beta_decay)
-        for group in optimizer.param_groups:
-            group['lr'] = lr_at(epoch, opt.lr, epoch_step, opt.lr_decay_ratio)
-        if epoch in epoch_step:
-            optimizer.state.clear()  # momentum starts from zero, as in the original
+        _set_rate_(opt, optimizer, epoch)
         meters.reset()
         bar = {'disable': True if rank() else None, 'leave': False, 'desc': f'epoch {epoch}/{opt.epochs}'}
         state['iterator'] = state['bar'] = tqdm(train_batches(epoch), unit='step', **bar)
 
     def on_forward(state):
-        if scale != 1:
-            torch._foreach_div_([v.grad for v in trained.values()], scale)
+        if _loss_scale(opt) != 1:
+            torch._foreach_div_([v.grad for v in trained.values()], _loss_scale(opt))
 
     def on_update(state):
         if len(meters.pending) == FLUSH:
-            meters.flush(state['epoch'] + 1)
+            meters.flush(epoch)
             speed = meters.images / meters.time.value()
             state['bar'].set_postfix_str(f'loss {meters.values["loss"].value()[0]:.4f}, {speed:.0f} images/s')
 
     def on_end_epoch(state):
         nonlocal record
-        epoch = state['epoch']
         meters.flush(epoch)
-        seconds = meters.time.value()
+        trained_for = meters.time.value()
         _join_statistics_(params)
         timer = TimeMeter('s')
-        loss, accuracy = evaluate(f, params, test_batches(), device, opt.dtype, topk)
-        values = {name: meter.value() for name, meter in meters.values.items()}
-        record = {
-            **facts,
-            'epoch': epoch,
-            'train_loss': values['loss'][0],
-            'train_acc': _one_or_list(meters.accuracy()),
-            'test_loss': loss,
-            'test_acc': _one_or_list(accuracy),
-            'train_time': seconds,
-            'test_time': timer.value(),
-            'at_losses': [v for k, v in values.items() if k.startswith('at')],
-            **{k: v[0] for k, v in values.items() if k != 'loss'},
-            'lr': optimizer.param_groups[0]['lr'],
-            'beta_now': beta,
-            'images_per_second': meters.images / seconds,
-        }
+        tested = evaluate(f, params, test_batches(), device, opt.dtype, topk)
+        record = {**facts, **_results(opt, epoch, meters, trained_for, tested, timer.value())}
         _keep(opt, record, params, trained, optimizer)
         _print_epoch(opt, record)
 
@@ -598,16 +561,59 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(
     return record
 
 
+def _weighted_loss(opt, step, sample, epoch, meters):
+    """What this worker differentiates, and the logits; the named terms go to the meters.
+
+    Gradients are averaged over workers, so the loss of a share counts by its part of the global batch.
+    """
+    images, labels, size = sample
+    logits, terms = step(images, labels)
+    weights = {'ce': 1 - opt.alpha, 'kd': opt.alpha}
+    beta = beta_at(epoch, opt.epochs, opt.beta, opt.beta_decay)
+    total = sum(weights.get(name, beta) * term for name, term in terms.items())
+    part = len(labels) / size
+    meters.add({name: term.detach() * part for name, term in {'loss': total, **terms}.items()}, logits, labels, size)
+    return total * (part * world() * _loss_scale(opt)), logits
+
+
+def _loss_scale(opt):
+    return HALF_SCALE if DTYPES[opt.dtype] == torch.float16 else 1
+
+
+def _set_rate_(opt, optimizer, epoch):
+    """Give the optimizer the learning rate of an epoch; momentum starts from zero where it drops, as in the original."""
+    epoch_step = json.loads(opt.epoch_step)
+    for group in optimizer.param_groups:
+        group['lr'] = lr_at(epoch, opt.lr, epoch_step, opt.lr_decay_ratio)
+    if epoch in epoch_step:
+        optimizer.state.clear()
+
+
+def _results(opt, epoch, meters, train_time, tested, test_time):
+    """What an epoch adds to the log."""
+    values = {name: meter.value() for name, meter in meters.values.items()}
+    return {
+        'epoch': epoch,
+        'train_loss': values['loss'][0],
+        'train_acc': _one_or_list(meters.accuracy()),
+        'test_loss': tested[0],
+        'test_acc': _one_or_list(tested[1]),
+        'train_time': train_time,
+        'test_time': test_time,
+        'at_losses': [v for k, v in values.items() if k.startswith('at')],
+        **{k: v[0] for k, v in values.items() if k != 'loss'},
+        'lr': lr_at(epoch, opt.lr, json.loads(opt.epoch_step), opt.lr_decay_ratio),
+        'beta_now': beta_at(epoch, opt.epochs, opt.beta, opt.beta_decay),
+        'images_per_second': meters.images / train_time,
+    }
+
+
 def _one_or_list(accuracies):
     return accuracies[0] if len(accuracies) == 1 else accuracies
 
 
 def _percent(accuracy):
     return ' '.join(f'{a:.2f}%' for a in (accuracy if isinstance(accuracy, list) else [accuracy]))
-
-
-def _weight(name, alpha, beta):
-    return {'ce': 1 - alpha, 'kd': alpha}.get(name, beta)
 
 
 def _keep(opt, record, params, trained, optimizer):
