@@ -1,19 +1,24 @@
-"""Save, resume and import parameters.
+"""Save, resume, import and export parameters.
 
     python checkpoint.py slim logs/RUN            # drop what only a resume needs, before publishing a run
+    python checkpoint.py info FILE                # what network a file or a run holds
+    python checkpoint.py export logs/RUN --to torchvision resnet34.pth
 
-A checkpoint is a dictionary of tensors, numbers and strings that torch.load reads with weights_only=True, so that a
-file from a stranger is data and never code.
+A run is a folder that holds model.pt7; export and info also take a file: a checkpoint of ours or of the authors',
+their folded export (.pth, .hkl), a torchvision ResNet's state_dict, or a .safetensors of any of these.
+It is read as data and never as code: nothing in it can run, or open another file.
 """
 
+import hashlib
 import io
 import os
-import warnings
 
 import torch
 
+import formats
 import options
 import resnet
+from utils import STATISTICS, num_trained
 
 
 def save(path, state):
@@ -47,65 +52,161 @@ def load(path):
     Returns a dictionary with `params`, flat and without prefix, and whatever else the file holds. Raises OSError
     where there is none and ValueError where the file is not a checkpoint.
     """
-    if not os.path.isfile(path):
-        raise OSError(f'{path}: no such checkpoint')
-    with open(path, 'rb') as file:
-        content = io.BytesIO(file.read())
-    try:
-        with warnings.catch_warnings():  # about unusual pickles; what matters becomes an error
-            warnings.simplefilter('ignore')
-            state = torch.load(content, map_location='cpu', weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile file makes the reader raise, it is not a checkpoint
-        raise ValueError(f'{path} is not a checkpoint, or is damaged ({_first_line(error)})') from None
+    state = formats.read(path)
     if not isinstance(state, dict) or not isinstance(state.get('params'), dict):
         raise ValueError(f'{path} is not a checkpoint: it holds no dictionary of params')
-    params = {**state['params'], **(state.pop('stats', None) or {})}
-    if any(str(key).startswith('student.') for key in params):
-        params = {k.removeprefix('student.'): v for k, v in params.items() if k.startswith('student.')}
+    rest = {k: v for k, v in state.items() if k not in ('params', 'stats')}
+    return {**rest, 'params': _flat_params(state, path)}
+
+
+def load_params(path):
+    """Read the flat params, in the names of `resnet`, from a file of any of the kinds that `load_teacher` takes.
+
+    Raises OSError and ValueError as `formats.read` and `formats.download` do, and ValueError where the file holds no
+    named tensors.
+    """
+    if str(path).startswith('torchvision:'):
+        return formats.from_torchvision(formats.download(str(path).removeprefix('torchvision:')))
+    params = _flat_params(formats.read(path), path)
+    try:
+        return formats.from_torchvision(params) if any(k.startswith('layer1.') for k in params) else params
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
+
+
+def _flat_params(state, path):
+    """The params in what a file holds: bare, or under a name with the statistics inside or apart; prefixes go."""
+    if not isinstance(state, dict):
+        raise ValueError(f'{path} is not a checkpoint: it holds a {type(state).__name__}, not a dictionary')
+    part = next((n for n in ('params', 'state_dict', 'model') if isinstance(state.get(n), dict)), None)
+    stats = state.get('stats') if part else None
+    params = {**(state[part] if part else state), **(stats if isinstance(stats, dict) else {})}
     for key, value in params.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise ValueError(f'{path} is not a checkpoint: params[{key!r}] is not a named tensor')
-    return {**state, 'params': params}
+        if not isinstance(key, str) or not key.isprintable() or not _is_plain(value):
+            raise ValueError(f'{path} is not a checkpoint: {str(key)[:100]!r} in it is not a named tensor')
+    for prefix in ('module.', 'student.'):  # of data parallelism, and of the authors' merged students and teachers
+        if any(key.startswith(prefix) for key in params):
+            params = {k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix)}
+    return params
 
 
-def _first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0].split('. ')[0][:120]
+def _is_plain(value):
+    """Whether a value is a tensor on the CPU with a byte in the file for each of its own."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != 'cpu':
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
 def restore_(params, loaded, path):
     """Copy loaded parameters into a network's, in place; ValueError names what is missing, left over or misshapen."""
-    wrong = [f'no {k}' for k in params if k not in loaded] + [f'unknown {k}' for k in loaded if k not in params]
-    for key in params.keys() & loaded.keys():
-        if params[key].shape != loaded[key].shape:
-            wrong.append(f'{key} is {tuple(loaded[key].shape)}, not {tuple(params[key].shape)}')
-        elif not loaded[key].is_floating_point():
-            wrong.append(f'{key} is {loaded[key].dtype}')
-    if wrong:
-        more = f' and {len(wrong) - 3} more' if len(wrong) > 3 else ''
-        raise ValueError(f'{path} does not fit the network: {"; ".join(wrong[:3])}{more}')
+    _check_fit({k: v.shape for k, v in params.items()}, loaded, path)
     with torch.no_grad():
         for key, value in params.items():
             value.copy_(loaded[key])
 
 
+def _check_fit(shapes, loaded, path):
+    wrong = [f'no {k}' for k in shapes if k not in loaded] + [f'unknown {k}' for k in loaded if k not in shapes]
+    for key in shapes:
+        if key in loaded and loaded[key].shape != shapes[key]:
+            wrong.append(f'{key} is {tuple(loaded[key].shape)}, not {tuple(shapes[key])}')
+        elif key in loaded and not loaded[key].is_floating_point():
+            wrong.append(f'{key} is {loaded[key].dtype}')
+    if wrong:
+        raise ValueError(f'{path} does not fit the network: {_some(wrong)}')
+
+
+def _some(wrong):
+    return '; '.join(wrong[:3]) + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else '')
+
+
 def load_teacher(path, shape=None):
     """Read a trained network whatever its shape: (f, params), as of `resnet`, with params that need no gradient.
 
-    Depth, width and number of classes are read from the parameters; `shape` is the (depth, width) that they must
-    have, if any. Raises as `load` and `restore_` do, and ValueError for parameters of no known network.
+    `path` names a checkpoint of ours or of the authors', their folded export, a torchvision ResNet's state_dict, a
+    .safetensors or .hkl of any of these, told apart by content, or is `torchvision:resnet34`. Depth, widths and number
+    of classes are read from the parameters; `shape` is the (depth, width) that they must have, if any. Params are
+    float32. Raises as `load_params` does, and ValueError for parameters of no known network, or that do not fit it or
+    are not finite.
     """
-    loaded = load(path)['params']
+    return build(load_params(path), path, shape)
+
+
+def build(loaded, path, shape=None):
+    """The network (f, params) that flat params belong to; `path` is what errors call them. See `load_teacher`."""
     try:
-        depth, width, num_classes = resnet.wide_resnet_shape(loaded)
-        f, params = resnet.wide_resnet(depth, width, num_classes)
+        f, shapes, found = _imagenet_resnet(loaded) if _is_imagenet(loaded) else _wide_resnet(loaded)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
-    restore_(params, loaded, path)
-    if shape is not None and tuple(shape) != (depth, width):
-        raise ValueError(f'{path} is a WRN-{depth}-{width:g}, but its log speaks of a WRN-{shape[0]}-{shape[1]}')
-    for value in params.values():
-        value.requires_grad_(False)
+    _check_fit(shapes, loaded, path)
+    if shape is not None and not _has_shape(shape, found):
+        raise ValueError(f'{path} is a {_name(found)}, but its log speaks of a {_name((found[0], *shape))}')
+    params = {key: loaded[key].detach().to(torch.float32, copy=True).contiguous() for key in shapes}
+    wrong = [f'{k} is empty' for k, v in params.items() if not v.numel()]
+    wrong += [f'{k} has values that are not finite' for k, v in params.items() if not v.isfinite().all()]
+    wrong += [f'{k} is negative' for k, v in params.items() if k.endswith('running_var') and (v < 0).any()]
+    if wrong:
+        raise ValueError(f'{path}: {_some(wrong)}')
     return f, params
+
+
+def _name(kind_depth_width):
+    return '-'.join(f'{part:g}' if isinstance(part, float) else str(part) for part in kind_depth_width)
+
+
+def _has_shape(shape, found):
+    """Whether (depth, width) is that of (kind, depth, width), to the channel."""
+    _, depth, width = found
+    numbers = all(isinstance(part, int | float) for part in shape)
+    return numbers and shape[0] == depth and int(64 * shape[1]) == int(64 * width)
+
+
+def _is_imagenet(params):
+    return 'conv0.weight' in params or 'bn0.weight' in params or any(k.startswith('group3.') for k in params)
+
+
+def _wide_resnet(loaded):
+    depth, width, num_classes = resnet.wide_resnet_shape(loaded)
+    with torch.device('meta'):  # shapes without memory, since those that the file names may be of any size
+        f, params = resnet.wide_resnet(depth, width, num_classes)
+    return f, {k: v.shape for k, v in params.items()}, ('WRN', depth, width)
+
+
+def _imagenet_resnet(loaded):
+    """The function, {name: shape} and (kind, depth, width) of the ImageNet ResNet that params should be those of.
+
+    Channels are those of the stem's, each group's and the last layer's first array; everything else follows.
+    """
+    depth = resnet.imagenet_resnet_depth(loaded)
+    counts, convs = resnet.IMAGENET_DEPTHS[depth]
+    folded, shapes = 'conv0.weight' in loaded, {}
+
+    def rows(name):
+        value = loaded.get(f'{name}.weight' if folded or name == 'fc' else name)
+        return 0 if value is None or not value.dim() else value.shape[0]
+
+    def conv_bn(base, number, ni, no, k=1):
+        name, kernel = f'{base}conv{number}', torch.Size((no, ni, k, k))
+        if folded:
+            name = f'{base}{resnet.FOLDED_NAMES.get(f"conv{number}", f"conv{number}")}'
+            shapes.update({f'{name}.weight': kernel, f'{name}.bias': torch.Size((no,))})
+        else:
+            norm = {f'{base}bn{number}.{part}': torch.Size((no,)) for part in formats.NORM}
+            shapes.update({name: kernel, **norm})
+
+    ni = rows('conv0')
+    conv_bn('', 0, 3, ni, 7)
+    for g, count in enumerate(counts):
+        inner, no = rows(f'group{g}.block0.conv0'), rows(f'group{g}.block0.conv{convs - 1}')
+        for i in range(count):
+            base, channels = f'group{g}.block{i}.', (ni, *[inner] * (convs - 1), no)
+            for c in range(convs):
+                conv_bn(base, c, channels[c], channels[c + 1], 3 if convs == 2 or c == 1 else 1)
+            if ni != no or (g and not i):
+                conv_bn(base, 'dim', ni, no)
+            ni = no
+    shapes |= {'fc.weight': torch.Size((rows('fc'), ni)), 'fc.bias': torch.Size((rows('fc'),))}
+    return resnet.imagenet_forward, shapes, ('ResNet', depth, rows('group0.block0.conv0') / 64)
 
 
 def slim(run):
@@ -117,12 +218,77 @@ def slim(run):
     print(f'{path}: {before:,} bytes before, {os.path.getsize(path):,} now')
 
 
+def checkpoint_of(run):
+    """The checkpoint that a run's folder holds, or the file itself where a file is named."""
+    return os.path.join(run, 'model.pt7') if os.path.isdir(run) else run
+
+
+def export(run, to, out, image_size=None, overwrite=False):
+    """Write the network of a run or file, whole or not at all, in one of the formats of `formats.write`.
+
+    Raises ValueError where `out` exists already, unless `overwrite` is set.
+    """
+    if os.path.exists(out) and not overwrite:
+        raise ValueError(f'{out} exists already; --overwrite replaces it')
+    f, params = load_teacher(checkpoint_of(run))
+    content = formats.write(f, params, to, image_size)
+    write_whole(out, content)
+    print(f'{out}: {describe(params)} for {to}, {len(content):,} bytes')
+
+
+def describe(params):
+    """What network params are those of, in words; they are as `build` returns them."""
+    classes = f'{len(params["fc.bias"]):,} classes'
+    if not _is_imagenet(params):
+        depth, width, _ = resnet.wide_resnet_shape(params)
+        return f'WRN-{depth}-{width:g}, {classes}'
+    depth = resnet.imagenet_resnet_depth(params)
+    folded = 'conv0.weight' in params
+    last = f'block0.conv{resnet.IMAGENET_DEPTHS[depth][1] - 1}' + ('.weight' if folded else '')
+    widths = '/'.join(str(len(params[f'group{g}.{last}'])) for g in range(4))
+    return f'ResNet-{depth}, {"folded batch norm, " if folded else ""}{classes}, widths {widths}'
+
+
+def info(run):
+    """Print what network a run or a file holds, its size and its SHA-256."""
+    path = checkpoint_of(run)
+    loaded = load_params(path)
+    _, params = build(loaded, path)
+    statistics = sum(v.numel() for k, v in params.items() if k.endswith(STATISTICS))
+    dtypes = ', '.join(sorted({str(v.dtype).removeprefix('torch.') for v in loaded.values()}))
+    print(f'{path}: {describe(params)}')
+    print(f'{num_trained(params):,} parameters and {statistics:,} running statistics, {dtypes}')
+    if os.path.isfile(path):
+        with open(path, 'rb') as file:
+            digest = hashlib.file_digest(file, 'sha256').hexdigest()
+        print(f'{os.path.getsize(path):,} bytes, SHA-256 {digest}')
+
+
+def _command(prog, description=None, **_):
+    parser = options.Parser(description)
+    parser.prog = prog
+    return parser
+
+
 def main():
     parser = options.Parser(__doc__)
-    parser.add_argument('action', choices=['slim'])
-    parser.add_argument('run', help='a folder that holds model.pt7')
+    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=_command)
+    command = commands.add_parser('slim', help="reduce a run's checkpoint to its parameters")
+    command.add_argument('run', help='a folder that holds model.pt7')
+    command = commands.add_parser('info', help='say what network a file or a run holds')
+    command.add_argument('run', metavar='FILE', help='a file, or a folder that holds model.pt7')
+    command = commands.add_parser('export', help='write the network in another format')
+    command.add_argument('run', metavar='RUN', help='a folder that holds model.pt7, or a file')
+    command.add_argument('out', metavar='OUT', help='the file to write')
+    command.add_argument('--to', required=True, choices=list(formats.WRITERS))
+    image_size = options.number(int, 1, 4096)
+    command.add_argument('--image_size', type=image_size, help='for onnx: height and width (default: 224, CIFAR 32)')
+    command.add_argument('--overwrite', action='store_true', help='replace OUT where it exists')
     opt = parser.parse_args()
-    slim(opt.run)
+    if opt.command == 'export':
+        export(opt.run, opt.to, opt.out, opt.image_size, opt.overwrite)
+    else:
+        {'slim': slim, 'info': info}[opt.command](opt.run)
 
 
 if __name__ == '__main__':

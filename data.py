@@ -4,6 +4,7 @@ Order and augmentation are a pure function of (seed, epoch, sample index): they 
 workers nor on where a run was resumed.
 """
 
+import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -161,7 +162,7 @@ def read_image(path):
 
     Raises ValueError naming the file when it is unreadable or cut short (which OpenCV alone would pass over).
     """
-    with open(path, 'rb') as file:
+    with open(path, 'rb', buffering=0) as file:  # a buffer would only be one more copy
         content = file.read()
     whole = content and (not content.startswith(b'\xff\xd8') or _jpeg_is_whole(content))
     image = None
@@ -181,7 +182,7 @@ def _jpeg_is_whole(content):
     at = 2
     while content[at : at + 1] == b'\xff' and at + 4 <= len(content):
         if content[at + 1] == 0xDA:  # start of scan: from here on, FF D9 is the end of the image
-            return content.find(b'\xff\xd9', at) >= 0
+            return content.rfind(b'\xff\xd9', at) >= 0  # backwards: it should be the last two bytes
         if content[at + 1] == 0xFF:  # a fill byte
             at += 1
         else:
@@ -222,10 +223,16 @@ def crop(pixels, index, where, pad):
     return pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def normalize(pixels):
+def normalize(pixels, mean=MEAN, std=STD):
     """Normalise (B, H, W, 3) uint8 to float32 (B, 3, H, W) in channels-last memory format."""
-    mean, std = (torch.tensor(v, device=pixels.device) for v in (MEAN, STD))
-    return ((pixels - mean) / std).permute(0, 3, 1, 2)
+    mean, std = (_rows(v, pixels.shape[2], pixels.device) for v in (mean, std))
+    rows = pixels.flatten(2).float()  # (B, H, W * 3): rows of three numbers would be five times slower on a CPU
+    return rows.sub_(mean).div_(std).view(pixels.shape).permute(0, 3, 1, 2)
+
+
+@functools.cache  # or each batch would make the host wait for the device
+def _rows(channels, width, device):
+    return torch.tensor(channels, device=device).repeat(width)  # (3,) -> (W * 3,)
 
 
 def share(indices, rank, world):

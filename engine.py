@@ -546,9 +546,12 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(
         meters.flush(epoch)
         trained_for = meters.time.value()
         _join_statistics_(params)
-        timer = TimeMeter('s')
-        tested = evaluate(f, params, test_batches(), device, opt.dtype, topk)
+        timer, batches = TimeMeter('s'), test_batches()
+        tested = evaluate(f, params, batches, device, opt.dtype, topk)
         record = {**facts, **_results(opt, epoch, meters, trained_for, tested, timer.value())}
+        if hasattr(batches, 'bad'):
+            bad = state['bar'].iterable.bad + batches.bad
+            record['bad_images'] = int(_sum_over_workers([bad], device)[0])
         _keep(opt, record, params, trained, optimizer)
         _print_epoch(opt, record)
 
@@ -581,7 +584,7 @@ def _loss_scale(opt):
 
 
 def _set_rate_(opt, optimizer, epoch):
-    """Give the optimizer the learning rate of an epoch; momentum starts from zero where it drops, as in the original."""
+    """Give the optimizer an epoch's learning rate; momentum starts from zero where it drops, as in the original."""
     epoch_step = json.loads(opt.epoch_step)
     for group in optimizer.param_groups:
         group['lr'] = lr_at(epoch, opt.lr, epoch_step, opt.lr_decay_ratio)

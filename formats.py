@@ -1,0 +1,358 @@
+"""Networks in the formats of others: HDF5 as hickle writes it, safetensors, torchvision's state_dict and ONNX.
+
+A file is told apart by its content, and is data: nothing in it runs, opens another file, or takes more memory than
+`MAX_BYTES` and the file's own size allow.
+"""
+
+import io
+import math
+import os
+import re
+import warnings
+import zipfile
+import zlib
+
+import h5py
+import numpy as np
+import safetensors.torch
+import torch
+
+import resnet
+from utils import STATISTICS
+
+MAX_BYTES = 4 * 2**30  # of a file, and of all arrays in it
+MAX_NODES = 10_000  # in one group of an HDF5 file; a ResNet-152 has fewer than 1,000 arrays
+MAX_CHUNKS = 100_000  # of one HDF5 dataset
+DEFLATE_RATIO = 1032  # no deflate stream unpacks to more bytes for each of its own (zlib.net/zlib_tech.html)
+NORM = ('weight', 'bias', *STATISTICS)
+
+
+def read(path):
+    """What a torch, safetensors or HDF5 file holds, told apart by its first bytes; usually a dictionary of tensors.
+
+    Raises OSError where there is no such file and ValueError where it is none of these, damaged or hostile.
+    """
+    if not os.path.isfile(path):
+        raise OSError(f'{path}: no such checkpoint')
+    size = os.path.getsize(path)
+    if size > MAX_BYTES:
+        raise ValueError(f'{path} is not a checkpoint: it has {size:,} bytes, and at most {MAX_BYTES:,} are read')
+    with open(path, 'rb') as file:
+        start = file.read(9)
+    if start.startswith(b'\x89HDF\r\n\x1a\n'):
+        reader = read_hdf5
+    else:  # a safetensors file is the length of its JSON header in 8 bytes, then the header
+        reader = read_safetensors if start[8:] == b'{' else read_torch
+    try:
+        with warnings.catch_warnings():  # about unusual pickles; what matters becomes an error
+            warnings.simplefilter('ignore')
+            return reader(path)
+    except Exception as error:  # whatever a damaged or hostile file makes a reader raise, it is not a checkpoint
+        raise ValueError(f'{path} is not a checkpoint, or is damaged ({_first_line(error)})') from None
+
+
+def _first_line(error):
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].split('. ')[0]
+    return ''.join(c for c in line if c.isprintable())[:200]
+
+
+def read_torch(path):
+    """What torch.save wrote, read with weights_only=True, after a look at what its zip archive unpacks to."""
+    with open(path, 'rb') as file:
+        content = io.BytesIO(file.read())
+    if zipfile.is_zipfile(content):
+        unpacked = sum(info.file_size for info in zipfile.ZipFile(content).infolist())
+        if unpacked > len(content.getbuffer()):  # torch.save does not compress
+            raise ValueError(f'a zip archive that unpacks to {unpacked:,} bytes, more than it has itself')
+    content.seek(0)
+    return torch.load(content, map_location='cpu', weights_only=True)
+
+
+def read_safetensors(path):
+    """The tensors of a safetensors file: {name: tensor}."""
+    with open(path, 'rb') as file:
+        return safetensors.torch.load(file.read())
+
+
+# ----------------------------------------------------------------------------------------------------------- HDF5
+
+
+def read_hdf5(path):
+    """The dictionary of float arrays that hickle 1 to 5 wrote: {name: tensor}. hickle itself would run code in it.
+
+    A dictionary is a group `data` (hickle 1, 4, 5) or `data_0` (2, 3). In it stands each array under its key, which
+    hickle 3 to 5 put in quotes: as a dataset (1, 5), or alone in a group, named as the outer one is (2, 3, 4).
+    Raises ValueError for anything else: other links than hard ones, an object reached twice, values in other files,
+    other dtypes, other filters than gzip (HDF5 loads the rest as plug-ins), more bytes than the budget.
+    """
+    size = os.path.getsize(path)
+    with h5py.File(path, 'r', locking=False) as file:
+        seen = {_address(file)}
+        root = next((name for name in ('data', 'data_0') if name in _names(file)), None)
+        if root is None:
+            raise ValueError('an HDF5 file without the dictionary that hickle writes')
+        arrays, left = {}, MAX_BYTES
+        for key, dataset in _dictionary(_follow(file, root, seen), seen):
+            if key in arrays:
+                raise ValueError(f'{key!r} is there twice')
+            left -= _declared_bytes(key, dataset, size)
+            if left < 0:
+                raise ValueError(f'{key!r} and what is before it declare more than {MAX_BYTES:,} bytes')
+            arrays[key] = dataset
+        return {key: _read_dataset(key, dataset, size) for key, dataset in arrays.items()}
+
+
+def _address(node):
+    return h5py.h5o.get_info(node.id).addr
+
+
+def _names(group):
+    if len(group) > MAX_NODES:
+        raise ValueError(f'{len(group):,} objects in one group; at most {MAX_NODES:,} are read')
+    return list(group)
+
+
+def _follow(group, name, seen):
+    """The object under a name: a dataset or group that a hard link leads to, and none before led to."""
+    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+        raise ValueError(f'{name!r} is a link to elsewhere')
+    node = group[name]
+    if _address(node) in seen:
+        raise ValueError(f'{name!r} leads to what was there before: a second name or a loop of hard links')
+    seen.add(_address(node))
+    if not isinstance(node, h5py.Group | h5py.Dataset):
+        raise ValueError(f'{name!r} is no array')
+    return node
+
+
+def _dictionary(group, seen):
+    """Yield the (key, dataset) pairs of the group that holds a dictionary."""
+    if not isinstance(group, h5py.Group):
+        raise ValueError(f'{group.name} is no dictionary of arrays')
+    names = _names(group)
+    there = set(names)
+    for name in names:
+        if name.startswith('_') and name[1:] in there:
+            continue  # hickle 1: the name of the type
+        node = _follow(group, name, seen)
+        if isinstance(node, h5py.Group):
+            inner = _names(node)
+            node = _follow(node, inner[0], seen) if inner in (['data'], ['data_0']) else None
+        if not isinstance(node, h5py.Dataset):
+            raise ValueError(f'{name!r} is a group of other things than one array')
+        quoted = re.fullmatch(r"""u?(['"])(.*)\1""", name)  # u: hickle 3 on Python 2
+        yield quoted[2] if quoted else name, node
+
+
+def _filters(dataset):
+    plist = dataset.id.get_create_plist()
+    return [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
+
+
+def _declared_bytes(key, dataset, file_size):
+    """The size of an array that may be read; ValueError says why another may not. Nothing is allocated here."""
+    plist = dataset.id.get_create_plist()
+    if plist.get_layout() == h5py.h5d.VIRTUAL or plist.get_external_count():
+        raise ValueError(f'{key!r} keeps its values in other files')
+    shuffle, deflate = h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE
+    filters = _filters(dataset)
+    if filters not in ([], [shuffle], [deflate], [shuffle, deflate]):
+        raise ValueError(f'{key!r} is compressed in another way than gzip')
+    dtype, shape = dataset.dtype, dataset.shape
+    if dtype.kind != 'f' or dtype.itemsize not in (2, 4, 8) or shape is None:
+        raise ValueError(f'{key!r} is {dtype}, not an array of floats; what is pickled is not read')
+    declared = math.prod(shape) * dtype.itemsize
+    if declared > file_size * (DEFLATE_RATIO if deflate in filters else 1):
+        raise ValueError(f'{key!r} declares {declared:,} bytes, more than a file of {file_size:,} can hold')
+    if dataset.chunks:
+        chunks = math.prod(-(-length // chunk) for length, chunk in zip(shape, dataset.chunks))
+        if chunks > MAX_CHUNKS or math.prod(dataset.chunks) * dtype.itemsize > max(declared, 2**20):
+            raise ValueError(f'{key!r} is cut into {chunks:,} chunks of shape {dataset.chunks}')
+    return declared
+
+
+def _read_dataset(key, dataset, file_size):
+    _check_deflated_chunks(key, dataset, file_size)
+    array = np.empty(dataset.shape, dataset.dtype.newbyteorder('='))
+    if array.size:
+        dataset.read_direct(array)
+    return torch.from_numpy(array)
+
+
+def _check_deflated_chunks(key, dataset, file_size):
+    """Refuse a chunk that unpacks to more than its share of the array: HDF5 would unpack all of it to memory."""
+    filters, chunks = _filters(dataset), []
+    if h5py.h5z.FILTER_DEFLATE not in filters:
+        return
+    limit = math.prod(dataset.chunks) * dataset.dtype.itemsize
+    dataset.id.chunk_iter(chunks.append)
+    for chunk in chunks:
+        if chunk.size > file_size:
+            raise ValueError(f'{key!r} has a chunk that is longer than the file')
+        skipped, content = dataset.id.read_direct_chunk(chunk.chunk_offset)
+        if skipped >> len(filters) - 1 & 1:
+            continue  # not compressed, since that made it no shorter
+        if len(zlib.decompressobj().decompress(content, limit + 1)) > limit:
+            raise ValueError(f'{key!r} has a chunk that unpacks to more than its {limit:,} bytes')
+
+
+# ---------------------------------------------------------------------------------------------------- torchvision
+
+
+def from_torchvision(state):
+    """A torchvision ResNet's state_dict under the names of `resnet`, without num_batches_tracked.
+
+    conv1.weight -> conv0, bn1.* -> bn0.*, layer1.0.conv1.weight -> group0.block0.conv0, downsample.0.weight ->
+    convdim, downsample.1.* -> bndim.*. Other names stay. Raises ValueError where two names become one.
+    """
+    params = {}
+    for key, value in state.items():
+        name = _our_name(key)
+        if name in params:
+            raise ValueError(f'{key} is there twice')
+        if not key.endswith('.num_batches_tracked'):
+            params[name] = value
+    return params
+
+
+def _our_name(key):
+    match = re.fullmatch(r'(?:layer([1-4])\.(\d{1,2})\.)?(?:(conv|bn)([1-3])|downsample\.([01]))\.(\w+)', key)
+    if not match or (match[5] and not match[1]):
+        return key
+    layer, i, kind, number, shortcut, part = match.groups()
+    kind = kind or ('conv', 'bn')[int(shortcut)]
+    if kind == 'conv' and part != 'weight':
+        return key
+    base = f'group{int(layer) - 1}.block{int(i)}.' if layer else ''
+    return f'{base}{kind}{int(number) - 1 if number else "dim"}' + ('' if kind == 'conv' else f'.{part}')
+
+
+def to_torchvision(params):
+    """The params of an ImageNet ResNet, folded or not, as the state_dict of a torchvision ResNet.
+
+    Folded params get a batch norm that does nothing but add their bias. Names go as in `from_torchvision`.
+    """
+    state = {}
+    for key, value in unfold_batch_norm(params).items():
+        state[_torchvision_name(key)] = value.detach()
+        if key.endswith('.running_var'):
+            state[_torchvision_name(key.replace('running_var', 'num_batches_tracked'))] = torch.tensor(0)
+    return state
+
+
+def _torchvision_name(key):
+    match = re.fullmatch(r'(?:group(\d)\.block(\d+)\.)?(conv|bn)(\d|dim)(?:\.(\w+))?', key)
+    if not match:
+        return key
+    group, i, kind, number, part = match.groups()
+    base = f'layer{int(group) + 1}.{i}.' if group else ''
+    name = f'downsample.{int(kind == "bn")}' if number == 'dim' else f'{kind}{int(number) + 1}'
+    return f'{base}{name}.{part or "weight"}'
+
+
+def unfold_batch_norm(params):
+    """Undo the layout of `resnet.fold_batch_norm`, though not its arithmetic; unfolded params stay as they are.
+
+    Each convolution's bias becomes a batch norm of weight 1, mean 0 and variance 1 - eps with that bias.
+    """
+    if 'conv0.weight' not in params:
+        return params
+    unfolded = {}
+    for key, value in params.items():
+        conv, _, part = key.rpartition('.')
+        bn = f'{conv.replace("conv_dim", "convdim").replace("conv", "bn")}'
+        if key.startswith('fc.'):
+            unfolded[key] = value
+        elif part == 'weight':
+            unfolded[conv.replace('conv_dim', 'convdim')] = value
+        else:
+            ones = torch.ones_like(value)
+            norm = ones, value, torch.zeros_like(value), ones - 1e-5
+            unfolded |= {f'{bn}.{name}': tensor for name, tensor in zip(NORM, norm)}
+    return unfolded
+
+
+def download(name):
+    """The state_dict of torchvision's own trained network of that name (resnet18, 34, 50, 101 or 152).
+
+    torchvision keeps what it has fetched in ~/.cache/torch/hub. Raises ValueError for another name, OSError where it
+    cannot be fetched or read.
+    """
+    import torchvision  # slow to import, and needed by no training script
+
+    names = [f'resnet{depth}' for depth in resnet.IMAGENET_DEPTHS]
+    if name not in names:
+        raise ValueError(f'torchvision:{name}: there are {", ".join(f"torchvision:{n}" for n in names)}')
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            return weights.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location='cpu')
+    except Exception as error:  # no network, a proxy's page, a damaged or half-written file in the cache
+        reason = _first_line(error)
+        raise OSError(f'torchvision:{name}: {weights.url} could not be fetched or read ({reason})') from None
+
+
+# -------------------------------------------------------------------------------------------------------- writing
+
+
+def write(f, params, kind, image_size):
+    """The bytes of a file that holds a network in another format; see `WRITERS`.
+
+    ImageNet ResNets are folded for upstream, hkl and onnx; wide ResNets, which have no convolution before every batch
+    norm, keep theirs: for them upstream and hkl hold the flat params as they are.
+    Raises ValueError for what the format cannot hold, and where a package is missing.
+    """
+    imagenet = f is resnet.imagenet_forward
+    if kind == 'torchvision' and not imagenet:
+        raise ValueError('torchvision has no wide ResNets of this kind: --to torchvision is for ImageNet ResNets')
+    if imagenet and kind in ('upstream', 'hkl', 'onnx'):
+        params = resnet.fold_batch_norm(params)
+    params = {k: v.detach().contiguous() for k, v in params.items()}
+    return WRITERS[kind](params, f, image_size or (224 if imagenet else 32))
+
+
+def _torch(state, *_):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _hickle(params, *_):
+    import hickle  # slow to import, and only ever a writer
+
+    buffer = io.BytesIO()
+    with h5py.File(buffer, 'w') as file:
+        hickle.dump({k: v.numpy() for k, v in params.items()}, file)
+    return buffer.getvalue()
+
+
+def _onnx(params, f, size):
+    """Logits (N, classes) of float32 images (N, 3, size, size), N at will, as an ONNX model."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f'--to onnx needs {error.name}: pip install -r requirements-dev.txt') from None
+    network = torch.nn.Module()
+    network.forward = lambda images: f(images, params, False)[0]
+    batch = {'images': {0: torch.export.Dim('N', min=1)}}
+    program = torch.onnx.export(
+        network.eval(),
+        (torch.zeros(2, 3, size, size),),
+        dynamo=True,
+        verbose=False,
+        input_names=['images'],
+        output_names=['logits'],
+        dynamic_shapes=batch,
+    )
+    return program.model_proto.SerializeToString()
+
+
+WRITERS = {
+    'torchvision': lambda params, *_: _torch(to_torchvision(params)),  # a state_dict
+    'upstream': _torch,  # the authors' export: a bare dictionary of tensors
+    'hkl': _hickle,  # the same as hickle writes it
+    'safetensors': lambda params, *_: safetensors.torch.save(params),  # the params as they are
+    'onnx': _onnx,
+}

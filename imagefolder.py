@@ -1,0 +1,246 @@
+"""ImageNet, or another folder of photographs: decoded and cropped in worker processes, normalised on the device.
+
+Order, crops and mirroring are a pure function of (seed, epoch, sample index): they depend neither on the number of
+workers nor on where a run was resumed.
+"""
+
+import functools
+import itertools
+import math
+import os
+import sys
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from torchvision.datasets.folder import find_classes, make_dataset
+from tqdm import tqdm
+
+import data
+
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # files that cannot be read are named here
+
+MEAN = (123.675, 116.28, 103.53)  # of ImageNet's training images, red, green, blue: 255 * (0.485, 0.456, 0.406)
+STD = (58.395, 57.12, 57.375)  # 255 * (0.229, 0.224, 0.225)
+
+
+class Files(NamedTuple):
+    """Image files with their labels."""
+
+    paths: list  # N names
+    labels: torch.Tensor  # (N,) int64
+
+
+class Dataset(NamedTuple):
+    """What `load` returns."""
+
+    train: Files
+    test: Files
+    num_classes: int
+
+
+# -------------------------------------------------------------------------------------------------------- the folder
+
+
+def load(root):
+    """List the images root/train/<class>/* and root/val/<class>/*; classes are numbered in the order of their names.
+
+    Raises ValueError or OSError, with a message for the user, where folders or images are missing.
+    """
+    if not os.path.isdir(root):
+        raise OSError(f'{root}: no such folder')
+    (train, classes), (test, test_classes) = (_part(root, part) for part in ('train', 'val'))
+    odd = sorted(set(classes) ^ set(test_classes))
+    if odd:
+        more = f' and {len(odd) - 5} more' if len(odd) > 5 else ''
+        raise ValueError(f'{root}: train and val have different classes; in one only: {", ".join(odd[:5])}{more}')
+    return Dataset(train, test, len(classes))
+
+
+def _part(root, part):
+    folder = os.path.join(root, part)
+    if not os.path.isdir(folder):
+        raise OSError(f'{root} has no folder {part!r}: expected train/<class>/* and val/<class>/*')
+    try:
+        classes, index = find_classes(folder)
+    except FileNotFoundError:
+        raise ValueError(f'{folder} has no folders of classes: expected {part}/<class>/*') from None
+    files = make_dataset(folder, index, data.IMAGE_SUFFIXES, allow_empty=True)
+    if not files:
+        raise ValueError(f'{folder} holds no images: expected {part}/<class>/* of {" ".join(data.IMAGE_SUFFIXES)}')
+    if len(classes) < 2:
+        raise ValueError(f'{folder} has only one class, {classes[0]!r}: nothing to learn')
+    paths, labels = zip(*files)
+    empty = set(index.values()) - set(labels)
+    if empty:
+        raise ValueError(f'{os.path.join(folder, classes[min(empty)])} holds no images')
+    return Files(list(paths), torch.tensor(labels)), classes
+
+
+# ------------------------------------------------------------------------------------------------------------- crops
+
+
+def resize(image, height, width):
+    """Resize (H, W, 3) uint8 to (height, width, 3) as PIL's antialiased bilinear filter does.
+
+    OpenCV has no such filter: INTER_AREA averages boxes, INTER_LINEAR skips pixels.
+    """
+    planes = torch.from_numpy(image)[None].permute(0, 3, 1, 2)  # a view: PyTorch's fast case is channels-last uint8
+    small = F.interpolate(planes, (height, width), mode='bilinear', antialias=True)
+    return small[0].permute(1, 2, 0).numpy()
+
+
+def augmentation(seed, epoch, index):
+    """An image's random numbers: whether it is mirrored, and ten trials of where to crop, each four of [0, 1)."""
+    draws = np.random.default_rng([seed, epoch, 1, index]).random(41).tolist()
+    return draws[0] < 0.5, [draws[i : i + 4] for i in range(1, 41, 4)]
+
+
+def random_box(height, width, trials):
+    """Where to crop an image: (top, left, height, width), of 0.08 to 1 of its area and aspect ratio 3/4 to 4/3.
+
+    The first of `trials` that fits, as of `augmentation`, or else the centre: the "Inception" crop (Szegedy et al.
+    2015) in the form of fb.resnet.torch and torchvision's RandomResizedCrop.
+    """
+    least, most = 3 / 4, 4 / 3
+    for area, ratio, down, right in trials:
+        area = height * width * (0.08 + 0.92 * area)
+        ratio = least * (most / least) ** ratio
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
+    w, h = min(width, round(height * most)), min(height, round(width / least))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def train_crop(image, size, mirrored, trials):
+    """A random box of (H, W, 3) resized to (size, size, 3), mirrored or not; the draws are those of `augmentation`."""
+    top, left, height, width = random_box(*image.shape[:2], trials)
+    small = resize(image[top : top + height, left : left + width], size, size)
+    return cv2.flip(small, 1) if mirrored else small
+
+
+def test_crop(image, size):
+    """The shorter side of (H, W, 3) resized to size * 256 / 224, then the central (size, size, 3)."""
+    short, shortest = round(size * 256 / 224), min(image.shape[:2])
+    height, width = (short * side // shortest for side in image.shape[:2])
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return resize(image, height, width)[top : top + size, left : left + size]
+
+
+# ----------------------------------------------------------------------------------------------------------- batches
+
+
+def read_batch(files, size, augment, indices):
+    """Decode and crop images: (pixels (B, size, size, 3) uint8, labels (B,) int64, what is wrong with bad ones).
+
+    augment: (seed, epoch) to train, None to test. Bad are files that cannot be read; to train, the next good one takes
+    the place of each, to test they are left out. Each bad file is named by its own index alone: once in an epoch.
+    """
+    n = len(files.paths)
+    pixels, taken, bad = np.empty((len(indices), size, size, 3), np.uint8), [], []
+    # All draws first: between two images, with the processor's caches full of pixels, they would cost ten times more.
+    drawn = {i: augmentation(*augment, i) for i in indices} if augment else {}
+    for i in indices:
+        for j in itertools.chain(range(i, n), range(i)) if augment else [i]:
+            try:
+                image = data.read_image(files.paths[j])
+            except (OSError, ValueError) as error:
+                if j == i:
+                    bad.append(str(error))
+                continue
+            if augment:
+                draws = drawn.get(j) or augmentation(*augment, j)
+            pixels[len(taken)] = train_crop(image, size, *draws) if augment else test_crop(image, size)
+            taken.append(j)
+            break
+    return torch.from_numpy(pixels[: len(taken)]), files.labels[taken], bad
+
+
+normalize = functools.partial(data.normalize, mean=MEAN, std=STD)
+
+
+def _loader(files, batches, read, nthread, device):
+    """A loader that reads the batches of indices in `nthread` worker processes, in this one if there are none."""
+    return DataLoader(
+        range(len(files.paths)),  # a sample is its index: `read` makes a whole batch of them
+        batch_sampler=batches,
+        collate_fn=read,
+        num_workers=nthread,
+        pin_memory=device.type == 'cuda',
+        worker_init_fn=_start_worker,
+        generator=torch.Generator(),  # or it would draw from the global one
+    )
+
+
+def _start_worker(_):
+    cv2.setNumThreads(0)
+
+
+@functools.cache
+def _warn_once(message):
+    tqdm.write(f'warning: {message}', file=sys.stderr)
+
+
+class TrainBatches:
+    """One epoch of augmented batches: (images (B, 3, H, W), labels (B,), size of the global batch).
+
+    files: the training part of what `load` returns. `bad` counts the images of this worker's share that could not be
+    read; the next good one takes the place of each. Raises ValueError where no image at all can be read.
+    """
+
+    def __init__(self, files, batch_size, image_size, seed, rank, world, nthread, device, epoch):
+        n = len(files.paths)
+        shuffled = data.order(n, seed, epoch)
+        batches = [shuffled[i : i + batch_size] for i in range(0, n, batch_size)]
+        # A last batch too small to give every worker an image is left out.
+        batches = [b for b in batches if len(b) >= world]
+        self.sizes = [len(b) for b in batches]
+        read = functools.partial(read_batch, files, image_size, (seed, epoch))
+        self.loader = _loader(files, [data.share(b, rank, world) for b in batches], read, nthread, device)
+        self.device, self.bad = device, 0
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __iter__(self):
+        self.bad = 0
+        for (pixels, labels, bad), size in zip(self.loader, self.sizes):
+            self.bad += len(bad)
+            if not len(labels):
+                raise ValueError(f'{bad[0]}; nor can any other training image be read')
+            for reason in bad:
+                _warn_once(f'{reason}; another takes its place in training')
+            yield normalize(pixels.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True), size
+
+
+class TestBatches:
+    """Every image once, in order, its centre alone: (images (B, 3, H, W), labels (B,), B).
+
+    Raises ValueError naming an image that cannot be read, unless `skip_bad_images` leaves it out; `bad` counts them.
+    """
+
+    def __init__(self, files, batch_size, image_size, rank, world, nthread, device, skip_bad_images=False):
+        share = data.share(np.arange(len(files.paths)), rank, world)
+        batches = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
+        read = functools.partial(read_batch, files, image_size, None)
+        self.loader = _loader(files, batches, read, nthread, device)
+        self.device, self.skip_bad_images, self.bad = device, skip_bad_images, 0
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        self.bad = 0
+        for pixels, labels, bad in self.loader:
+            self.bad += len(bad)
+            if bad and not self.skip_bad_images:
+                raise ValueError(f'{bad[0]}; replace it, or leave such images out with --skip_bad_images')
+            for reason in bad:
+                _warn_once(f'{reason}; left out of the test')
+            if len(labels):
+                images = normalize(pixels.to(self.device, non_blocking=True))
+                yield images, labels.to(self.device, non_blocking=True), len(labels)

@@ -1,0 +1,92 @@
+"""Attention transfer between ResNets on ImageNet (section 4.2.2 of the paper, table 5).
+
+    python imagenet.py --imagenetpath ~/ILSVRC2012 --depth 18 --width 1 --teacher_params resnet-34-export.hkl \\
+        --gpu_id 0,1 --ngpu 2 --beta 1e+3
+
+In the paper ResNet-18 errs on 30.4% (top-1) and 10.8% (top-5) alone, and on 29.3% and 10.0% taught by ResNet-34
+(26.1% and 8.3%). That has not been run with this code.
+"""
+
+from functools import partial
+
+import torch
+
+import checkpoint
+import engine
+import imagefolder
+import options
+from resnet import fold_batch_norm, imagenet_forward, imagenet_resnet
+from utils import set_requires_grad_except_bn_
+
+
+def parse():
+    parser = options.Parser(__doc__)
+    flag = parser.add_argument_group('data and teacher').add_argument
+    flag('--imagenetpath', default='.', help='folder that holds train/<class>/* and val/<class>/*')
+    flag('--image_size', default=224, type=options.number(int, 32, 1024), help='like 64, 128, 160, 224 (default), 256')
+    flag('--skip_bad_images', action='store_true', help='leave unreadable images out of the evaluation')
+    flag('--teacher_params', default='', help='file with the teacher, or torchvision:resnet34; none trains a baseline')
+    flag('--skip_teacher_check', action='store_true', help='do not evaluate the teacher first')
+    options.common_flags(
+        parser,
+        depth=18,
+        batch_size=256,
+        epochs=100,
+        epoch_step='[30,60,90]',
+        lr_decay_ratio=0.1,
+        weight_decay=0.0001,
+    )
+    opt = parser.parse_args()
+    options.check(opt, opt.teacher_params, '--teacher_params')
+    imagenet_resnet(opt.depth, opt.width, 2)  # a shape that is none is told before anything else begins
+    return opt
+
+
+def build_data(opt, device):
+    """The data set, and train_batches(epoch) and test_batches() on the device."""
+    dataset = imagefolder.load(opt.imagenetpath)
+    engine.say(f'{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} validation images')
+    workers = engine.rank(), engine.world(), opt.nthread, device
+    train_batches = partial(imagefolder.TrainBatches, dataset.train, opt.batch_size, opt.image_size, opt.seed, *workers)
+    test_batches = partial(
+        imagefolder.TestBatches, dataset.test, opt.batch_size, opt.image_size, *workers, opt.skip_bad_images
+    )
+    return dataset, train_batches, test_batches
+
+
+def build_teacher(opt, num_classes, test_batches, topk, device):
+    """The teacher as x -> (logits, groups), its batch norm folded; None where no teacher is named."""
+    if not opt.teacher_params:
+        return None
+    f, params = checkpoint.load_teacher(opt.teacher_params)
+    engine.check_classes(opt.teacher_params, params, num_classes)
+    params = engine.place(params, opt.dtype, device)
+    if f is imagenet_forward:
+        params = fold_batch_norm(params)
+    if not opt.skip_teacher_check:
+        _, accuracies = engine.evaluate(f, params, test_batches(), device, opt.dtype, topk)
+        engine.say('teacher:', ', '.join(f'top-{k} {a:.2f}%' for k, a in zip(topk, accuracies)))
+    return partial(f, params=params, mode=False)
+
+
+def main():
+    opt = parse()
+    device = engine.start(opt)
+    engine.say('parsed options:', vars(opt))
+    dataset, train_batches, test_batches = build_data(opt, device)
+    topk = 1, min(5, dataset.num_classes)
+    torch.manual_seed(opt.seed)
+    f, params = imagenet_resnet(opt.depth, opt.width, dataset.num_classes)
+    params = engine.place(params, opt.dtype, device)
+    set_requires_grad_except_bn_(params)
+    teacher = build_teacher(opt, dataset.num_classes, test_batches, topk, device)
+    blank = torch.zeros(1, 3, opt.image_size, opt.image_size, device=device)
+    engine.describe(opt, f, params, teacher, blank)
+    step = engine.make_step(opt, engine.data_parallel(f, params, 'sync' if opt.sync_bn else True), teacher, device)
+    images = {'train_images': len(dataset.train.labels), 'test_images': len(dataset.test.labels)}
+    facts = {'num_classes': dataset.num_classes, **images}
+    engine.fit(opt, step, f, params, train_batches, test_batches, device, facts, topk)
+
+
+if __name__ == '__main__':
+    options.run(main)

@@ -1,0 +1,377 @@
+"""Photographs from real files: the pixels that PIL would give, and batches that no number of workers changes."""
+
+import math
+import os
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from conftest import draw
+from PIL import Image
+from torchvision import transforms
+
+import data
+import imagefolder
+
+CPU = torch.device('cpu')
+SIZE = 16
+TRAINING, TESTING = 25, 9  # images in `folder`
+
+
+def smooth(rng, height, width, channels=3):
+    """A picture without hard edges, as photographs are: (height, width, channels) uint8."""
+    coarse = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, channels)).astype(np.float32)
+    return np.clip(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC), 0, 255).astype(np.uint8)
+
+
+def write(root, train=TRAINING, test=TESTING):
+    """Images of two classes, in turns, of many sizes and two kinds of file."""
+    rng = np.random.default_rng(0)
+    for part, count in (('train', train), ('val', test)):
+        for i in range(count):
+            folder = root / part / ('ant', 'bee')[i % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f'{i:02}.{("JPEG", "png")[i // 2 % 2]}'
+            image = smooth(rng, 30 + i, 60 - i)
+            Image.fromarray(image).save(folder / name, quality=95)
+    return root
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    return imagefolder.load(write(tmp_path_factory.mktemp('folder')))
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """As `folder`, with three training images (two of them neighbours) and two test images that cannot be read."""
+    loaded = imagefolder.load(write(tmp_path))
+    for path in [loaded.train.paths[i] for i in (3, 4, 24)] + [loaded.test.paths[i] for i in (0, 5)]:
+        os.truncate(path, os.path.getsize(path) // 2)
+    return loaded
+
+
+def train_batches(files, nthread=0, rank=0, world=1, seed=5, epoch=2, batch_size=8):
+    return imagefolder.TrainBatches(files, batch_size, SIZE, seed, rank, world, nthread, CPU, epoch)
+
+
+def eval_batches(files, nthread=0, rank=0, world=1, **options):
+    return imagefolder.TestBatches(files, 4, SIZE, rank, world, nthread, CPU, **options)
+
+
+def all_equal(found, expected):
+    found, expected = list(found), list(expected)
+    assert len(found) == len(expected) > 0
+    for (images, labels, size), (images2, labels2, size2) in zip(found, expected):
+        assert torch.equal(images, images2) and torch.equal(labels, labels2) and size == size2
+    return True
+
+
+# -------------------------------------------------------------------------------------------------------- the folder
+
+
+def test_classes_are_numbered_by_name_and_suffixes_are_read_in_any_case(folder):
+    assert len(folder.train.paths) == TRAINING and len(folder.test.paths) == TESTING and folder.num_classes == 2
+    for files in (folder.train, folder.test):
+        assert files.labels.tolist() == [int(f'{os.sep}bee{os.sep}' in path) for path in files.paths]
+
+
+def refusal(kind, root):
+    with pytest.raises(kind) as caught:
+        imagefolder.load(str(root))
+    assert '\n' not in str(caught.value)
+    return str(caught.value)
+
+
+def test_unusable_folders_are_refused_in_one_line_that_says_why(tmp_path):
+    assert 'nowhere: no such folder' in refusal(OSError, tmp_path / 'nowhere')
+    assert "has no folder 'train': expected train/<class>/*" in refusal(OSError, tmp_path)
+    root = write(tmp_path / 'whole')
+    (root / 'val').rename(root / 'test')
+    assert "has no folder 'val'" in refusal(OSError, root)
+    (root / 'val').mkdir()
+    Image.new('RGB', (9, 9)).save(root / 'val' / 'flat.jpg')
+    assert f'{root / "val"} has no folders of classes' in refusal(ValueError, root)
+    for name in ('ant', 'cow'):
+        (root / 'val' / name).mkdir()
+        (root / 'val' / name / 'readme.txt').touch()
+    assert f'{root / "val"} holds no images' in refusal(ValueError, root)
+    Image.new('RGB', (9, 9)).save(root / 'val' / 'cow' / '0.png')
+    assert f'{root / "val" / "ant"} holds no images' in refusal(ValueError, root)
+    Image.new('RGB', (9, 9)).save(root / 'val' / 'ant' / '0.png')
+    assert 'train and val have different classes; in one only: bee, cow' in refusal(ValueError, root)
+    alone = write(tmp_path / 'alone', train=1, test=1)
+    assert "only one class, 'ant'" in refusal(ValueError, alone)
+
+
+def test_of_many_different_classes_some_are_named(tmp_path):
+    for part, names in (('train', 'abcdefghij'), ('val', 'ab')):
+        for name in names:
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new('RGB', (9, 9)).save(tmp_path / part / name / '0.png')
+    assert refusal(ValueError, tmp_path).endswith('in one only: c, d, e, f, g and 3 more')
+
+
+# ------------------------------------------------------------------------------------------------------------ pixels
+
+
+def difference(ours, theirs):
+    """Mean and largest absolute difference in levels of 255."""
+    difference = np.abs(ours.astype(int) - np.asarray(theirs))
+    return difference.mean(), difference.max()
+
+
+@pytest.mark.parametrize('shape', [(375, 500), (224, 224), (90, 61), (20, 500), (7, 5), (1, 1)])
+@pytest.mark.parametrize('size', [(224, 224), (64, 64), (256, 341)])
+def test_resize_is_pils_antialiased_bilinear(shape, size):
+    for image in (smooth(np.random.default_rng(1), *shape), draw(np.random.default_rng(1), 1, shape)):
+        theirs = Image.fromarray(image).resize(size[::-1], Image.BILINEAR)
+        mean, most = difference(imagefolder.resize(image, *size), theirs)
+        assert mean < 0.3 and most <= 2  # both round, at other places
+
+
+@pytest.mark.parametrize('shape', [(30, 60), (61, 30), (16, 16), (19, 300), (9, 5)])
+def test_test_crop_is_torchvisions_resize_and_centre_crop(shape):
+    image = smooth(np.random.default_rng(1), *shape)
+    theirs = transforms.Compose([transforms.Resize(round(SIZE * 256 / 224)), transforms.CenterCrop(SIZE)])
+    mean, most = difference(imagefolder.test_crop(image, SIZE), theirs(Image.fromarray(image)))
+    assert mean < 0.3 and most <= 2  # both round, at other places
+
+
+def test_random_boxes_have_the_areas_and_ratios_of_torchvisions():
+    ours = np.array([imagefolder.random_box(375, 500, imagefolder.augmentation(0, 1, i)[1]) for i in range(3000)])
+    torch.manual_seed(0)
+    image = torch.empty(1, 375, 500)
+    get = transforms.RandomResizedCrop.get_params
+    theirs = np.array([get(image, (0.08, 1), (3 / 4, 4 / 3)) for _ in range(3000)])
+    for boxes in (ours, theirs):
+        top, left, height, width = boxes.T
+        assert (boxes >= 0).all() and (top + height <= 375).all() and (left + width <= 500).all()
+        area, ratio = height * width / (375 * 500), width / height
+        assert 0.079 < area.min() < 0.1 and 0.95 < area.max() < 1.001
+        assert 0.73 < ratio.min() < 0.77 and 1.3 < ratio.max() < 1.37
+    np.testing.assert_allclose(ours.mean(0), theirs.mean(0), rtol=0.05)
+    np.testing.assert_allclose(ours.std(0), theirs.std(0), rtol=0.05)
+
+
+@pytest.mark.parametrize('shape, box', [((10, 1000), (0, 493, 10, 13)), ((1000, 10), (493, 0, 13, 10))])
+def test_where_no_random_box_fits_the_crop_is_central(shape, box):
+    assert all(imagefolder.random_box(*shape, imagefolder.augmentation(0, 1, i)[1]) == box for i in range(5))
+    assert imagefolder.random_box(1, 1, imagefolder.augmentation(0, 1, 0)[1]) == (0, 0, 1, 1)
+
+
+def test_a_training_image_is_its_random_box_mirrored_every_other_time():
+    image, mirrored = smooth(np.random.default_rng(1), 40, 50), 0
+    for i in range(200):
+        flip, trials = imagefolder.augmentation(0, 1, i)
+        found = imagefolder.train_crop(image, SIZE, flip, trials)
+        top, left, height, width = imagefolder.random_box(40, 50, trials)
+        box = (left, top, left + width, top + height)
+        theirs = np.asarray(Image.fromarray(image).crop(box).resize((SIZE, SIZE), Image.BILINEAR))
+        mean, most = difference(found, theirs[:, ::-1] if flip else theirs)
+        assert mean < 0.3 and most <= 2  # both round, at other places
+        mirrored += flip
+    assert 70 < mirrored < 130
+
+
+@pytest.mark.parametrize('transform', [0, 2])
+def test_cmyk_jpegs_are_read_as_pil_reads_them(tmp_path, transform):
+    path = tmp_path / 'print.jpg'
+    Image.fromarray(smooth(np.random.default_rng(1), 60, 80, 4), 'CMYK').save(path, quality=95)
+    content = path.read_bytes()
+    at = content.index(b'Adobe') + 11  # the byte that tells CMYK (0) from YCCK (2), as most of ImageNet's are
+    path.write_bytes(content[:at] + bytes([transform]) + content[at + 1 :])
+    with Image.open(path) as theirs:
+        assert theirs.mode == 'CMYK'
+        assert difference(data.read_image(path), theirs.convert('RGB'))[1] <= 2
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L', '1', 'P', 'LA', 'RGBA'])
+def test_any_kind_of_png_named_jpeg_is_read_as_pil_reads_it(tmp_path, mode):
+    path = tmp_path / 'picture.JPEG'
+    Image.fromarray(smooth(np.random.default_rng(1), 60, 80)).convert(mode).save(path, format='PNG')
+    with Image.open(path) as theirs:
+        assert difference(data.read_image(path), theirs.convert('RGB'))[1] == 0
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_16_bit_pngs_keep_their_upper_8_bits(tmp_path, channels):
+    deep = np.random.default_rng(1).integers(0, 65536, (20, 30, channels), dtype=np.uint16)
+    cv2.imwrite(str(tmp_path / 'deep.png'), deep)
+    expected = np.broadcast_to(deep[..., ::-1] >> 8, (20, 30, 3))
+    np.testing.assert_array_equal(data.read_image(tmp_path / 'deep.png'), expected)
+
+
+def test_grey_progressive_and_turned_jpegs_are_read_as_pil_reads_them(tmp_path):
+    image = Image.fromarray(smooth(np.random.default_rng(1), 60, 80))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown a quarter turn to the right
+    image.save(tmp_path / 'turned.jpg', exif=exif)
+    image.save(tmp_path / 'progressive.jpg', progressive=True)
+    image.convert('L').save(tmp_path / 'grey.jpg')
+    for path in tmp_path.iterdir():
+        with Image.open(path) as theirs:
+            assert difference(data.read_image(path), theirs.convert('RGB'))[1] == 0
+    grey = data.read_image(tmp_path / 'grey.jpg')
+    assert (grey[..., 0] == grey[..., 1]).all() and (grey[..., 0] == grey[..., 2]).all()
+
+
+def test_normalisation_is_imagenets_in_channels_last_order():
+    pixels = torch.from_numpy(smooth(np.random.default_rng(0), 24, 16)).reshape(2, 12, 16, 3)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]).double(), torch.tensor([0.229, 0.224, 0.225]).double()
+    expected = (pixels.double() / 255 - mean) / std
+    found = imagefolder.normalize(pixels)
+    torch.testing.assert_close(found, expected.permute(0, 3, 1, 2).float())
+    assert found.is_contiguous(memory_format=torch.channels_last) and pixels.dtype == torch.uint8
+
+
+# ----------------------------------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize('nthread', [1, 2])
+def test_worker_processes_make_the_very_batches_of_none(folder, nthread):
+    assert all_equal(train_batches(folder.train, nthread), train_batches(folder.train))
+    assert all_equal(eval_batches(folder.test, nthread), eval_batches(folder.test))
+
+
+@pytest.mark.parametrize('world', [2, 3])
+def test_workers_share_the_very_batches_of_one(folder, world):
+    parts = [list(train_batches(folder.train, rank=rank, world=world)) for rank in range(world)]
+    one = list(train_batches(folder.train))
+    assert [size for *_, size in one] == [8, 8, 8, 1]
+    assert {len(part) for part in parts} == {len(train_batches(folder.train, world=world))} == {3}  # not the single one
+    for number, (images, labels, size) in enumerate(one[:3]):
+        for rank in range(world):
+            assert torch.equal(parts[rank][number][0], images[rank::world])
+            assert torch.equal(parts[rank][number][1], labels[rank::world])
+            assert parts[rank][number][2] == size == 8
+
+
+def test_an_image_is_augmented_by_seed_epoch_and_its_index_alone(folder):
+    def picture(index, seed=5, epoch=2, beside=()):
+        return imagefolder.read_batch(folder.train, SIZE, (seed, epoch), [index, *beside])[0][0]
+
+    assert torch.equal(picture(7), picture(7, beside=[1, 2]))
+    assert not torch.equal(picture(7), picture(7, seed=6))
+    assert not torch.equal(picture(7), picture(7, epoch=3))
+    twins = imagefolder.Files([folder.train.paths[0]] * 2, folder.train.labels[:2])
+    first, second = imagefolder.read_batch(twins, SIZE, (5, 2), [0, 1])[0]
+    assert not torch.equal(first, second)
+
+
+def test_an_epoch_is_a_permutation_that_seed_and_epoch_choose(folder):
+    expected = folder.train.labels[data.order(TRAINING, 5, 2)]
+    assert torch.equal(torch.cat([labels for _, labels, _ in train_batches(folder.train)]), expected)
+    other = torch.cat([labels for _, labels, _ in train_batches(folder.train, epoch=3)])
+    assert not torch.equal(other, expected) and torch.equal(other.sort()[0], expected.sort()[0])
+    assert all_equal(train_batches(folder.train), train_batches(folder.train))
+
+
+def test_loading_leaves_the_global_random_numbers_alone(folder):
+    torch.manual_seed(3)
+    list(train_batches(folder.train))
+    found = torch.rand(1)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(1), found)
+
+
+@pytest.mark.parametrize('world', [1, 2, 3, 10])
+def test_every_test_image_comes_exactly_once_over_all_workers(folder, world):
+    seen = []
+    for rank in range(world):
+        batches = eval_batches(folder.test, rank=rank, world=world)
+        parts = list(batches)
+        assert len(parts) == len(batches) == math.ceil(len(range(rank, TESTING, world)) / 4)
+        for images, labels, size in parts:
+            assert len(images) == len(labels) == size <= 4
+            seen += [(image.double().sum().item(), int(label)) for image, label in zip(images, labels)]
+    whole = imagefolder.normalize(imagefolder.read_batch(folder.test, SIZE, None, range(TESTING))[0])
+    assert sorted(seen) == sorted(zip(whole.double().sum((1, 2, 3)).tolist(), folder.test.labels.tolist()))
+
+
+def threads(indices):
+    return torch.tensor(cv2.getNumThreads()), torch.tensor(torch.get_num_threads()), indices
+
+
+def test_a_worker_process_decodes_on_one_thread(folder):
+    cv2.setNumThreads(2)
+    try:
+        found = list(imagefolder._loader(folder.train, [[0], [1]], threads, 1, CPU))
+    finally:
+        cv2.setNumThreads(0)
+    assert [(int(a), int(b)) for a, b, _ in found] == [(1, 1)] * 2
+
+
+# -------------------------------------------------------------------------------------------------------- bad images
+
+
+def test_a_bad_training_image_is_named_once_counted_and_replaced_by_the_next_good_one(damaged, capfd):
+    imagefolder._warn_once.cache_clear()
+    batches = train_batches(damaged.train, nthread=1)
+    first = list(batches)
+    assert batches.bad == 3 and sum(len(labels) for _, labels, _ in first) == TRAINING
+    assert all_equal(batches, first) and batches.bad == 3
+    err = capfd.readouterr().err
+    assert err.count('\n') == 3
+    for i in (3, 4, 24):
+        name = damaged.train.paths[i]
+        assert err.count(f'warning: {name} is not a readable image') == 1, err
+
+    pixels, labels, bad = imagefolder.read_batch(damaged.train, SIZE, (5, 2), range(TRAINING))
+    for index, taken in ((3, 5), (4, 5), (24, 0)):
+        assert torch.equal(pixels[index], pixels[taken]) and labels[index] == damaged.train.labels[taken]
+    assert len(bad) == 3
+
+
+@pytest.mark.parametrize('world', [2, 3])
+def test_bad_images_are_counted_once_over_all_workers(damaged, world):
+    parts = [train_batches(damaged.train, rank=rank, world=world, batch_size=25) for rank in range(world)]
+    labels = [torch.cat([labels for _, labels, _ in part]) for part in parts]
+    assert sum(part.bad for part in parts) == 3 and sum(map(len, labels)) == TRAINING
+
+
+def test_without_any_good_image_training_is_refused(damaged):
+    for path in damaged.train.paths:
+        os.truncate(path, 9)
+    with pytest.raises(ValueError, match='not a readable image.*; nor can any other') as caught:
+        list(train_batches(damaged.train, nthread=1))
+    assert '\n' not in str(caught.value)
+
+
+@pytest.mark.parametrize('nthread', [0, 1])
+def test_a_bad_test_image_is_refused_by_name_unless_it_may_be_left_out(damaged, nthread, capfd):
+    imagefolder._warn_once.cache_clear()
+    with pytest.raises(ValueError) as caught:
+        list(eval_batches(damaged.test, nthread))
+    assert str(caught.value).startswith(f'{damaged.test.paths[0]} is not a readable image')
+    assert '\n' not in str(caught.value) and not capfd.readouterr().err
+    batches = eval_batches(damaged.test, nthread, skip_bad_images=True)
+    found, good = list(batches), [i for i in range(TESTING) if i not in (0, 5)]
+    assert batches.bad == 2 and [size for *_, size in found] == [3, 3, 1]
+    assert torch.cat([labels for _, labels, _ in found]).tolist() == damaged.test.labels[good].tolist()
+    assert capfd.readouterr().err.count('left out of the test') == 2
+
+
+def test_an_image_that_has_gone_counts_as_bad_and_a_batch_of_none_is_passed_over(damaged, capfd):
+    for path in damaged.test.paths[:4]:
+        os.unlink(path) if os.path.exists(path) else None
+    batches = eval_batches(damaged.test, skip_bad_images=True)
+    assert [size for *_, size in batches] == [3, 1] and batches.bad == 5
+    assert f'No such file or directory: {damaged.test.paths[1]!r}' in capfd.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------- benchmark
+
+
+def test_the_benchmark_prints_ratio_and_pixel_difference(folder):
+    root = os.path.dirname(os.path.dirname(os.path.dirname(folder.train.paths[0])))
+    flags = ['--imagenetpath', root, '--image_size', '16', '--repeats', '2']
+    command = [sys.executable, os.path.join('benchmarks', 'input.py'), *flags]
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    out = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout
+    assert 'ours, uint8 batch' in out and 'torchvision on PIL' in out
+    mean = float(out.split('on equal crops, of 255: mean ')[1].split(',')[0])
+    assert 0 <= mean < 0.3

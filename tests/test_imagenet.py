@@ -1,0 +1,148 @@
+"""Whole runs of imagenet.py on real image files: teachers of several kinds, workers, refusals."""
+
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import draw, refused
+from PIL import Image
+
+import checkpoint
+import engine
+import formats
+import imagenet
+import resnet
+
+SMALL = '--image_size 32 --depth 18 --width 0.0625 --batch_size 8 --lr 0.02 --epoch_step [] --nthread 0'
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    """An ImageNet-like folder of 6 classes with 6 training and 3 validation JPEGs each."""
+    root, rng = tmp_path_factory.mktemp('imagenet'), np.random.default_rng(0)
+    for part, count in (('train', 6), ('val', 3)):
+        for label in range(6):
+            place = root / part / f'n{label:08d}'
+            place.mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(draw(rng, label % 4, (40 + i, 48 - i))).save(place / f'{i}.JPEG', quality=90)
+    return root
+
+
+@pytest.fixture
+def train(script, folder):
+    return lambda *words: script(imagenet, SMALL, ['--imagenetpath', folder], *words)
+
+
+def write_teacher(path, classes=6, depth=34):
+    """A torchvision network with random batch norm statistics, of the given classes."""
+    torch.manual_seed(0)
+    network = torchvision.models.get_model(f'resnet{depth}', num_classes=classes, width_per_group=64)
+    torch.save(network.state_dict(), path)
+
+
+def test_a_baseline_trains_and_logs_top1_and_top5(train):
+    status, out, err = train('--epochs 6 --lr 0.005 --save logs/run')
+    assert status == 0, err
+    first, *_, last = engine.read_log('logs/run/log.txt')
+    assert all(len(r[k]) == 2 and r[k][0] <= r[k][1] <= 100 for r in (first, last) for k in ('train_acc', 'test_acc'))
+    assert last['bad_images'] == 0 and last['train_images'] == 36 and last['num_classes'] == 6
+    assert last['train_loss'] < first['train_loss']
+    assert (last['test_acc'][0] * 18 / 100) % 1 == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize('depth', [18, 50])
+def test_students_learn_from_torchvision_teachers_basic_and_bottleneck(train, depth):
+    write_teacher('teacher.bin', depth=depth)
+    status, out, err = train('--epochs 1 --teacher_params teacher.bin --beta 1e+3 --alpha 0.5 --save logs/run')
+    assert status == 0, err
+    assert re.search(r'teacher: top-1 [\d.]+%, top-5 [\d.]+%', out)
+    assert 'at3: beta 1000 weighs each element of the 1x1 maps by 125' in out
+    (record,) = engine.read_log('logs/run/log.txt')
+    assert {'ce', 'kd', 'at0', 'at1', 'at2', 'at3'} <= set(record)
+
+
+def test_last_two_groups_alone_and_the_teacher_unchecked(train):
+    write_teacher('teacher.bin', depth=18)
+    _, out, _ = train(
+        '--epochs 1 --teacher_params teacher.bin --skip_teacher_check --beta 10 --groups 2,3 --save logs/run'
+    )
+    assert 'top-1' not in out.split('trained parameters')[0]
+    assert [k for k in engine.read_log('logs/run/log.txt')[0] if re.fullmatch(r'at\d', k)] == ['at2', 'at3']
+
+
+def test_an_own_checkpoint_teaches(train):
+    assert train('--epochs 1 --depth 34 --save logs/teacher')[0] == 0
+    status, _, err = train('--epochs 1 --beta 10 --teacher_params logs/teacher/model.pt7 --save logs/student')
+    assert status == 0, err
+
+
+def test_a_folded_teacher_gives_what_the_unfolded_gives():
+    torch.manual_seed(0)
+    f, params = resnet.imagenet_resnet(34, 0.125, 6)
+    params = {k: v.detach().double() for k, v in params.items()}
+    for key, value in params.items():
+        if key.endswith(('running_mean', 'running_var', 'bias')):
+            value.uniform_(0.5, 1.5)
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    (y, groups), (z, folded) = f(x, params, False), f(x, resnet.fold_batch_norm(params), False)
+    torch.testing.assert_close(y, z)
+    for a, b in zip(groups, folded):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize('depth', [18, 34, 50, 101, 152])
+def test_logits_equal_those_of_torchvision_with_the_same_weights(depth):
+    torch.manual_seed(0)
+    network = torchvision.models.get_model(f'resnet{depth}', num_classes=7).eval()
+    for name, buffer in network.named_buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.8, 1.2) if name.endswith('var') else buffer.normal_(0, 0.1)
+    f, params = resnet.imagenet_resnet(depth, 1, 7)
+    converted = formats.from_torchvision(network.state_dict())
+    assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in params.items()}
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = network(x)
+        for p in (converted, resnet.fold_batch_norm(converted)):
+            logits = f(x, p, False)[0]
+            assert (logits - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(train, monkeypatch):
+    assert train('--epochs 3 --epoch_step [3] --save logs/whole')[0] == 0
+    keep = engine._keep
+
+    def interrupted(opt, record, *rest):
+        keep(opt, record, *rest)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, '_keep', interrupted)
+    assert train('--epochs 3 --epoch_step [3] --save logs/part')[0] == 130
+    monkeypatch.setattr(engine, '_keep', keep)
+    assert train('--epochs 3 --epoch_step [3] --save logs/part --resume auto --nthread 1')[0] == 0
+    whole, part = (checkpoint.load(f'logs/{run}/model.pt7') for run in ('whole', 'part'))
+    assert all(torch.equal(whole['params'][k], part['params'][k]) for k in whole['params'])
+
+
+def test_unusable_input_is_refused_in_one_line_and_nothing_is_written(script, train, folder, tmp_path):
+    run = '--epochs 1 --beta 1 --save logs/run --teacher_params'
+    assert refused(script(imagenet, '--imagenetpath nowhere --save logs/run'), 'nowhere')
+    (tmp_path / 'empty').mkdir()
+    assert refused(script(imagenet, '--imagenetpath empty --save logs/run'), 'train')
+    assert refused(train('--depth 20'), '--depth 20: an ImageNet ResNet has 18, 34, 50, 101, 152 layers')
+    assert refused(train('--image_size 16'), '--image_size')
+    assert refused(train('--beta 1'), 'needs a teacher: name one with --teacher_params')
+    assert refused(train(run, 'nowhere.pth'), 'nowhere.pth')
+    (tmp_path / 'text.pth').write_text('nothing')
+    assert refused(train(run, 'text.pth'), 'text.pth')
+    write_teacher('other.pth', classes=7, depth=18)
+    assert refused(train(run, 'other.pth'), 'other.pth tells 7 classes apart, but the data have 6')
+    state = torch.load('other.pth')
+    del state['layer2.0.conv2.weight']
+    torch.save(state, 'missing.pth')
+    assert refused(train(run, 'missing.pth'), 'group1.block0.conv1')
+    assert not os.path.exists('logs')
