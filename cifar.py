@@ -9,13 +9,10 @@ WRN-16-1 alone errs on 8.77% of CIFAR-10's test images in the paper, with attent
 
 from functools import partial
 
-import torch
-
 import data
 import engine
 import options
 from resnet import wide_resnet
-from utils import set_requires_grad_except_bn_
 
 # The flags that say which images are tested on, and their values where an older log does not hold them.
 TEST_SET = {'dataset': 'CIFAR10', 'holdout': 0, 'image_size': 32}
@@ -76,16 +73,11 @@ def main():
     device = engine.start(opt)
     engine.say('parsed options:', vars(opt))
     dataset, train_batches, test_batches = build_data(opt, device)
-    torch.manual_seed(opt.seed)
-    f, params = wide_resnet(opt.depth, opt.width, dataset.num_classes)
-    params = engine.place(params, opt.dtype, device)
-    set_requires_grad_except_bn_(params)
+    f, params = engine.draw(wide_resnet, opt, dataset.num_classes, device)
     teacher = build_teacher(opt, dataset, test_batches, device)
     engine.describe(opt, f, params, teacher, next(iter(test_batches()))[0][:1])
     step = engine.make_step(opt, engine.data_parallel(f, params, 'sync' if opt.sync_bn else True), teacher, device)
-    images = {'train_images': len(dataset.train.labels), 'test_images': len(dataset.test.labels)}
-    facts = {'num_classes': dataset.num_classes, **images}
-    engine.fit(opt, step, f, params, train_batches, test_batches, device, facts)
+    engine.fit(opt, step, f, params, train_batches, test_batches, device, engine.counts(dataset))
 
 
 if __name__ == '__main__':

@@ -23,7 +23,16 @@ from tqdm import tqdm
 
 import checkpoint
 from options import LOST_PEER
-from utils import DTYPES, STATISTICS, at_loss, cast, kd_loss, num_trained, print_tensor_dict
+from utils import (
+    DTYPES,
+    STATISTICS,
+    at_loss,
+    cast,
+    kd_loss,
+    num_trained,
+    print_tensor_dict,
+    set_requires_grad_except_bn_,
+)
 
 FLUSH = 20  # steps between two looks at the losses: each look makes the host wait for the device
 NOT_SETTINGS = set(
@@ -410,6 +419,21 @@ def evaluate(f, params, batches, device, dtype='float', topk=(1,)):
 def place(params, dtype, device):
     """A network's parameters on the device: float64 for --dtype double, float32 for every other."""
     return cast(params, 'double' if DTYPES[dtype] == torch.float64 else 'float', device)
+
+
+def draw(network, opt, num_classes, device):
+    """The network to train, `network(depth, width, num_classes)` drawn from the seed: (f, params) on the device."""
+    torch.manual_seed(opt.seed)
+    f, params = network(opt.depth, opt.width, num_classes)
+    params = place(params, opt.dtype, device)
+    set_requires_grad_except_bn_(params)
+    return f, params
+
+
+def counts(dataset):
+    """What a log says of its data."""
+    images = {'train_images': len(dataset.train.labels), 'test_images': len(dataset.test.labels)}
+    return {'num_classes': dataset.num_classes, **images}
 
 
 def check_classes(teacher, params, num_classes):

@@ -16,7 +16,6 @@ import engine
 import imagefolder
 import options
 from resnet import fold_batch_norm, imagenet_forward, imagenet_resnet
-from utils import set_requires_grad_except_bn_
 
 
 def parse():
@@ -75,17 +74,12 @@ def main():
     engine.say('parsed options:', vars(opt))
     dataset, train_batches, test_batches = build_data(opt, device)
     topk = 1, min(5, dataset.num_classes)
-    torch.manual_seed(opt.seed)
-    f, params = imagenet_resnet(opt.depth, opt.width, dataset.num_classes)
-    params = engine.place(params, opt.dtype, device)
-    set_requires_grad_except_bn_(params)
+    f, params = engine.draw(imagenet_resnet, opt, dataset.num_classes, device)
     teacher = build_teacher(opt, dataset.num_classes, test_batches, topk, device)
     blank = torch.zeros(1, 3, opt.image_size, opt.image_size, device=device)
     engine.describe(opt, f, params, teacher, blank)
     step = engine.make_step(opt, engine.data_parallel(f, params, 'sync' if opt.sync_bn else True), teacher, device)
-    images = {'train_images': len(dataset.train.labels), 'test_images': len(dataset.test.labels)}
-    facts = {'num_classes': dataset.num_classes, **images}
-    engine.fit(opt, step, f, params, train_batches, test_batches, device, facts, topk)
+    engine.fit(opt, step, f, params, train_batches, test_batches, device, engine.counts(dataset), topk)
 
 
 if __name__ == '__main__':

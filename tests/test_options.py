@@ -9,6 +9,7 @@ import pytest
 from conftest import refused
 
 import cifar
+import imagenet
 import options
 
 ROOT = pathlib.Path(cifar.__file__).parent
@@ -49,18 +50,31 @@ WRONG = {  # flag: values that it has to refuse
 }
 
 
-def parser(monkeypatch, words=()):
-    """The parser of cifar.py, caught as it parses `words`."""
+IMAGENET_WRONG = {  # the flags that imagenet.py alone has, or reads otherwise
+    'imagenetpath': ['nowhere'],
+    'image_size': ['0', '31', '32.5', '1000000'],
+    'skip_bad_images': ['yes'],
+    'teacher_params': [],  # in test_imagenet.py, with data
+    'skip_teacher_check': ['yes'],
+    'depth': ['0', '-18', '20', '18.0'],
+}
+CIFAR_ONLY = {'dataset', 'dataroot', 'randomcrop_pad', 'holdout', 'teacher_id'}
+
+
+def parser(monkeypatch, words=(), module=cifar):
+    """The parser of a script, caught as it parses `words`, and the flags."""
     caught = []
     parse_args = options.Parser.parse_args
-    monkeypatch.setattr(sys, 'argv', ['cifar.py', *words])
+    monkeypatch.setattr(sys, 'argv', [f'{module.__name__}.py', *words])
     monkeypatch.setattr(options.Parser, 'parse_args', lambda self: caught.append(self) or parse_args(self))
-    opt = cifar.parse()
+    opt = module.parse()
     return caught[0], opt
 
 
 def test_every_flag_is_tried_with_wrong_values(monkeypatch):
     assert set(vars(parser(monkeypatch)[1])) == set(WRONG)
+    found = set(vars(parser(monkeypatch, module=imagenet)[1]))
+    assert found == (set(WRONG) - CIFAR_ONLY) | set(IMAGENET_WRONG)
 
 
 @pytest.mark.parametrize('flag, value', [(flag, value) for flag, values in WRONG.items() for value in values])
@@ -71,15 +85,21 @@ def test_wrong_value_is_refused_in_one_line_and_nothing_is_written(script, tmp_p
     assert [p.name for p in tmp_path.iterdir()] == ['blocked']
 
 
-def test_every_flag_is_read_somewhere(monkeypatch):
-    sources = ''.join((ROOT / f'{name}.py').read_text() for name in ('cifar', 'engine', 'options'))
-    by_name = set(cifar.TEST_SET)
-    for flag in vars(parser(monkeypatch)[1]):
-        assert re.search(rf'\bopt\.{flag}\b', sources) or flag in by_name, f'--{flag} is never read'
+@pytest.mark.parametrize('flag, value', [(flag, value) for flag, values in IMAGENET_WRONG.items() for value in values])
+def test_wrong_value_for_imagenet_is_refused_in_one_line_that_names_it(script, tmp_path, flag, value):
+    result = script(imagenet, '--imagenetpath .', [f'--{flag}={value}'])
+    assert refused(result, value if flag == 'imagenetpath' else f'--{flag}')
+    assert not list(tmp_path.iterdir())
 
 
-def test_every_flag_is_explained(monkeypatch):
-    for action in parser(monkeypatch)[0]._actions:
+@pytest.mark.parametrize('module', [cifar, imagenet])
+def test_every_flag_is_read_and_explained(monkeypatch, module):
+    sources = ''.join((ROOT / f'{name}.py').read_text() for name in (module.__name__, 'engine', 'options'))
+    actions, flags = parser(monkeypatch, module=module)
+    for flag in vars(flags):
+        by_name = module is cifar and flag in cifar.TEST_SET
+        assert re.search(rf'\bopt\.{flag}\b', sources) or by_name, f'--{flag} is never read'
+    for action in actions._actions:
         assert action.help, action.option_strings
 
 
@@ -103,6 +123,15 @@ def test_the_authors_commands_are_understood(monkeypatch, command):
     assert (opt.epoch_step, opt.lr_decay_ratio, opt.temperature) == ('[60,120,160]', 0.2, 4)
 
 
+def test_the_authors_imagenet_command_is_understood(monkeypatch):
+    command = (
+        '--imagenetpath ~/ILSVRC2012 --depth 18 --width 1 --teacher_params resnet-34-export.hkl --gpu_id 0,1 --ngpu 2'
+    )
+    opt = parser(monkeypatch, f'{command} --beta 1e+3'.split(), imagenet)[1]
+    assert (opt.lr, opt.epochs, opt.batch_size, opt.weight_decay) == (0.1, 100, 256, 0.0001)
+    assert (opt.epoch_step, opt.lr_decay_ratio, opt.ngpu, opt.beta) == ('[30,60,90]', 0.1, 2, 1000)
+
+
 def test_early_spellings_mean_the_same(monkeypatch):
     opt = parser(monkeypatch, '--batchSize 64 --weightDecay 1e-4 --data_root here'.split())[1]
     assert (opt.batch_size, opt.weight_decay, opt.dataroot) == (64, 1e-4, 'here')
@@ -117,5 +146,5 @@ def test_flags_that_contradict_each_other_are_refused(script):
 
 
 def test_main_is_a_table_of_contents():
-    for script in ('cifar', 'reproduce', 'checkpoint'):
+    for script in ('cifar', 'imagenet', 'reproduce', 'checkpoint'):
         assert len(inspect.getsource(__import__(script).main).splitlines()) <= 40
