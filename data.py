@@ -7,6 +7,7 @@ workers nor on where a run was resumed.
 import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from typing import NamedTuple
 from urllib.error import URLError
 
@@ -84,9 +85,12 @@ def _cifar(dataset, root, note):
     if not os.path.isdir(os.path.join(root, source.base_folder)):
         size = {'CIFAR10': 163, 'CIFAR100': 161}[dataset]
         note(f'{dataset} is not in {root}: downloading {size} MiB from {source.url}')
+    missing = not os.path.exists(root)
     try:
         parts = [source(root, train=train, download=True) for train in (True, False)]
-    except (URLError, TimeoutError, ConnectionError) as error:
+    except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
+        if missing and os.path.isdir(root) and not os.listdir(root):
+            os.rmdir(root)
         raise OSError(
             f'{dataset} is not in {root} and {source.url} cannot be reached ({getattr(error, "reason", error)}): '
             f'put {source.base_folder} there by hand, or name its folder with --dataroot'

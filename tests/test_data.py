@@ -217,7 +217,8 @@ def test_cifar_is_downloaded_once_and_said_from_where(tmp_path, cifar_server):
 def test_without_a_network_the_message_says_what_to_do(tmp_path, monkeypatch):
     monkeypatch.setattr(torchvision.datasets.CIFAR100, 'url', 'http://127.0.0.1:9/cifar.tar.gz')
     with pytest.raises(OSError, match='CIFAR100 is not in .* cannot be reached .* by hand, or .* --dataroot'):
-        data.load('CIFAR100', str(tmp_path), note=lambda _: None)
+        data.load('CIFAR100', str(tmp_path / 'new'), note=lambda _: None)
+    assert not (tmp_path / 'new').exists()
 
 
 # --------------------------------------------------------------------------------------------------- own images
