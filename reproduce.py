@@ -23,21 +23,22 @@ TABLE1 = {
     ('wrn-16-1', 'wrn-40-1'): {'student': 8.77, 'at': 8.25, 'kd': 8.39, 'at-kd': 8.01, 'teacher': 6.58},
     ('wrn-16-2', 'wrn-40-2'): {'student': 6.31, 'at': 5.85, 'kd': 6.08, 'at-kd': 5.71, 'teacher': 5.23},
 }
-METHODS = {  # the flags of each method, but for those that name the networks
+METHODS = {  # the flags of each method, but for those that name the networks; BETA is the table's
     'teacher': [],
     'student': [],
-    'at': ['--beta', '1e+3'],
+    'at': ['--beta', 'BETA'],
     'kd': ['--alpha', '0.9'],
-    'at-kd': ['--beta', '1e+3', '--beta_decay', 'linear', '--alpha', '0.9'],
+    'at-kd': ['--beta', 'BETA', '--beta_decay', 'linear', '--alpha', '0.9'],
 }
 LABELS = {'teacher': 'teacher', 'student': 'student alone', 'at': 'AT', 'kd': 'KD', 'at-kd': 'AT+KD'}
 TABLES = {
-    'table1': {'rows': list(TABLE1), 'dataset': 'CIFAR10', 'epochs': 200, 'seeds': 5, 'flags': []},
+    'table1': {'rows': list(TABLE1), 'dataset': 'CIFAR10', 'epochs': 200, 'seeds': 5, 'beta': '1e+3', 'flags': []},
     'demo': {
         'rows': [('wrn-16-1', 'wrn-16-2')],
         'dataset': 'digits',
         'epochs': 10,
         'seeds': 1,
+        'beta': '100',  # chosen on held-out training images: in 160 steps, 1e+3 leaves no time to learn the classes
         'flags': ['--batch_size', '64'],
     },
 }
@@ -100,7 +101,8 @@ def commands(opt):
             for seed, name in enumerate(names(opt, row, method)):
                 network = row[1] if method == 'teacher' else row[0]
                 _, depth, width = network.split('-')
-                flags = ['--depth', depth, '--width', width, '--seed', str(seed), *METHODS[method]]
+                flags = ['--depth', depth, '--width', width, '--seed', str(seed)]
+                flags += [table['beta'] if word == 'BETA' else word for word in METHODS[method]]
                 if method in transfers:
                     flags += ['--teacher_id', run_name(opt, row[1], seed)]
                 runs.setdefault(name, [*common, *flags, '--save', f'logs/{name}', '--resume', 'auto'])
