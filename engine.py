@@ -535,8 +535,7 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(
     optimizer = torch.optim.SGD(trained.values(), opt.lr, momentum=0.9, weight_decay=opt.weight_decay)
     epoch = done = _resume_(opt, params, trained, optimizer)
     if done >= opt.epochs:
-        say(f'nothing to do: {done} of {opt.epochs} epochs are done')
-        return None
+        return say(f'nothing to do: {done} of {opt.epochs} epochs are done')
     _open_run(opt, done)
     facts = {**vars(opt), **facts, 'n_parameters': num_trained(params), **environment(device)}
     meters, record = _Meters(device, topk), None
@@ -552,8 +551,7 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(
         epoch = state['epoch'] + 1
         _set_rate_(opt, optimizer, epoch)
         meters.reset()
-        bar = {'disable': True if rank() else None, 'leave': False, 'desc': f'epoch {epoch}/{opt.epochs}'}
-        state['iterator'] = state['bar'] = tqdm(train_batches(epoch), unit='step', **bar)
+        state['iterator'] = state['bar'] = _bar(train_batches(epoch), f'epoch {epoch}/{opt.epochs}')
 
     def on_forward(state):
         if _loss_scale(opt) != 1:
@@ -580,12 +578,16 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(
         _print_epoch(opt, record)
 
     engine = Engine()
-    hooks = (on_start, on_start_epoch, on_forward, on_update, on_end_epoch)
-    engine.hooks.update({hook.__name__: hook for hook in hooks})
+    engine.hooks = {h.__name__: h for h in (on_start, on_start_epoch, on_forward, on_update, on_end_epoch)}
     engine.train(network, None, opt.epochs, optimizer)
     if opt.save:
         say(f'log: {os.path.join(opt.save, "log.txt")}\nmodel: {os.path.join(opt.save, "model.pt7")}')
     return record
+
+
+def _bar(batches, name):
+    """A progress bar over batches, shown by the first worker on a terminal."""
+    return tqdm(batches, desc=name, unit='step', leave=False, disable=True if rank() else None)
 
 
 def _weighted_loss(opt, step, sample, epoch, meters):

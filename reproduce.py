@@ -1,7 +1,7 @@
 """A table of the paper as a list of runs of cifar.py: train what is missing, then print ours beside the paper's.
 
     python reproduce.py demo                       # handwritten digits: needs no download, minutes on two cores
-    python reproduce.py table1 --dataroot data     # table 1, wide ResNets: 5 seeds of 200 epochs, days on one GPU
+    python reproduce.py table1 --dataroot data     # table 1, wide ResNets: 5 seeds of 200 epochs
     python reproduce.py table1 --show              # the table from the logs that are there
 
 A finished run is skipped and a broken one resumed, so the same command goes on after an interruption.

@@ -50,18 +50,9 @@ def wide_resnet(depth, width, num_classes):
     )
     set_requires_grad_except_bn_(params)
 
-    def block(x, params, base, mode, stride):
-        o = F.relu(batch_norm(x, params, base + '.bn0', mode), inplace=True)
-        y = F.conv2d(o, params[base + '.conv0'], stride=stride, padding=1)
-        y = F.relu(batch_norm(y, params, base + '.bn1', mode), inplace=True)
-        y = F.conv2d(y, params[base + '.conv1'], padding=1)
-        if base + '.convdim' in params:
-            return y + F.conv2d(o, params[base + '.convdim'], stride=stride)
-        return y + x
-
     def group(x, params, base, mode, stride):
         for i in range(blocks):
-            x = block(x, params, f'{base}.block{i}', mode, 1 if i else stride)
+            x = _wide_block(x, params, f'{base}.block{i}', mode, 1 if i else stride)
         return x
 
     def f(x, params, mode, base=''):
@@ -75,6 +66,16 @@ def wide_resnet(depth, width, num_classes):
         return F.linear(o, params[base + 'fc.weight'], params[base + 'fc.bias']), (g0, g1, g2)
 
     return f, params
+
+
+def _wide_block(x, params, base, mode, stride):
+    o = F.relu(batch_norm(x, params, base + '.bn0', mode), inplace=True)
+    y = F.conv2d(o, params[base + '.conv0'], stride=stride, padding=1)
+    y = F.relu(batch_norm(y, params, base + '.bn1', mode), inplace=True)
+    y = F.conv2d(y, params[base + '.conv1'], padding=1)
+    if base + '.convdim' in params:
+        return y + F.conv2d(o, params[base + '.convdim'], stride=stride)
+    return y + x
 
 
 def wide_resnet_shape(params):

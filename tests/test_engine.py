@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL
 
 import checkpoint
 import data
 import engine
+import options
 import resnet
 import utils
 
@@ -83,8 +83,6 @@ def test_evaluation_counts_every_image_once_whatever_the_batches():
 
 @pytest.mark.parametrize('beta, alpha, names', [(0, 0, 'ce'), (1, 0, 'ce at0 at1 at2'), (0, 0.5, 'ce kd')])
 def test_step_names_its_terms_and_computes_no_other(monkeypatch, beta, alpha, names):
-    import options
-
     parser = options.Parser('')
     options.common_flags(parser, depth=10, batch_size=4, epochs=1, epoch_step='[]', lr_decay_ratio=1, weight_decay=0)
     opt = parser.parse_args(['--alpha', str(alpha), '--beta', str(beta)])
@@ -145,7 +143,3 @@ def test_commit_is_that_of_this_code_or_none(monkeypatch, tmp_path):
     assert engine.commit() is None or len(engine.commit().removesuffix('-dirty')) >= 7
     monkeypatch.setattr(engine, '__file__', str(tmp_path / 'engine.py'))
     assert engine.commit() is None
-
-
-def test_the_small_network_of_these_tests_is_small():
-    assert '--width 0.25' in SMALL and utils.num_trained(resnet.wide_resnet(10, 0.25, 3)[1]) < 10_000
