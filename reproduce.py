@@ -88,7 +88,10 @@ def names(opt, row, method):
 
 
 def commands(opt):
-    """The runs of a table, each once and teachers first: {name: arguments of cifar.py}."""
+    """The runs of a table, each once and teachers first: {name: arguments of cifar.py}.
+
+    The teacher of seed 0 teaches the students of every seed, so their spread is their own.
+    """
     table, runs = TABLES[opt.table], {}
     steps = [round(opt.epochs * part) for part in (0.3, 0.6, 0.8)]
     common = ['--dataset', table['dataset'], '--dataroot', opt.dataroot, '--epochs', str(opt.epochs)]
@@ -98,13 +101,14 @@ def commands(opt):
     transfers = [method for method in opt.methods if method not in ('teacher', 'student')]
     for method in ['teacher'] * ('teacher' in opt.methods or bool(transfers)) + opt.methods:
         for row in opt.rows:
-            for seed, name in enumerate(names(opt, row, method)):
+            teachers_needed = opt.seeds if method in opt.methods else 1
+            for seed, name in enumerate(names(opt, row, method)[:teachers_needed]):
                 network = row[1] if method == 'teacher' else row[0]
                 _, depth, width = network.split('-')
                 flags = ['--depth', depth, '--width', width, '--seed', str(seed)]
                 flags += [table['beta'] if word == 'BETA' else word for word in METHODS[method]]
                 if method in transfers:
-                    flags += ['--teacher_id', run_name(opt, row[1], seed)]
+                    flags += ['--teacher_id', run_name(opt, row[1], 0)]
                 runs.setdefault(name, [*common, *flags, '--save', f'logs/{name}', '--resume', 'auto'])
     return runs
 

@@ -38,6 +38,12 @@ def test_dry_run_prints_the_commands_teachers_first_and_each_once(script):
         assert teacher is None or teacher[1] in saved[:i]
     assert sum('--beta 1e+3' in line for line in lines) == sum('--alpha 0.9' in line for line in lines) == 12
     assert sum('--beta_decay linear' in line for line in lines) == 6
+    assert all(line.endswith('-s0') for line in re.findall(r'--teacher_id \S+', out))
+
+
+def test_the_teacher_of_one_seed_is_enough_to_teach(script):
+    _, out, _ = script(reproduce, 'table1 --rows 1 --methods at --seeds 3 --dry_run')
+    assert out.count('cifar.py') == 1 + 3
 
 
 def test_the_schedule_scales_with_the_epochs(script):
