@@ -161,37 +161,78 @@ def _square(image, size):
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)
 
 
-def read_image(path):
+def read_image(path, box=None):
     """Decode an image file to (H, W, 3) uint8, red, green, blue, unrotated as PIL gives it.
 
-    Raises ValueError naming the file when it is unreadable or cut short (which OpenCV alone would pass over).
+    With box, a function (height, width) -> (top, left, height, width), that part alone; the rows of a JPEG below it are
+    not decoded. Raises ValueError naming the file when it is unreadable or cut short (which OpenCV alone would pass
+    over).
     """
     with open(path, 'rb', buffering=0) as file:  # a buffer would only be one more copy
         content = file.read()
-    whole = content and (not content.startswith(b'\xff\xd8') or _jpeg_is_whole(content))
+    whole, frame = _scan_jpeg(content) if content.startswith(b'\xff\xd8') else (bool(content), None)
     image = None
+    if whole and box and frame:
+        image = _decode_box(content, frame, box)
+        if image is not None:
+            return image
     if whole:
-        try:
-            flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
-            image = cv2.imdecode(np.frombuffer(content, np.uint8), flags)
-        except cv2.error:  # more pixels than OpenCV's limit, for one
-            pass
+        image = _decode(content)
     if image is None:
         raise ValueError(f'{path} is not a readable image{"" if whole else ": it is empty or cut short"}')
-    return image
+    return _part(image, box(*image.shape[:2])) if box else image
 
 
-def _jpeg_is_whole(content):
-    """Whether a JPEG has its end marker behind its first scan; one inside a thumbnail does not count."""
-    at = 2
+def _decode(content):
+    try:
+        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        return cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+    except cv2.error:  # more pixels than OpenCV's limit, for one
+        return None
+
+
+def _part(image, box):
+    top, left, height, width = box
+    return image[top : top + height, left : left + width]
+
+
+def _scan_jpeg(content):
+    """Whether a JPEG has its end marker behind its first scan (one inside a thumbnail does not count), and its frame.
+
+    The frame is where the header of a baseline image without restart markers is, None for the other kinds of JPEG.
+    """
+    at, segments = 2, {}
     while content[at : at + 1] == b'\xff' and at + 4 <= len(content):
-        if content[at + 1] == 0xDA:  # start of scan: from here on, FF D9 is the end of the image
-            return content.rfind(b'\xff\xd9', at) >= 0  # backwards: it should be the last two bytes
-        if content[at + 1] == 0xFF:  # a fill byte
-            at += 1
-        else:
-            at += 2 + int.from_bytes(content[at + 2 : at + 4], 'big')
-    return False
+        marker = content[at + 1]
+        if marker == 0xDA:  # start of scan: from here on, FF D9 is the end of the image
+            frame = None if 0xDD in segments else segments.get(0xC0)
+            return content.rfind(b'\xff\xd9', at) >= 0, frame  # backwards: it should be the last two bytes
+        segments[marker] = at
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(content[at + 2 : at + 4], 'big')  # FF FF: a fill byte
+    return False, None
+
+
+def _decode_box(content, frame, box):
+    """A box of a baseline JPEG, decoding the rows down to its end; None where that is not possible or does not pay.
+
+    The decoder is shown a header with fewer rows, and no end marker, for which it would search and complain.
+    """
+    # frame: FF C0, length (2 bytes), precision, height (2), width (2), components, 3 bytes for each component
+    height, width = (int.from_bytes(content[frame + i : frame + i + 2], 'big') for i in (5, 7))
+    components = int.from_bytes(content[frame + 9 : frame + 10], 'big')
+    sampling = content[frame + 11 : frame + 10 + 3 * components : 3]
+    unit = 8 * max((s & 15 for s in sampling), default=0)  # rows that are coded together
+    if not (unit and height and width):
+        return None
+    top, left, box_height, box_width = box(height, width)
+    rows = top + box_height + unit  # one unit more, since colour is interpolated from the rows around
+    if rows > height - 2 * unit:
+        return None
+    shorter = content[: frame + 5] + rows.to_bytes(2, 'big') + content[frame + 7 : content.rfind(b'\xff\xd9')]
+    image = _decode(shorter)
+    if image is None or image.shape[:2] != (rows, width):
+        return None
+    return _part(image, (top, left, box_height, box_width))
 
 
 # -------------------------------------------------------------------------------------------------------- batches

@@ -74,6 +74,7 @@ def start(opt):
         raise ValueError(f'--batch_size {opt.batch_size} is not a multiple of the {max(opt.ngpu, world())} workers')
     if opt.save and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
         opt.resume, opt.overwrite = 'auto', False  # a worker died, and all begin again where the checkpoint is
+    _check_restarts()
     check_save(opt)
     if 'LOCAL_RANK' in os.environ:
         dist.init_process_group('nccl' if cuda else 'gloo')
@@ -87,6 +88,20 @@ def start(opt):
     return device
 
 
+def _check_restarts():
+    """Refuse a launcher whose restarted workers would look for the dead ones.
+
+    Workers exchange addresses through a store of the launcher. PyTorch 2.14 keeps one store over restarts by default,
+    where the new workers find the addresses of the old and wait for them until they time out.
+    """
+    restarts = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0))
+    if restarts and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        raise ValueError(
+            f'torchrun --max-restarts {restarts}: its restarts work with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its '
+            'environment and --standalone or --rdzv-backend c10d alone'
+        )
+
+
 def _launch(opt):
     """Run this very command once per worker, wait, and return the exit status."""
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -94,6 +109,7 @@ def _launch(opt):
 
     if not torch.cuda.is_available():
         os.environ.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // opt.ngpu)))
+    os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'  # see _check_restarts
     logging.getLogger('torch.distributed').setLevel(logging.CRITICAL)  # one message is enough, and it is below
     config = LaunchConfig(
         min_nodes=1,

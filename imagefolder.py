@@ -117,15 +117,15 @@ def random_box(height, width, trials):
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def train_crop(image, size, mirrored, trials):
-    """A random box of (H, W, 3) resized to (size, size, 3), mirrored or not; the draws are those of `augmentation`."""
-    top, left, height, width = random_box(*image.shape[:2], trials)
-    small = resize(image[top : top + height, left : left + width], size, size)
+def train_crop(path, size, mirrored, trials):
+    """A random box of an image file resized to (size, size, 3), mirrored or not; the draws are of `augmentation`."""
+    small = resize(data.read_image(path, functools.partial(random_box, trials=trials)), size, size)
     return cv2.flip(small, 1) if mirrored else small
 
 
-def test_crop(image, size):
-    """The shorter side of (H, W, 3) resized to size * 256 / 224, then the central (size, size, 3)."""
+def test_crop(path, size):
+    """The shorter side of an image file resized to size * 256 / 224, then the central (size, size, 3)."""
+    image = data.read_image(path)
     short, shortest = round(size * 256 / 224), min(image.shape[:2])
     height, width = (short * side // shortest for side in image.shape[:2])
     top, left = round((height - size) / 2), round((width - size) / 2)
@@ -148,14 +148,15 @@ def read_batch(files, size, augment, indices):
     for i in indices:
         for j in itertools.chain(range(i, n), range(i)) if augment else [i]:
             try:
-                image = data.read_image(files.paths[j])
+                if augment:
+                    crop = train_crop(files.paths[j], size, *(drawn.get(j) or augmentation(*augment, j)))
+                else:
+                    crop = test_crop(files.paths[j], size)
             except (OSError, ValueError) as error:
                 if j == i:
                     bad.append(str(error))
                 continue
-            if augment:
-                draws = drawn.get(j) or augmentation(*augment, j)
-            pixels[len(taken)] = train_crop(image, size, *draws) if augment else test_crop(image, size)
+            pixels[len(taken)] = crop
             taken.append(j)
             break
     return torch.from_numpy(pixels[: len(taken)]), files.labels[taken], bad

@@ -71,10 +71,10 @@ def pixel_differences(files, image_size, indices):
     """Mean absolute difference from PIL's resize of the same random box, in levels of 255, one an image."""
     found = []
     for i in indices:
-        image = data.read_image(files.paths[i])
-        top, left, height, width = imagefolder.random_box(*image.shape[:2], imagefolder.augmentation(0, 1, i)[1])
-        ours = imagefolder.resize(image[top : top + height, left : left + width], image_size, image_size)
+        _, trials = imagefolder.augmentation(0, 1, i)
+        ours = imagefolder.train_crop(files.paths[i], image_size, False, trials)
         with Image.open(files.paths[i]) as file:
+            top, left, height, width = imagefolder.random_box(file.height, file.width, trials)
             crop = file.convert('RGB').crop((left, top, left + width, top + height))
         theirs = np.asarray(crop.resize((image_size, image_size), Image.BILINEAR))
         found.append(np.abs(ours.astype(int) - theirs).mean())

@@ -134,10 +134,11 @@ def test_resize_is_pils_antialiased_bilinear(shape, size):
 
 
 @pytest.mark.parametrize('shape', [(30, 60), (61, 30), (16, 16), (19, 300), (9, 5)])
-def test_test_crop_is_torchvisions_resize_and_centre_crop(shape):
+def test_test_crop_is_torchvisions_resize_and_centre_crop(tmp_path, shape):
     image = smooth(np.random.default_rng(1), *shape)
+    Image.fromarray(image).save(tmp_path / 'image.png')
     theirs = transforms.Compose([transforms.Resize(round(SIZE * 256 / 224)), transforms.CenterCrop(SIZE)])
-    mean, most = difference(imagefolder.test_crop(image, SIZE), theirs(Image.fromarray(image)))
+    mean, most = difference(imagefolder.test_crop(tmp_path / 'image.png', SIZE), theirs(Image.fromarray(image)))
     assert mean < 0.3 and most <= 2  # both round, at other places
 
 
@@ -163,11 +164,12 @@ def test_where_no_random_box_fits_the_crop_is_central(shape, box):
     assert imagefolder.random_box(1, 1, imagefolder.augmentation(0, 1, 0)[1]) == (0, 0, 1, 1)
 
 
-def test_a_training_image_is_its_random_box_mirrored_every_other_time():
+def test_a_training_image_is_its_random_box_mirrored_every_other_time(tmp_path):
     image, mirrored = smooth(np.random.default_rng(1), 40, 50), 0
+    Image.fromarray(image).save(tmp_path / 'image.png')
     for i in range(200):
         flip, trials = imagefolder.augmentation(0, 1, i)
-        found = imagefolder.train_crop(image, SIZE, flip, trials)
+        found = imagefolder.train_crop(tmp_path / 'image.png', SIZE, flip, trials)
         top, left, height, width = imagefolder.random_box(40, 50, trials)
         box = (left, top, left + width, top + height)
         theirs = np.asarray(Image.fromarray(image).crop(box).resize((SIZE, SIZE), Image.BILINEAR))
@@ -175,6 +177,33 @@ def test_a_training_image_is_its_random_box_mirrored_every_other_time():
         assert mean < 0.3 and most <= 2  # both round, at other places
         mirrored += flip
     assert 70 < mirrored < 130
+
+
+JPEGS = {
+    'usual': {},
+    'full colour': {'subsampling': '4:4:4'},
+    'half colour': {'subsampling': '4:2:2'},
+    'with restarts': {'restart_marker_rows': 1},
+    'optimal codes': {'optimize': True},
+    'progressive': {'progressive': True},
+}
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'CMYK'])
+@pytest.mark.parametrize('kind', JPEGS)
+def test_a_part_of_a_jpeg_is_that_part_of_the_whole_with_fewer_rows_decoded(tmp_path, monkeypatch, capfd, mode, kind):
+    path, rng, decode, rows = tmp_path / 'image.jpg', np.random.default_rng(1), data._decode, []
+    options = {k: v for k, v in JPEGS[kind].items() if mode == 'RGB' or k != 'subsampling'}
+    Image.fromarray(smooth(rng, 181, 150)).convert(mode).save(path, quality=90, **options)
+    whole = data.read_image(path)
+    monkeypatch.setattr(data, '_decode', lambda content: rows.append(len(decode(content))) or decode(content))
+    for height in (1, 8, 17, 100, 133, 150, 165, 180, 181):
+        top, left = int(rng.integers(181 - height + 1)), int(rng.integers(100))
+        found = data.read_image(path, lambda *shape, box=(top, left, height, 50): box if shape == (181, 150) else None)
+        np.testing.assert_array_equal(found, whole[top : top + height, left : left + 50])
+    assert len(rows) == 9 and max(rows) == 181
+    assert (min(rows) == 181) == (kind in ('progressive', 'with restarts'))
+    assert capfd.readouterr().err == ''
 
 
 @pytest.mark.parametrize('transform', [0, 2])

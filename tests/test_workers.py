@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import SMALL, refused
 
 import cifar
 import engine
@@ -71,23 +71,12 @@ def test_two_machines_train_together(photos, tmp_path):
     assert record['workers'] == 2 and record['train_images'] == 60
 
 
-def start_two(photos, tmp_path, *more):
-    words = [
-        *SMALL.split(),
-        '--dataroot',
-        str(photos),
-        '--epochs',
-        '60',
-        '--lr',
-        '0.01',
-        '--save',
-        'logs/run',
-        '--ngpu',
-    ]
-    command = [sys.executable, cifar.__file__, *words, '2', *more]
-    return subprocess.Popen(
-        command, cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def start(photos, folder, *more, launcher=(), **environment):
+    """Start cifar.py on 40 epochs of a tiny network, under a launcher or by itself."""
+    words = [*SMALL.split(), '--dataroot', str(photos), '--epochs', '40', '--lr', '0.01', '--save', 'logs/run', *more]
+    command = [sys.executable, *launcher, cifar.__file__, *words]
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    return subprocess.Popen(command, cwd=folder, env={**ENVIRONMENT, **environment}, **pipes)
 
 
 def kill_second_worker(process, epoch):
@@ -109,7 +98,7 @@ needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/environ'), reason
 
 @needs_proc
 def test_a_dead_worker_ends_the_others_with_one_message(photos, tmp_path):
-    process = start_two(photos, tmp_path)
+    process = start(photos, tmp_path, '--ngpu', '2')
     kill_second_worker(process, 2)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 1
@@ -117,15 +106,28 @@ def test_a_dead_worker_ends_the_others_with_one_message(photos, tmp_path):
     assert 'Traceback' not in err, err
 
 
-@needs_proc
-@pytest.mark.skipif(
-    not os.environ.get('AT_LONG_TESTS'), reason='hung in one of several runs; set AT_LONG_TESTS=1 for it'
-)
-def test_a_run_begins_again_where_it_was_when_a_worker_dies(photos, tmp_path):
-    process = start_two(photos, tmp_path, '--max_restarts', '1')
+def begins_again(process, folder):
     kill_second_worker(process, 3)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert re.search(r'resumed from logs/run/model.pt7 after epoch [3-9]', out)
-    records = engine.read_log(tmp_path / 'logs' / 'run' / 'log.txt')
-    assert [r['epoch'] for r in records] == list(range(1, 61))
+    records = engine.read_log(folder / 'logs' / 'run' / 'log.txt')
+    assert [r['epoch'] for r in records] == list(range(1, 41)) and records[-1]['workers'] == 2
+
+
+@needs_proc
+def test_a_run_begins_again_where_it_was_when_a_worker_dies(photos, tmp_path):
+    begins_again(start(photos, tmp_path, '--ngpu', '2', '--max_restarts', '1'), tmp_path)
+
+
+@needs_proc
+def test_a_run_under_torchrun_begins_again_too(photos, tmp_path):
+    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--max-restarts', '1']
+    process = start(photos, tmp_path, '--resume', 'auto', launcher=launcher, TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
+    begins_again(process, tmp_path)
+
+
+def test_a_launcher_whose_restarts_would_hang_is_refused(train, monkeypatch):
+    monkeypatch.setenv('TORCHELASTIC_MAX_RESTARTS', '2')
+    monkeypatch.setenv('TORCHELASTIC_USE_AGENT_STORE', 'True')
+    assert refused(train('--epochs 1'), '--max-restarts 2', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1')
