@@ -18,7 +18,8 @@ import torch
 import formats
 import options
 import resnet
-from utils import STATISTICS, num_trained
+from nin import nin, nin_shape
+from utils import STATISTICS, num_trained, without_adapters
 
 
 def save(path, state):
@@ -134,8 +135,9 @@ def load_teacher(path, shape=None):
 
 def build(loaded, path, shape=None):
     """The network (f, params) that flat params belong to; `path` is what errors call them. See `load_teacher`."""
+    loaded = without_adapters(loaded)
     try:
-        f, shapes, found = _imagenet_resnet(loaded) if _is_imagenet(loaded) else _wide_resnet(loaded)
+        f, shapes, found = _READERS[_kind(loaded)](loaded)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
     _check_fit(shapes, loaded, path)
@@ -151,18 +153,22 @@ def build(loaded, path, shape=None):
 
 
 def _name(kind_depth_width):
-    return '-'.join(f'{part:g}' if isinstance(part, float) else str(part) for part in kind_depth_width)
+    parts = (part for part in kind_depth_width if part is not None)
+    return '-'.join(f'{part:g}' if isinstance(part, float) else str(part) for part in parts)
 
 
 def _has_shape(shape, found):
     """Whether (depth, width) is that of (kind, depth, width), to the channel."""
-    _, depth, width = found
-    numbers = all(isinstance(part, int | float) for part in shape)
-    return numbers and shape[0] == depth and int(64 * shape[1]) == int(64 * width)
+    kind, depth, width = found
+    unit = 32 if kind == 'NIN' else 64
+    return shape[0] == depth and isinstance(shape[1], int | float) and int(unit * shape[1]) == int(unit * width)
 
 
-def _is_imagenet(params):
-    return 'conv0.weight' in params or 'bn0.weight' in params or any(k.startswith('group3.') for k in params)
+def _kind(params):
+    if 'group0.conv0' in params:
+        return 'NIN'
+    imagenet = 'conv0.weight' in params or 'bn0.weight' in params or any(k.startswith('group3.') for k in params)
+    return 'ResNet' if imagenet else 'WRN'
 
 
 def _wide_resnet(loaded):
@@ -170,6 +176,13 @@ def _wide_resnet(loaded):
     with torch.device('meta'):  # shapes without memory, since those that the file names may be of any size
         f, params = resnet.wide_resnet(depth, width, num_classes)
     return f, {k: v.shape for k, v in params.items()}, ('WRN', depth, width)
+
+
+def _network_in_network(loaded):
+    width, num_classes, no_bn = nin_shape(loaded)
+    with torch.device('meta'):
+        f, params = nin(width, num_classes, no_bn)
+    return f, {k: v.shape for k, v in params.items()}, ('NIN', None, width)
 
 
 def _imagenet_resnet(loaded):
@@ -209,12 +222,15 @@ def _imagenet_resnet(loaded):
     return resnet.imagenet_forward, shapes, ('ResNet', depth, rows('group0.block0.conv0') / 64)
 
 
+_READERS = {'NIN': _network_in_network, 'ResNet': _imagenet_resnet, 'WRN': _wide_resnet}
+
+
 def slim(run):
     """Reduce a run's checkpoint to its parameters; it can still teach, but no longer be resumed."""
     path = os.path.join(run, 'model.pt7')
     state = load(path)
     before = os.path.getsize(path)
-    save(path, {'params': state['params'], 'epoch': state.get('epoch')})
+    save(path, {'params': without_adapters(state['params']), 'epoch': state.get('epoch')})
     print(f'{path}: {before:,} bytes before, {os.path.getsize(path):,} now')
 
 
@@ -239,7 +255,11 @@ def export(run, to, out, image_size=None, overwrite=False):
 def describe(params):
     """What network params are those of, in words; they are as `build` returns them."""
     classes = f'{len(params["fc.bias"]):,} classes'
-    if not _is_imagenet(params):
+    kind = _kind(params)
+    if kind == 'NIN':
+        width, _, no_bn = nin_shape(params)
+        return f'NIN-{width:g}, {"no batch norm, " if no_bn else ""}{classes}'
+    if kind == 'WRN':
         depth, width, _ = resnet.wide_resnet_shape(params)
         return f'WRN-{depth}-{width:g}, {classes}'
     depth = resnet.imagenet_resnet_depth(params)

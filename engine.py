@@ -22,12 +22,17 @@ from torchnet.meter import AverageValueMeter, ClassErrorMeter, TimeMeter
 from tqdm import tqdm
 
 import checkpoint
-from options import LOST_PEER
+from options import BETA_DECAYS, LOST_PEER
 from utils import (
     DTYPES,
     STATISTICS,
+    adapt,
+    adapter_params,
     at_loss,
     cast,
+    full_activation_loss,
+    gradient_loss,
+    input_gradient,
     kd_loss,
     num_trained,
     print_tensor_dict,
@@ -189,8 +194,8 @@ def lr_at(epoch, lr, epoch_step, lr_decay_ratio):
 
 
 def beta_at(epoch, epochs, beta, decay):
-    """The weight of attention transfer in a 1-based epoch; 'linear' starts at beta and would reach 0 after the last."""
-    return beta * (1 - (epoch - 1) / epochs) if decay == 'linear' else beta
+    """The weight of transfer in a 1-based epoch: beta in the first, falling so as to reach 0 after the last."""
+    return beta * BETA_DECAYS[decay]((epoch - 1) / epochs)
 
 
 def autocast(device, dtype):
@@ -210,25 +215,48 @@ def make_step(opt, student, teacher, device):
     """The training step as a function: step(images, labels) -> (logits, named losses), unweighted.
 
     student and teacher are x -> (logits, groups); teacher is None where there is none. Losses are `ce`, with alpha
-    `kd`, with beta `at0`, `at1`, ... by number of the group.
+    `kd`, with beta `at0`, `at1`, ... or `full0`, `full1`, ... by number of the group, or `grad`; and with gamma that of
+    the penalty, by its name.
     """
+    learns_gradient = opt.beta > 0 and opt.transfer == 'gradient'
+    needs_gradient = learns_gradient or opt.gamma > 0
+
+    def run(network, images):
+        with autocast(device, opt.dtype):
+            logits, groups = network(images)
+        return full(logits), groups
 
     def step(images, labels):
-        with autocast(device, opt.dtype):
-            if teacher is not None:
-                with torch.no_grad():
-                    y_t, groups_t = teacher(images)
-            y_s, groups_s = student(images)
-        logits = full(y_s)
+        images = images.detach().requires_grad_(needs_gradient)
+        if teacher is not None:
+            with torch.set_grad_enabled(learns_gradient):
+                y_t, groups_t = run(teacher, images)
+        logits, groups = run(student, images)
         terms = {'ce': F.cross_entropy(logits, labels)}
         if opt.alpha:
-            terms['kd'] = kd_loss(logits, full(y_t), opt.temperature)
-        if opt.beta:
-            for i in transfer_groups(opt.groups, len(groups_s)):
-                terms[f'at{i}'] = at_loss(groups_s[i], groups_t[i], opt.power, opt.mapping, opt.at_form)
+            terms['kd'] = kd_loss(logits, y_t.detach(), opt.temperature)
+        if needs_gradient:
+            j = input_gradient(logits, images, labels, create_graph=True)
+        if learns_gradient:
+            terms['grad'] = gradient_loss(j, input_gradient(y_t, images, labels))
+        elif opt.beta:
+            terms |= _group_losses(opt, groups, groups_t)
+        if opt.penalty == 'min_l2':
+            terms['min_l2'] = gradient_loss(j)
+        elif opt.penalty == 'symmetry':
+            mirrored = images.detach().flip(3).requires_grad_()
+            j_mirrored = input_gradient(run(student, mirrored)[0], mirrored, labels, create_graph=True)
+            terms['symmetry'] = gradient_loss(j, j_mirrored.flip(3))
         return logits, terms
 
     return step
+
+
+def _group_losses(opt, groups, groups_t):
+    chosen = transfer_groups(opt.groups, len(groups))
+    if opt.transfer == 'full':
+        return {f'full{i}': full_activation_loss(groups[i], groups_t[i]) for i in chosen}
+    return {f'at{i}': at_loss(groups[i], groups_t[i], opt.power, opt.mapping, opt.at_form) for i in chosen}
 
 
 def transfer_groups(groups, number):
@@ -239,26 +267,52 @@ def transfer_groups(groups, number):
     return chosen
 
 
-def describe(opt, f, params, teacher, image):
-    """Print the student's parameters and what beta amounts to on each attention map; image is (1, 3, H, W)."""
+def prepare(opt, f, params, teacher, image):
+    """Pair the networks' groups, and print the student and what beta amounts to; image is (1, 3, H, W).
+
+    Returns the network to train: with --transfer full it has an adapter wherever the channels of student and teacher
+    differ, which joins `params`. Raises ValueError where groups cannot be paired.
+    """
+    by_group = opt.beta > 0 and opt.transfer != 'gradient'
+    if by_group:
+        with torch.no_grad():
+            groups, groups_t = f(image, params, False)[1], teacher(image)[1]
+        if len(groups) != len(groups_t):
+            raise ValueError(f'the student has {len(groups)} groups, the teacher {len(groups_t)}: no maps to pair')
+        chosen = transfer_groups(opt.groups, len(groups))
+        if opt.transfer == 'full':
+            adapters = place(adapter_params(groups, groups_t, chosen), opt.dtype, image.device)
+            set_requires_grad_except_bn_(adapters)
+            params.update(adapters)
     if rank() == 0:
         print_tensor_dict(params)
     say(f'{num_trained(params):,} trained parameters')
-    if not opt.beta:
-        return
-    with torch.no_grad():
-        groups, groups_t = f(image, params, False)[1], teacher(image)[1]
-    if len(groups) != len(groups_t):
-        raise ValueError(f'the student has {len(groups)} groups, the teacher {len(groups_t)}: no maps to pair')
-    pairs = list(zip(groups, groups_t))
-    for i in transfer_groups(opt.groups, len(pairs)):
-        height, width = (min(sizes) for sizes in zip(*(g.shape[2:] for g in pairs[i])))
-        if opt.at_form == 'code':
-            weight = opt.beta / (opt.batch_size * height * width)
-            say(f'at{i}: beta {opt.beta:g} weighs each element of the {height}x{width} maps by {weight:.4g}')
-        else:
-            weight = opt.beta / (2 * opt.batch_size)
-            say(f'at{i}: beta {opt.beta:g} weighs the distance of two {height}x{width} maps by {weight:.4g}')
+    if opt.beta and not by_group:
+        weight = opt.beta / (2 * opt.batch_size)
+        say(f'grad: beta {opt.beta:g} weighs the distance of two input gradients by {weight:.4g}')
+    for i in chosen if by_group else ():
+        _say_weight(opt, i, groups_t[i].shape[1], *(min(s) for s in zip(groups[i].shape[2:], groups_t[i].shape[2:])))
+    return _adapted(f) if opt.transfer == 'full' else f
+
+
+def _say_weight(opt, i, channels, height, width):
+    if opt.transfer == 'full':
+        weight, what = opt.beta / (opt.batch_size * channels * height * width), 'each element of the activations'
+        say(f'full{i}: beta {opt.beta:g} weighs {what}, {channels}x{height}x{width}, by {weight:.4g}')
+    elif opt.at_form == 'code':
+        weight = opt.beta / (opt.batch_size * height * width)
+        say(f'at{i}: beta {opt.beta:g} weighs each element of the {height}x{width} maps by {weight:.4g}')
+    else:
+        weight = opt.beta / (2 * opt.batch_size)
+        say(f'at{i}: beta {opt.beta:g} weighs the distance of two {height}x{width} maps by {weight:.4g}')
+
+
+def _adapted(f):
+    def network(x, params, mode, base=''):
+        logits, groups = f(x, params, mode, base)
+        return logits, adapt(groups, params)
+
+    return network
 
 
 # -------------------------------------------------------------------------------------------------------- the log
@@ -438,9 +492,9 @@ def place(params, dtype, device):
 
 
 def draw(network, opt, num_classes, device):
-    """The network to train, `network(depth, width, num_classes)` drawn from the seed: (f, params) on the device."""
+    """The network to train, `network(num_classes)` drawn from the seed: (f, params) on the device."""
     torch.manual_seed(opt.seed)
-    f, params = network(opt.depth, opt.width, num_classes)
+    f, params = network(num_classes)
     params = place(params, opt.dtype, device)
     set_requires_grad_except_bn_(params)
     return f, params
@@ -591,7 +645,7 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(
             bad = state['bar'].iterable.bad + batches.bad
             record['bad_images'] = int(_sum_over_workers([bad], device)[0])
         _keep(opt, record, params, trained, optimizer)
-        _print_epoch(opt, record)
+        _print_epoch(opt, record, meters)
 
     engine = Engine()
     engine.hooks = {h.__name__: h for h in (on_start, on_start_epoch, on_forward, on_update, on_end_epoch)}
@@ -613,7 +667,7 @@ def _weighted_loss(opt, step, sample, epoch, meters):
     """
     images, labels, size = sample
     logits, terms = step(images, labels)
-    weights = {'ce': 1 - opt.alpha, 'kd': opt.alpha}
+    weights = {'ce': 1 - opt.alpha, 'kd': opt.alpha, opt.penalty: opt.gamma}
     beta = beta_at(epoch, opt.epochs, opt.beta, opt.beta_decay)
     total = sum(weights.get(name, beta) * term for name, term in terms.items())
     part = len(labels) / size
@@ -674,8 +728,8 @@ def _keep(opt, record, params, trained, optimizer):
     checkpoint.save(os.path.join(opt.save, 'model.pt7'), state)
 
 
-def _print_epoch(opt, record):
-    terms = '  '.join(f'{k} {record[k]:.3g}' for k in record if k in ('ce', 'kd') or k[:2] == 'at' and k[2:].isdigit())
+def _print_epoch(opt, record, meters):
+    terms = '  '.join(f'{k} {record[k]:.3g}' for k in meters.values if k != 'loss')
     say(
         f'epoch {record["epoch"]}/{opt.epochs}  lr {record["lr"]:.3g}  '
         f'train {record["train_loss"]:.4f} {_percent(record["train_acc"])}  '

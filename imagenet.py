@@ -74,11 +74,12 @@ def main():
     engine.say('parsed options:', vars(opt))
     dataset, train_batches, test_batches = build_data(opt, device)
     topk = 1, min(5, dataset.num_classes)
-    f, params = engine.draw(imagenet_resnet, opt, dataset.num_classes, device)
+    f, params = engine.draw(partial(imagenet_resnet, opt.depth, opt.width), opt, dataset.num_classes, device)
     teacher = build_teacher(opt, dataset.num_classes, test_batches, topk, device)
     blank = torch.zeros(1, 3, opt.image_size, opt.image_size, device=device)
-    engine.describe(opt, f, params, teacher, blank)
-    step = engine.make_step(opt, engine.data_parallel(f, params, 'sync' if opt.sync_bn else True), teacher, device)
+    trained = engine.prepare(opt, f, params, teacher, blank)
+    student = engine.data_parallel(trained, params, 'sync' if opt.sync_bn else True)
+    step = engine.make_step(opt, student, teacher, device)
     engine.fit(opt, step, f, params, train_batches, test_batches, device, engine.counts(dataset), topk)
 
 

@@ -10,6 +10,12 @@ import torch
 
 from utils import DTYPES
 
+BETA_DECAYS = {  # what beta is multiplied by, as a function of the part of the run that is over
+    'none': lambda part: 1,
+    'linear': lambda part: 1 - part,
+    'cosine': lambda part: (1 + math.cos(math.pi * part)) / 2,
+}
+TRANSFERS = 'attention maps (eq. 2), all activations (F-ActT, table 1) or input gradients (eq. 5, table 3)'
 LOST_PEER = 3  # exit status of a worker that stops because another one is gone
 
 
@@ -77,14 +83,21 @@ def common_flags(parser, *, depth, batch_size, epochs, epoch_step, lr_decay_rati
     flag('--seed', default=0, type=number(int, 0, 2**63 - 1), help='of initialisation, order and augmentation')
 
     flag = parser.add_argument_group('transfer from a teacher').add_argument
-    flag('--alpha', default=0, type=number(float, 0, 1), help='weight of knowledge distillation (paper: 0.9)')
-    flag('--temperature', default=4, type=number(float, 0, above=True), help='of distillation (default: 4)')
-    flag('--beta', default=0, type=number(float, 0), help='weight of attention transfer (paper: 1e+3)')
-    flag('--beta_decay', default='none', choices=['none', 'linear'], help='linear takes beta to 0 over the run')
+    flag('--alpha', default=0, type=number(float, 0, 1), help='weight of knowledge distillation (section 4.1: 0.9)')
+    flag('--temperature', default=4, type=number(float, 0, above=True), help='of distillation (section 4.1: 4)')
+    flag('--beta', default=0, type=number(float, 0), help='weight of attention transfer (section 4.1: 1e+3)')
+    flag('--beta_decay', default='none', choices=list(BETA_DECAYS), help='how beta falls to 0 (section 4.1, AT+KD)')
+    flag('--transfer', default='activation', choices=['activation', 'full', 'gradient'], help=TRANSFERS)
     flag('--at_form', default='code', choices=['code', 'paper'], help="the loss of the authors' code, or eq. 2")
-    flag('--mapping', default='sum', choices=['sum', 'max'], help='attention map: over channels (section 3.1)')
-    flag('--power', default=2, type=number(float, 0, 16, above=True), help='attention map: p of |A|^p (section 3.1)')
-    flag('--groups', default='', type=group_list, help='transfer from these groups alone, like 0,2 (default: all)')
+    flag('--mapping', default='sum', choices=['sum', 'max'], help='attention map over channels (section 3.1, table 2)')
+    flag('--power', default=2, type=number(float, 0, 16, above=True), help='p of |A|^p (section 3.1, table 2)')
+    flag('--groups', default='', type=group_list, help='transfer from these alone, like 0,2 (table 2; default: all)')
+
+    flag = parser.add_argument_group('penalty, without a teacher').add_argument
+    flag(
+        '--penalty', default='none', choices=['none', 'symmetry', 'min_l2'], help='on input gradients (eq. 6, table 3)'
+    )
+    flag('--gamma', default=0, type=number(float, 0), help='weight of --penalty (section 3.2)')
 
     flag = parser.add_argument_group('run').add_argument
     flag('--save', default='', help='folder for log.txt and model.pt7; without it, nothing is kept')
@@ -101,6 +114,14 @@ def check(opt, teacher, flag):
     """Refuse flags that contradict each other; `teacher` is the value of `flag`, which names one."""
     if (opt.alpha or opt.beta) and not teacher:
         raise ValueError(f'--{"alpha" if opt.alpha else "beta"} needs a teacher: name one with {flag}')
+    if (opt.penalty == 'none') != (opt.gamma == 0):
+        raise ValueError('--penalty and its weight --gamma go together')
+    if opt.transfer != 'activation' and not opt.beta:
+        raise ValueError(f'--transfer {opt.transfer} needs its weight, --beta')
+    if opt.transfer != 'activation' and (opt.mapping, opt.power, opt.at_form) != ('sum', 2, 'code'):
+        raise ValueError(f'--mapping, --power and --at_form are of attention maps, not of --transfer {opt.transfer}')
+    if opt.transfer == 'gradient' and opt.groups:
+        raise ValueError('--groups: gradients are transferred at the image, not from groups')
     if opt.resume and opt.overwrite:
         raise ValueError('--resume and --overwrite contradict each other')
     if opt.resume == 'auto' and not opt.save:

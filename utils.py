@@ -96,8 +96,28 @@ def set_requires_grad_except_bn_(params):
 
 
 def num_trained(params):
-    """The number of trained values in a flat dictionary: everything but running statistics."""
-    return sum(v.numel() for k, v in params.items() if not k.endswith(STATISTICS))
+    """The number of trained values of a network in a flat dictionary: no running statistics, no adapters."""
+    return sum(v.numel() for k, v in without_adapters(params).items() if not k.endswith(STATISTICS))
+
+
+def adapter_params(groups, teacher_groups, numbers):
+    """The 1x1 convolutions of full-activation transfer: {'adapter.0': (C_T, C_S, 1, 1), ...}, where channels differ.
+
+    `numbers` are those of the groups, (N, C, H, W) each, that are compared.
+    """
+    channels = {i: (groups[i].shape[1], teacher_groups[i].shape[1]) for i in numbers}
+    return {f'adapter.{i}': conv_params(ni, no) for i, (ni, no) in channels.items() if ni != no}
+
+
+def adapt(groups, params):
+    """Student activations with the teacher's numbers of channels, where `params` has an adapter for them."""
+    named = ((group, params.get(f'adapter.{i}')) for i, group in enumerate(groups))
+    return tuple(group if weight is None else F.conv2d(group, weight) for group, weight in named)
+
+
+def without_adapters(params):
+    """A flat dictionary without the adapters of full-activation transfer, which are no part of the network."""
+    return {k: v for k, v in params.items() if not k.startswith('adapter.')}
 
 
 def print_tensor_dict(params):
@@ -138,16 +158,51 @@ def at_loss(x, y, p=2, mapping='sum', form='code'):
     Where the maps differ in size, the larger is average-pooled to the smaller before it is normalised.
     Raises ValueError for an unknown form, and what `attention_map` raises.
     """
-    q_x, q_y = attention_map(x, p, mapping), attention_map(y, p, mapping)
-    if q_x.shape != q_y.shape:
-        size = [min(a, b) for a, b in zip(q_x.shape[1:], q_y.shape[1:])]
-        q_x, q_y = (F.adaptive_avg_pool2d(q, size) for q in (q_x, q_y))
-    q_x, q_y = (F.normalize(q.flatten(1)) for q in (q_x, q_y))  # (N, H, W) -> (N, H*W)
+    q_x, q_y = _normalized(attention_map(x, p, mapping), attention_map(y, p, mapping))  # (N, H, W) -> (N, H*W)
     if form == 'code':
         return (q_x - q_y).square().mean()
     if form == 'paper':
         return torch.linalg.vector_norm(q_x - q_y, dim=1).mean() / 2
     raise ValueError(f"attention loss: form is 'code' or 'paper', not {form!r}")
+
+
+def _normalized(x, y):
+    """Two batches (N, ..., H, W) pooled to the smaller size of the two, flattened and L2-normalised per sample."""
+    size = [min(a, b) for a, b in zip(x.shape[-2:], y.shape[-2:])]
+    return (
+        F.normalize((a if list(a.shape[-2:]) == size else F.adaptive_avg_pool2d(a, size)).flatten(1)) for a in (x, y)
+    )
+
+
+def full_activation_loss(x, y):
+    """Full-activation transfer (F-ActT, section 4.1): how far activations, not only their maps, lie apart; a scalar.
+
+    The mean squared difference of x and y (N, C, H, W), each L2-normalised per sample, in at least float32. The larger
+    is average-pooled to the size of the smaller before. Raises ValueError where the channels differ: see `adapt`.
+    """
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f'full-activation transfer: {x.shape[1]} channels are not {y.shape[1]}')
+    x, y = _normalized(*(a if a.dtype == torch.float64 else a.float() for a in (x, y)))  # (N, C, H, W) -> (N, C*H*W)
+    return (x - y).square().mean()
+
+
+def input_gradient(logits, images, labels, create_graph=False):
+    """Gradient-based attention (eq. 4): the derivative of each sample's cross entropy by its image, (N, 3, H, W).
+
+    `logits` are of `images`, which require gradients. With `create_graph` it can be differentiated again. Batch norm in
+    training mode couples the samples of a batch; then the derivative is that of the batch's sum.
+    """
+    loss = F.cross_entropy(logits, labels, reduction='sum')
+    return torch.autograd.grad(loss, images, create_graph=create_graph)[0]
+
+
+def gradient_loss(j, teacher_j=0.0):
+    """Gradient-based attention transfer (eq. 5): 1/2 mean_n ||J_S - J_T||_2 of two input gradients; a scalar.
+
+    With the gradient of the mirrored images, mirrored back, in place of the teacher's it is the symmetry norm (eq. 6),
+    with zero the min-l2 penalty of Drucker & LeCun 1992. To be multiplied by beta.
+    """
+    return torch.linalg.vector_norm((j - teacher_j).flatten(1), dim=1).mean() / 2  # (N, 3, H, W) -> (N, 3*H*W)
 
 
 def kd_loss(y, teacher_y, temperature):

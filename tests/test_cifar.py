@@ -14,6 +14,7 @@ from conftest import SMALL, refused
 import checkpoint
 import cifar
 import engine
+import nin
 
 TIMES = {'train_time', 'test_time', 'images_per_second', 'save', 'resume'}
 
@@ -73,6 +74,51 @@ def test_at_kd_and_both_learn_from_a_teacher_and_log_their_terms(train, teacher)
         if name == 'at':
             assert 'at0: beta 1000 weighs each element of the 16x16 maps by 0.2441' in out
             assert 'at2: beta 1000 weighs each element of the 4x4 maps by 3.906' in out
+
+
+NIN = '--net nin --width 0.125 --lr 0.02 --epoch_step []'
+
+
+@pytest.fixture
+def nin_teacher(train):
+    assert train(NIN, '--epochs 3 --save logs/teacher')[0] == 0
+
+
+def test_a_network_in_network_learns_and_teaches_in_every_way(train, nin_teacher):
+    accuracy = engine.read_log('logs/teacher/log.txt')[-1]['test_acc']
+    assert engine.read_log('logs/teacher/log.txt')[-1]['depth'] is None and accuracy > 50  # 33 by chance
+    for name, flags, terms in (
+        ('full', '--transfer full --beta 1000 --beta_decay cosine', ['ce', 'full0', 'full1', 'full2']),
+        ('gradient', '--transfer gradient --beta 1', ['ce', 'grad']),
+        (
+            'both',
+            '--transfer gradient --beta 1 --alpha 0.5 --penalty symmetry --gamma 2',
+            ['ce', 'kd', 'grad', 'symmetry'],
+        ),
+        ('alone', '--penalty min_l2 --gamma 2 --no_bn --weight_decay 0 --randomcrop_pad 0', ['ce', 'min_l2']),
+    ):
+        teacher = '' if name == 'alone' else '--teacher_id teacher'
+        status, out, err = train(NIN, '--width 0.0625 --epochs 2', teacher, flags, f'--save logs/{name}')
+        assert status == 0, err
+        record = engine.read_log(f'logs/{name}/log.txt')[-1]
+        assert [k for k in record if k in 'ce kd grad symmetry min_l2' or re.fullmatch(r'(at|full)\d', k)] == terms
+        weight = {'ce': 1 - record['alpha'], 'kd': record['alpha'], record['penalty']: record['gamma']}
+        total = sum(weight.get(k, record['beta_now']) * record[k] for k in terms)
+        assert record['train_loss'] == pytest.approx(total, rel=1e-5)
+
+
+def test_adapters_are_resumed_but_are_no_part_of_the_student(train, nin_teacher):
+    flags = f'{NIN} --width 0.0625 --teacher_id teacher --transfer full --beta 1000'
+    assert train(flags, '--epochs 2 --save logs/whole')[0] == 0
+    assert train(flags, '--epochs 1 --save logs/part')[0] == 0
+    assert train(flags, '--epochs 2 --save logs/part --resume auto')[0] == 0
+    assert same_weights('part', 'whole') and 'adapter.2' in weights('whole')
+    assert logged('whole')[0]['n_parameters'] == sum(
+        v.numel() for v in nin.nin(0.0625, 3)[1].values() if v.requires_grad
+    )
+    checkpoint.slim('logs/whole')
+    assert not any('adapter' in k for k in checkpoint.load('logs/whole/model.pt7')['params'])
+    assert train(NIN, '--width 0.0625 --teacher_id part --alpha 0.9 --epochs 1 --save logs/next')[0] == 0
 
 
 def test_what_one_sees_is_readable_without_a_terminal(train):

@@ -13,6 +13,7 @@ import engine
 import options
 import resnet
 import utils
+from nin import nin
 
 CPU = torch.device('cpu')
 
@@ -23,9 +24,11 @@ def test_learning_rate_drops_at_the_start_of_the_named_epochs():
     assert engine.lr_at(200, 0.1, [60, 120, 160], 0.2) == pytest.approx(0.0008)
 
 
-def test_beta_stays_or_falls_on_a_line_to_zero():
+def test_beta_stays_or_falls_to_zero():
     assert [engine.beta_at(e, 4, 1000, 'none') for e in (1, 4)] == [1000, 1000]
     assert [engine.beta_at(e, 4, 1000, 'linear') for e in (1, 2, 3, 4, 5)] == [1000, 750, 500, 250, 0]
+    cosine = [engine.beta_at(e, 4, 1000, 'cosine') for e in (1, 2, 3, 4, 5)]
+    assert cosine == pytest.approx([1000, 500 + 250 * 2**0.5, 500, 500 - 250 * 2**0.5, 0])
 
 
 def test_fit_equals_a_loop_written_out_by_hand(train, photos, tmp_path):
@@ -81,16 +84,93 @@ def test_evaluation_counts_every_image_once_whatever_the_batches():
     assert top2 == pytest.approx([accuracy, 100 * second])
 
 
-@pytest.mark.parametrize('beta, alpha, names', [(0, 0, 'ce'), (1, 0, 'ce at0 at1 at2'), (0, 0.5, 'ce kd')])
-def test_step_names_its_terms_and_computes_no_other(monkeypatch, beta, alpha, names):
+def flags(words):
     parser = options.Parser('')
     options.common_flags(parser, depth=10, batch_size=4, epochs=1, epoch_step='[]', lr_decay_ratio=1, weight_decay=0)
-    opt = parser.parse_args(['--alpha', str(alpha), '--beta', str(beta)])
+    return parser.parse_args(words.split())
+
+
+@pytest.mark.parametrize(
+    'words, names',
+    [
+        ('', 'ce'),
+        ('--beta 1', 'ce at0 at1 at2'),
+        ('--alpha 0.5', 'ce kd'),
+        ('--beta 1 --transfer full --groups 2,0', 'ce full2 full0'),
+        ('--beta 1 --transfer gradient --alpha 0.5', 'ce kd grad'),
+        ('--penalty symmetry --gamma 1', 'ce symmetry'),
+        ('--penalty min_l2 --gamma 1 --beta 1', 'ce at0 at1 at2 min_l2'),
+    ],
+)
+def test_step_names_its_terms_and_computes_no_other(words, names):
     f, params = resnet.wide_resnet(10, 0.25, 10)
     network = partial(f, params=params, mode=True)
-    step = engine.make_step(opt, network, network, CPU)
+    step = engine.make_step(flags(words), network, network, CPU)
     logits, terms = step(torch.randn(4, 3, 8, 8), torch.arange(4))
     assert list(terms) == names.split() and logits.shape == (4, 10)
+
+
+def image_gradient(f, params, mode, images, labels):
+    """The derivative of the summed cross entropy by each pixel, by central differences."""
+    gradient, eps = torch.zeros_like(images), 1e-6
+
+    def loss(x):
+        return F.cross_entropy(f(x, params, mode)[0], labels, reduction='sum').item()
+
+    for i in range(images.numel()):
+        shift = torch.zeros(images.numel(), dtype=images.dtype)
+        shift[i] = eps
+        shift = shift.reshape(images.shape)
+        gradient.view(-1)[i] = (loss(images + shift) - loss(images - shift)) / (2 * eps)
+    return gradient
+
+
+NETWORKS = {
+    'wide ResNet in training mode': lambda: resnet.wide_resnet(10, 1 / 16, 4),
+    'NIN in training mode': lambda: nin(1 / 32, 4),
+    'NIN without batch norm': lambda: nin(1 / 32, 4, no_bn=True),
+}
+
+
+@pytest.mark.parametrize('network', NETWORKS)
+@pytest.mark.parametrize(
+    'words', ['--beta 1 --transfer gradient', '--penalty symmetry --gamma 1', '--penalty min_l2 --gamma 1']
+)
+def test_losses_of_gradients_equal_finite_differences(network, words):
+    """Their values by differences of the cross entropy, their own gradients by differences of their values."""
+    torch.manual_seed(0)
+    f, params = NETWORKS[network]()
+    g, fixed = nin(1 / 32, 4)
+    params, fixed = ({k: v.detach().double() for k, v in p.items()} for p in (params, fixed))
+    images, labels = torch.randn(3, 3, 5, 5, dtype=torch.float64), torch.tensor([0, 2, 3])
+    opt = flags(words + ' --dtype double')
+    trained = [v.requires_grad_() for k, v in params.items() if 'running' not in k]
+
+    def term():
+        step = engine.make_step(opt, partial(f, params=params, mode=True), partial(g, params=fixed, mode=False), CPU)
+        return list(step(images, labels)[1].values())[1]
+
+    value = term()
+    with torch.no_grad():
+        j = image_gradient(f, params, True, images, labels)
+        if opt.transfer == 'gradient':
+            j = j - image_gradient(g, fixed, False, images, labels)
+        if opt.penalty == 'symmetry':
+            j = j - image_gradient(f, params, True, images.flip(3), labels).flip(3)
+    expected = sum(v.norm().item() for v in j) / len(j) / 2
+    assert expected > 1e-3 and value.item() == pytest.approx(expected, rel=1e-5)
+
+    gradients = torch.autograd.grad(value, trained, allow_unused=True, materialize_grads=True)
+    for seed in range(4):
+        torch.manual_seed(seed)
+        ways, eps = [torch.randn_like(v) for v in trained], 1e-7
+        along = sum((a * b).sum() for a, b in zip(gradients, ways)).item()
+        values = []
+        for sign in (1, -2, 1):  # there, to the other side, and back
+            with torch.no_grad():
+                torch._foreach_add_(trained, ways, alpha=sign * eps)
+            values.append(term().item())
+        assert along == pytest.approx((values[0] - values[1]) / (2 * eps), rel=1e-4, abs=1e-6)
 
 
 def test_transfer_groups_are_chosen_by_number():

@@ -35,6 +35,11 @@ WRONG = {  # flag: values that it has to refuse
     'temperature': ['0', '-4', 'nan', 'inf'],
     'beta': ['-1', 'nan', 'inf', '1000'],
     'beta_decay': ['cubic'],
+    'transfer': ['attention', 'full', 'gradient'],  # the last two for want of --beta
+    'penalty': ['l2', 'symmetry'],  # for want of --gamma
+    'gamma': ['-1', 'nan', 'inf', '1'],  # for want of --penalty
+    'net': ['resnet', ''],
+    'no_bn': ['yes'],
     'at_form': ['sum'],
     'mapping': ['mean'],
     'power': ['0', '-2', 'nan', '1e9'],
@@ -58,7 +63,7 @@ IMAGENET_WRONG = {  # the flags that imagenet.py alone has, or reads otherwise
     'skip_teacher_check': ['yes'],
     'depth': ['0', '-18', '20', '18.0'],
 }
-CIFAR_ONLY = {'dataset', 'dataroot', 'randomcrop_pad', 'holdout', 'teacher_id'}
+CIFAR_ONLY = {'net', 'no_bn', 'dataset', 'dataroot', 'randomcrop_pad', 'holdout', 'teacher_id'}
 
 
 def parser(monkeypatch, words=(), module=cifar):
@@ -140,6 +145,9 @@ def test_early_spellings_mean_the_same(monkeypatch):
 def test_flags_that_contradict_each_other_are_refused(script):
     assert refused(script(cifar, '--alpha 0.9'), '--alpha needs a teacher')
     assert refused(script(cifar, '--beta 1'), '--beta needs a teacher')
+    assert refused(script(cifar, '--no_bn'), '--net nin')
+    assert refused(script(cifar, '--teacher_id x --beta 1 --transfer gradient --groups 1'), '--groups: gradients')
+    assert refused(script(cifar, '--teacher_id x --beta 1 --transfer full --power 4'), 'are of attention maps, not')
     assert refused(script(cifar, '--resume auto'), '--save, which is not given')
     assert refused(script(cifar, '--resume auto --save x --overwrite'), 'contradict')
     assert refused(script(cifar, '--ngpu 2 --batch_size 3'), '--batch_size 3 is not a multiple of the 2 workers')

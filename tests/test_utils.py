@@ -127,6 +127,64 @@ def np_kd(temperature):
     return temperature**2 * (q * np.log(q / p)).sum(1).mean()
 
 
+def test_full_activation_loss_is_the_mean_square_of_normalised_activations():
+    x, y = (torch.randn(4, 6, 5, 3, dtype=torch.float64) for _ in range(2))
+    a, b = (np.stack([v.ravel() / np.sqrt((v**2).sum()) for v in t.numpy()]) for t in (x, y))
+    assert utils.full_activation_loss(x, y).item() == pytest.approx(((a - b) ** 2).mean(), rel=1e-12)
+    assert utils.full_activation_loss(3 * x, x).item() == pytest.approx(0, abs=1e-15)
+    assert utils.full_activation_loss(x.half(), y.half()).dtype == torch.float32
+
+
+def test_full_activation_loss_pools_the_larger_and_refuses_other_channels():
+    x, y = torch.randn(2, 3, 8, 6), torch.randn(2, 3, 4, 3)
+    pooled = x.reshape(2, 3, 4, 2, 3, 2).mean((3, 5))
+    for a, b in ((x, y), (y, x)):
+        torch.testing.assert_close(utils.full_activation_loss(a, b), utils.full_activation_loss(pooled, y))
+    with pytest.raises(ValueError, match='3 channels are not 5'):
+        utils.full_activation_loss(x, torch.randn(2, 5, 8, 6))
+
+
+def test_full_activation_loss_gradient_equals_finite_differences_through_an_adapter():
+    group = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, 3, 1, 1, dtype=torch.float64, requires_grad=True)
+    y = torch.randn(2, 5, 2, 2, dtype=torch.float64)
+
+    def loss(group, weight):
+        return utils.full_activation_loss(utils.adapt((group,), {'adapter.0': weight})[0], y)
+
+    assert torch.autograd.gradcheck(loss, (group, weight))
+
+
+def test_adapters_are_made_where_channels_differ_alone():
+    groups, teacher_groups = [[torch.empty(1, c, 2, 2) for c in channels] for channels in ((3, 4, 5), (6, 4, 7))]
+    adapters = utils.adapter_params(groups, teacher_groups, [0, 1])
+    assert {k: tuple(v.shape) for k, v in adapters.items()} == {'adapter.0': (6, 3, 1, 1)}
+    assert [g.shape[1] for g in utils.adapt(groups, adapters)] == [6, 4, 5]
+    assert utils.without_adapters({**adapters, 'conv0': 1}) == {'conv0': 1}
+
+
+def test_gradient_loss_is_half_the_mean_norm_of_the_difference():
+    j, j_t = (torch.randn(4, 3, 5, 5, dtype=torch.float64) for _ in range(2))
+    norms = [np.linalg.norm((a - b).ravel()) for a, b in zip(j.numpy(), j_t.numpy())]
+    assert utils.gradient_loss(j, j_t).item() == pytest.approx(np.mean(norms) / 2, rel=1e-12)
+    assert utils.gradient_loss(j).item() == pytest.approx(np.mean([np.linalg.norm(a) for a in j.numpy()]) / 2)
+
+
+def test_input_gradient_is_that_of_each_samples_own_cross_entropy():
+    """Of a linear network it is known: W^T (softmax(y) - onehot)."""
+    weight = torch.randn(7, 12, dtype=torch.float64)
+    images, labels = torch.randn(5, 3, 2, 2, dtype=torch.float64, requires_grad=True), torch.tensor([0, 3, 6, 1, 1])
+    logits = images.flatten(1) @ weight.T
+    p = torch.softmax(logits, 1).detach() - torch.nn.functional.one_hot(labels, 7)
+    torch.testing.assert_close(utils.input_gradient(logits, images, labels), (p @ weight).reshape(5, 3, 2, 2))
+
+
+def test_a_gradient_equal_to_the_teachers_has_no_loss_and_a_zero_gradient():
+    j = torch.randn(3, 3, 4, 4, requires_grad=True)
+    loss = utils.gradient_loss(j, j.detach())
+    assert loss.item() == 0 and torch.autograd.grad(loss, j)[0].abs().max() == 0
+
+
 @pytest.mark.parametrize('temperature', [1, 4, 20])
 def test_kd_loss_is_summed_over_classes_and_averaged_over_samples(temperature):
     loss = utils.kd_loss(tensor(LOGITS), tensor(TEACHER), temperature)

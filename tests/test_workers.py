@@ -37,9 +37,9 @@ def twenty_steps(tmp_path, mode, workers):
     return torch.load(out)
 
 
-@pytest.mark.parametrize('mode', ['fixed', 'sync'])
+@pytest.mark.parametrize('mode', ['fixed', 'sync', 'full', 'gradient'])
 def test_losses_gradients_and_weights_do_not_depend_on_the_number_of_workers(tmp_path, mode):
-    """Over 20 steps of AT and KD with uneven last batches; statistics of batch norm fixed, or joined."""
+    """Over 20 steps of KD and a transfer with uneven last batches; statistics of batch norm fixed, or joined."""
     one, two = (twenty_steps(tmp_path, mode, workers) for workers in (1, 2))
     assert len(one['losses']) == 20 and one['losses'][-1] < one['losses'][0]
     torch.testing.assert_close(two['losses'], one['losses'], rtol=1e-6, atol=0)

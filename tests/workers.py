@@ -1,6 +1,7 @@
 """Twenty steps of AT + KD, to be run by any number of workers; writes losses and parameters to a file.
 
-python workers.py MODE OUT, MODE being fixed, sync or own batch norm statistics.
+python workers.py MODE OUT, MODE being fixed, sync or own batch norm statistics; or full-activation or gradient-based
+transfer with the symmetry norm, in place of AT and with fixed statistics.
 """
 
 import argparse
@@ -14,15 +15,25 @@ import data
 import engine
 import resnet
 
-FLAGS = {'alpha': 0.7, 'beta': 100.0, 'temperature': 4.0, 'power': 2, 'mapping': 'sum', 'at_form': 'code'}
+FLAGS = {
+    **{'alpha': 0.7, 'beta': 100.0, 'temperature': 4.0, 'power': 2, 'mapping': 'sum', 'at_form': 'code'},
+    **{'transfer': 'activation', 'penalty': 'none', 'gamma': 0, 'groups': '', 'batch_size': 32},
+}
+MODES = {
+    'fixed': (False, {}),
+    'sync': ('sync', {}),
+    'own': (True, {}),
+    'full': (False, {'transfer': 'full', 'beta': 1000.0}),
+    'gradient': (False, {'transfer': 'gradient', 'beta': 1.0, 'penalty': 'symmetry', 'gamma': 0.5}),
+}
 
 
 def main():
-    mode = {'fixed': False, 'sync': 'sync', 'own': True}[sys.argv[1]]
+    mode, more = MODES[sys.argv[1]]
     if engine.world() > 1:
         dist.init_process_group('gloo')
     torch.set_num_threads(1)
-    opt = argparse.Namespace(**FLAGS, groups='', dtype='double')
+    opt = argparse.Namespace(**{**FLAGS, **more}, dtype='double')
     torch.manual_seed(0)
     device = torch.device('cpu')
     f, params = resnet.wide_resnet(10, 0.25, 10)
@@ -30,7 +41,9 @@ def main():
     params, params_t = ({k: v.detach().double() for k, v in p.items()} for p in (params, params_t))
     for key, value in params.items():
         value.requires_grad_('running' not in key)
-    step = engine.make_step(opt, engine.data_parallel(f, params, mode), partial(g, params=params_t, mode=False), device)
+    teacher = partial(g, params=params_t, mode=False)
+    f = engine.prepare(opt, f, params, teacher, torch.zeros(1, 3, 8, 8, dtype=torch.double))
+    step = engine.make_step(opt, engine.data_parallel(f, params, mode), teacher, device)
     optimizer = torch.optim.SGD([v for v in params.values() if v.requires_grad], 0.002, 0.9, weight_decay=5e-4)
     digits = data.load('digits', image_size=8).train
     images = data.Images(digits.pixels[:150], digits.labels[:150])  # the last batch of an epoch has 22 images
@@ -38,7 +51,8 @@ def main():
     for epoch in range(1, 5):
         for x, labels, size in data.TrainBatches(images, 32, 1, False, 0, engine.rank(), engine.world(), epoch):
             _, terms = step(x, labels)
-            loss = 0.3 * terms['ce'] + 0.7 * terms['kd'] + 100 * sum(terms[f'at{i}'] for i in range(3))
+            weights = {'ce': 0.3, 'kd': 0.7, 'symmetry': opt.gamma}
+            loss = sum(weights.get(name, opt.beta) * term for name, term in terms.items())
             optimizer.zero_grad()
             (loss * (len(labels) / size * engine.world())).backward()
             optimizer.step()
