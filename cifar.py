@@ -22,35 +22,8 @@ TEST_SET = {'dataset': 'CIFAR10', 'holdout': 0, 'image_size': 32}
 
 
 def parse():
-    parser = options.Parser(__doc__)
-    flag = parser.add_argument_group('data and teacher').add_argument
-    flag('--dataset', default='CIFAR10', help='CIFAR10, CIFAR100, folder or digits')
-    flag('--dataroot', '--data_root', default='.', help='where the data set is, or is to be downloaded')
-    flag('--image_size', default=32, type=options.number(int, 8, 512), help='for folder and digits (default: 32)')
-    flag('--randomcrop_pad', default=4, type=options.number(float, 0, 511), help='pixels around a crop (default: 4)')
-    flag('--holdout', default=0, type=options.number(int, 0), help='test on the last N training images instead')
-    flag('--teacher_id', default='', help='name of the run in logs/ whose network teaches')
-    flag = parser.add_argument_group('kind of network').add_argument
-    flag('--net', default='wrn', choices=['wrn', 'nin'], help='wide ResNet or Network-in-Network (table 1)')
-    flag('--no_bn', action='store_true', help='a Network-in-Network with biases instead of batch norm (table 3)')
-    options.common_flags(
-        parser,
-        depth=16,
-        batch_size=128,
-        epochs=200,
-        epoch_step='[60,120,160]',
-        lr_decay_ratio=0.2,
-        weight_decay=0.0005,
-    )
-    opt = parser.parse_args()
-    options.check(opt, opt.teacher_id, '--teacher_id')
-    if opt.net == 'nin':
-        opt.depth = None
-    elif opt.no_bn:
-        raise ValueError('--no_bn: a wide ResNet has batch norm; --net nin can do without')
+    opt = options.parse_cifar(__doc__)
     network(opt)(2)  # a shape that is none is told before anything else begins
-    if opt.randomcrop_pad % 1 or opt.randomcrop_pad >= opt.image_size:
-        raise ValueError(f'--randomcrop_pad {opt.randomcrop_pad:g}: expected whole pixels, fewer than the image has')
     return opt
 
 

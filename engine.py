@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import statistics
 import subprocess
 import sys
 import warnings
@@ -315,6 +316,28 @@ def _adapted(f):
     return network
 
 
+def seconds_a_step(opt, f, params, teacher, images, steps=3):
+    """How long a training step takes: the median of `steps` after one to warm up.
+
+    f, params: the student. teacher: x -> (logits, groups), or None. images: the batch (N, 3, H, W) to train on.
+    """
+    with contextlib.redirect_stdout(None):
+        network = partial(prepare(opt, f, params, teacher, images[:1]), params=params, mode=True)
+    step, meters, times = make_step(opt, network, teacher, images.device), _Meters(images.device, (1,)), []
+    trained = [v for v in params.values() if v.requires_grad]
+    optimizer = torch.optim.SGD(trained, opt.lr, momentum=0.9, weight_decay=opt.weight_decay)
+    for _ in range(1 + steps):
+        timer = TimeMeter('s')
+        labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        optimizer.zero_grad()
+        _weighted_loss(opt, step, (images, labels, len(images)), 1, meters)[0].backward()
+        optimizer.step()
+        if images.device.type == 'cuda':
+            torch.cuda.synchronize()
+        times.append(timer.value())
+    return statistics.median(times[1:])
+
+
 # -------------------------------------------------------------------------------------------------------- the log
 
 
@@ -382,7 +405,7 @@ def check_save(opt):
         raise ValueError(f'--save {opt.save} is not a folder')
     if opt.overwrite or not (os.path.exists(log) or os.path.exists(model)):
         return
-    changed = _changed_settings(opt, read_log(log)) if os.path.exists(log) else []
+    changed = changed_settings(opt, read_log(log)) if os.path.exists(log) else []
     settings = f' of other settings ({"; ".join(changed)})' if changed else ''
     if not _resumes_own(opt):
         raise ValueError(
@@ -393,7 +416,7 @@ def check_save(opt):
         say(f'note: {opt.save} is a run{settings}; the epochs to come use the new ones')
 
 
-def _changed_settings(opt, records):
+def changed_settings(opt, records):
     """How the flags differ from those that a log's last line holds: ['lr 0.1, not 0.05', ...]."""
     if not records:
         return []

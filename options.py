@@ -1,4 +1,4 @@
-"""The flags that every training script shares, their checks, and how a script ends when something is wrong."""
+"""The flags of the training scripts, their checks, and how a script ends when something is wrong."""
 
 import argparse
 import json
@@ -108,6 +108,39 @@ def common_flags(parser, *, depth, batch_size, epochs, epoch_step, lr_decay_rati
     flag('--sync_bn', action='store_true', help="batch norm over all workers' images, not each worker's share")
     flag('--max_restarts', default=0, type=number(int, 0, 1000), help='begin again so often when a worker dies')
     flag('--gpu_id', default='', help='GPUs to use, like 0,1 (default: all that CUDA_VISIBLE_DEVICES allows)')
+
+
+def parse_cifar(description, words=None):
+    """The flags of cifar.py, read from `words` or the command line, with the paper's recipe as defaults (section 4.1)."""
+    parser = Parser(description)
+    flag = parser.add_argument_group('data and teacher').add_argument
+    flag('--dataset', default='CIFAR10', help='CIFAR10, CIFAR100, folder or digits')
+    flag('--dataroot', '--data_root', default='.', help='where the data set is, or is to be downloaded')
+    flag('--image_size', default=32, type=number(int, 8, 512), help='for folder and digits (default: 32)')
+    flag('--randomcrop_pad', default=4, type=number(float, 0, 511), help='pixels around a crop (default: 4)')
+    flag('--holdout', default=0, type=number(int, 0), help='test on the last N training images instead')
+    flag('--teacher_id', default='', help='name of the run in logs/ whose network teaches')
+    flag = parser.add_argument_group('kind of network').add_argument
+    flag('--net', default='wrn', choices=['wrn', 'nin'], help='wide ResNet or Network-in-Network (table 1)')
+    flag('--no_bn', action='store_true', help='a Network-in-Network with biases instead of batch norm (table 3)')
+    common_flags(
+        parser,
+        depth=16,
+        batch_size=128,
+        epochs=200,
+        epoch_step='[60,120,160]',
+        lr_decay_ratio=0.2,
+        weight_decay=0.0005,
+    )
+    opt = parser.parse_args(words)
+    check(opt, opt.teacher_id, '--teacher_id')
+    if opt.randomcrop_pad % 1 or opt.randomcrop_pad >= opt.image_size:
+        raise ValueError(f'--randomcrop_pad {opt.randomcrop_pad:g}: expected whole pixels, fewer than the image has')
+    if opt.no_bn and opt.net != 'nin':
+        raise ValueError('--no_bn: a wide ResNet has batch norm; --net nin can do without')
+    if opt.net == 'nin':
+        opt.depth = None
+    return opt
 
 
 def check(opt, teacher, flag):

@@ -1,45 +1,93 @@
 """A table of the paper as a list of runs of cifar.py: train what is missing, then print ours beside the paper's.
 
     python reproduce.py demo                       # handwritten digits: needs no download, minutes on two cores
-    python reproduce.py table1 --dataroot data     # table 1, wide ResNets: 5 seeds of 200 epochs
+    python reproduce.py table1 --dataroot data     # table 1: 5 seeds of 200 epochs
+    python reproduce.py table2 --dataroot data     # table 2: mapping functions, and one group only
+    python reproduce.py table3 --dataroot data     # table 3: gradients, on networks without batch norm
     python reproduce.py table1 --show              # the table from the logs that are there
 
 A finished run is skipped and a broken one resumed, so the same command goes on after an interruption.
 """
 
 import json
+import math
 import os
+import queue
 import shlex
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
 
 import engine
 import options
+from nin import nin
+from resnet import wide_resnet
 
-# Median test error in percent on CIFAR-10 over 5 seeds: table 1 of the paper.
+# Of each row, student <- teacher, the methods with the paper's test error in percent: the median of 5 seeds.
 TABLE1 = {
-    ('wrn-16-1', 'wrn-16-2'): {'student': 8.77, 'at': 7.93, 'kd': 7.41, 'at-kd': 7.51, 'teacher': 6.31},
-    ('wrn-16-1', 'wrn-40-1'): {'student': 8.77, 'at': 8.25, 'kd': 8.39, 'at-kd': 8.01, 'teacher': 6.58},
-    ('wrn-16-2', 'wrn-40-2'): {'student': 6.31, 'at': 5.85, 'kd': 6.08, 'at-kd': 5.71, 'teacher': 5.23},
+    ('nin-thin', 'nin-wide'): {'student': 9.38, 'at': 8.93, 'full': 9.05, 'kd': 8.55, 'at-kd': 8.33, 'teacher': 7.28},
+    ('wrn-16-1', 'wrn-16-2'): {'student': 8.77, 'at': 7.93, 'full': 8.51, 'kd': 7.41, 'at-kd': 7.51, 'teacher': 6.31},
+    ('wrn-16-1', 'wrn-40-1'): {'student': 8.77, 'at': 8.25, 'full': 8.62, 'kd': 8.39, 'at-kd': 8.01, 'teacher': 6.58},
+    ('wrn-16-2', 'wrn-40-2'): {'student': 6.31, 'at': 5.85, 'full': 6.24, 'kd': 6.08, 'at-kd': 5.71, 'teacher': 5.23},
 }
+MAPPINGS = {'student': 8.77, 'at-sum1': 7.99, 'at': 7.93, 'at-sum4': 8.09, 'at-max1': 8.08}
+TABLE2 = {('wrn-16-1', 'wrn-16-2'): {**MAPPINGS, 'at-group0': 8.11, 'at-group1': 7.96, 'at-group2': 7.97}}
+GRADIENTS = {'student': 13.5, 'min-l2': 12.5, 'gradient': 12.1, 'kd': 12.1, 'symmetry': 11.8, 'at': 11.2}
+TABLE3 = {('nin-thin-nobn', 'nin-wide-nobn'): GRADIENTS}
+DEMO = {('wrn-16-1', 'wrn-16-2'): dict.fromkeys(('teacher', 'student', 'at', 'kd', 'at-kd'))}
+
 METHODS = {  # the flags of each method, but for those that name the networks; BETA is the table's
     'teacher': [],
     'student': [],
+    'min-l2': ['--penalty', 'min_l2', '--gamma', '0.1'],
+    'symmetry': ['--penalty', 'symmetry', '--gamma', '0.1'],
+    'gradient': ['--transfer', 'gradient', '--beta', '0.1'],
     'at': ['--beta', 'BETA'],
+    'at-sum1': ['--beta', 'BETA', '--power', '1'],
+    'at-sum4': ['--beta', 'BETA', '--power', '4'],
+    'at-max1': ['--beta', 'BETA', '--mapping', 'max', '--power', '1'],
+    'at-group0': ['--beta', 'BETA', '--groups', '0'],
+    'at-group1': ['--beta', 'BETA', '--groups', '1'],
+    'at-group2': ['--beta', 'BETA', '--groups', '2'],
+    'full': ['--transfer', 'full', '--beta', '1e+5'],
     'kd': ['--alpha', '0.9'],
     'at-kd': ['--beta', 'BETA', '--beta_decay', 'linear', '--alpha', '0.9'],
 }
-LABELS = {'teacher': 'teacher', 'student': 'student alone', 'at': 'AT', 'kd': 'KD', 'at-kd': 'AT+KD'}
+LABELS = {  # in the order of the tables
+    'teacher': 'teacher',
+    'student': 'student alone',
+    'min-l2': 'min-l2',
+    'gradient': 'gradient-based AT',
+    'symmetry': 'symmetry norm',
+    'at-sum1': 'AT, sum of abs',
+    'at': 'AT',
+    'at-sum4': 'AT, sum of 4th powers',
+    'at-max1': 'AT, max of abs',
+    'at-group0': 'AT, group 1 only',
+    'at-group1': 'AT, group 2 only',
+    'at-group2': 'AT, group 3 only',
+    'full': 'F-ActT',
+    'kd': 'KD',
+    'at-kd': 'AT+KD',
+}
+UNTAUGHT = ('teacher', 'student', 'min-l2', 'symmetry')
+CIFAR = {'dataset': 'CIFAR10', 'images': 50_000, 'epochs': 200, 'seeds': 5, 'beta': '1e+3', 'flags': []}
 TABLES = {
-    'table1': {'rows': list(TABLE1), 'dataset': 'CIFAR10', 'epochs': 200, 'seeds': 5, 'beta': '1e+3', 'flags': []},
+    'table1': {**CIFAR, 'rows': TABLE1},
+    'table2': {**CIFAR, 'rows': TABLE2},
+    'table3': {**CIFAR, 'rows': TABLE3},
     'demo': {
-        'rows': [('wrn-16-1', 'wrn-16-2')],
         'dataset': 'digits',
+        'images': 1000,
         'epochs': 10,
         'seeds': 1,
         'beta': '100',  # chosen on held-out training images: in 160 steps, 1e+3 leaves no time to learn the classes
         'flags': ['--batch_size', '64'],
+        'rows': DEMO,
     },
 }
 
@@ -49,26 +97,41 @@ def parse():
     flag = parser.add_argument
     flag('table', choices=list(TABLES))
     flag('--rows', default='', help="numbers of the table's rows from 1, like 1,3 (default: all)")
-    flag('--methods', default=','.join(METHODS), help='some of %(default)s (default: all)')
+    flag('--methods', default='', help=f'some of {",".join(METHODS)} (default: all of the table)')
     flag('--seeds', type=options.number(int, 1, 1000), help='number of seeds, from 0 on (default: 5, demo: 1)')
     flag('--epochs', type=options.number(int, 1), help='the schedule scales with it (default: 200, demo: 10)')
     flag('--dataroot', default='.', help='as of cifar.py')
     flag('--holdout', default=0, type=options.number(int, 0), help='as of cifar.py: to choose between variants')
     flag('--dtype', default='', choices=['', *options.DTYPES], help='as of cifar.py')
-    flag('--dry_run', action='store_true', help='print the commands that are left to run, and stop')
+    flag('--jobs', default=1, type=options.number(int, 1, 1024), help='runs at a time, one a GPU where there are GPUs')
+    flag('--dry_run', action='store_true', help='print the commands that are left to run and their time, and stop')
     flag('--show', action='store_true', help='print the table from the logs that are there, and stop')
     flag('--markdown', default='', metavar='FILE', help='also write the table into FILE, between its markers')
     opt = parser.parse_args()
     table = TABLES[opt.table]
+    rows = list(table['rows'])
     opt.seeds, opt.epochs = opt.seeds or table['seeds'], opt.epochs or table['epochs']
-    opt.methods = opt.methods.split(',')
-    if not set(opt.methods) <= set(METHODS):
-        raise ValueError(f'--methods {",".join(opt.methods)}: expected some of {",".join(METHODS)}')
-    numbers = opt.rows.split(',') if opt.rows else [str(i + 1) for i in range(len(table['rows']))]
-    if not set(numbers) <= {str(i + 1) for i in range(len(table['rows']))}:
-        raise ValueError(f'--rows {opt.rows}: {opt.table} has rows 1 to {len(table["rows"])}')
-    opt.rows = [table['rows'][int(i) - 1] for i in numbers]
+    methods = [m for m in LABELS if any(m in table['rows'][row] for row in rows)]
+    opt.methods = opt.methods.split(',') if opt.methods else methods
+    if not set(opt.methods) <= set(methods):
+        raise ValueError(f'--methods {",".join(opt.methods)}: expected some of {",".join(methods)}')
+    numbers = opt.rows.split(',') if opt.rows else [str(i + 1) for i in range(len(rows))]
+    if not set(numbers) <= {str(i + 1) for i in range(len(rows))}:
+        raise ValueError(f'--rows {opt.rows}: {opt.table} has rows 1 to {len(rows)}')
+    opt.rows = [rows[int(i) - 1] for i in numbers]
     return opt
+
+
+# ----------------------------------------------------------------------------------------------------------- the runs
+
+
+def network_flags(name):
+    """The flags of cifar.py for one of the paper's networks."""
+    kind, *rest = name.split('-')
+    if kind == 'wrn':
+        return ['--depth', rest[0], '--width', rest[1]]
+    plain = ['--no_bn', '--weight_decay', '0', '--randomcrop_pad', '0'] if 'nobn' in rest else []
+    return ['--net', 'nin', '--width', '0.4375' if 'thin' in rest else '1', *plain]
 
 
 def run_name(opt, network, seed, method='', teacher=''):
@@ -82,9 +145,9 @@ def run_name(opt, network, seed, method='', teacher=''):
 def names(opt, row, method):
     """The folders in logs/ of a cell of the table, one a seed."""
     student, teacher = row
-    network = {'student': (student,), 'teacher': (teacher,)}.get(method)
-    seeds = range(opt.seeds)
-    return [run_name(opt, *network, s) if network else run_name(opt, student, s, method, teacher) for s in seeds]
+    parts = {'teacher': (teacher, '', ''), 'student': (student, '', '')}
+    network, method, teacher = parts.get(method, (student, method, '' if method in UNTAUGHT else teacher))
+    return [run_name(opt, network, seed, method, teacher) for seed in range(opt.seeds)]
 
 
 def commands(opt):
@@ -98,19 +161,18 @@ def commands(opt):
     common += ['--epoch_step', json.dumps(sorted({s for s in steps if s}), separators=(',', ':')), *table['flags']]
     common += ['--holdout', str(opt.holdout)] if opt.holdout else []
     common += ['--dtype', opt.dtype] if opt.dtype else []
-    transfers = [method for method in opt.methods if method not in ('teacher', 'student')]
-    for method in ['teacher'] * ('teacher' in opt.methods or bool(transfers)) + opt.methods:
-        for row in opt.rows:
-            teachers_needed = opt.seeds if method in opt.methods else 1
-            for seed, name in enumerate(names(opt, row, method)[:teachers_needed]):
-                network = row[1] if method == 'teacher' else row[0]
-                _, depth, width = network.split('-')
-                flags = ['--depth', depth, '--width', width, '--seed', str(seed)]
+    for row in opt.rows:
+        methods = [m for m in opt.methods if m in table['rows'][row]]
+        taught = any(method not in UNTAUGHT for method in methods)
+        for method in ['teacher'] * ('teacher' in methods or taught) + methods:
+            seeds = opt.seeds if method in methods else 1
+            for seed, name in enumerate(names(opt, row, method)[:seeds]):
+                flags = [*network_flags(row[method == 'teacher']), '--seed', str(seed)]
                 flags += [table['beta'] if word == 'BETA' else word for word in METHODS[method]]
-                if method in transfers:
+                if method not in UNTAUGHT:
                     flags += ['--teacher_id', run_name(opt, row[1], 0)]
                 runs.setdefault(name, [*common, *flags, '--save', f'logs/{name}', '--resume', 'auto'])
-    return runs
+    return dict(sorted(runs.items(), key=lambda run: '--teacher_id' in run[1]))
 
 
 def results(name):
@@ -125,6 +187,97 @@ def last_epoch(opt, name):
     return records[-1] if records and records[-1]['epoch'] == opt.epochs else None
 
 
+def draw(opt):
+    """The network that the flags of cifar.py name: (f, params)."""
+    network = (
+        partial(nin, opt.width, no_bn=opt.no_bn) if opt.net == 'nin' else partial(wide_resnet, opt.depth, opt.width)
+    )
+    return engine.draw(network, opt, 10, device())
+
+
+def device():
+    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+def seconds(opt, left, runs):
+    """How long the runs that are left would take here one after the other, from measured steps on random images."""
+    measured, total, held = {}, 0, TABLES[opt.table]['images'] - opt.holdout
+    for name, arguments in left.items():
+        flags = options.parse_cifar('', arguments)
+        kind = name.rpartition('-s')[0]
+        if kind not in measured:
+            images = torch.randn(flags.batch_size, 3, 32, 32, device=device())
+            images = images.contiguous(memory_format=torch.channels_last)
+            teacher = _untrained(runs[flags.teacher_id]) if flags.teacher_id else None
+            measured[kind] = engine.seconds_a_step(flags, *draw(flags), teacher, images)
+        total += (opt.epochs - len(results(name))) * math.ceil(held / flags.batch_size) * measured[kind]
+    return total
+
+
+def _untrained(arguments):
+    f, params = draw(options.parse_cifar('', arguments))
+    return partial(f, params={k: v.detach() for k, v in params.items()}, mode=False)
+
+
+def run(opt, name, arguments, job):
+    """Train a run to its end, where there are GPUs on that of the job's number; returns what is to be said of it.
+
+    Raises ValueError where it cannot begin or fails, and KeyboardInterrupt where it was stopped.
+    """
+    flags = options.parse_cifar('', arguments)
+    changed = engine.changed_settings(flags, results(name))
+    if changed:
+        raise ValueError(f'logs/{name} holds a run of other settings ({"; ".join(changed)})')
+    if last_epoch(opt, name):
+        return 'done'
+    if flags.teacher_id and not last_epoch(opt, flags.teacher_id):
+        raise ValueError(f'its teacher {flags.teacher_id} is not trained')
+    here, environment = os.path.dirname(os.path.abspath(__file__)), dict(os.environ)
+    command, alone = [sys.executable, os.path.join(here, 'cifar.py'), *arguments], opt.jobs == 1
+    if not alone and torch.cuda.is_available():
+        command += ['--gpu_id', str(job % torch.cuda.device_count())]
+    elif not alone:
+        environment.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // opt.jobs)))
+    pipes = {} if alone else {'stdout': subprocess.DEVNULL, 'stderr': subprocess.PIPE, 'text': True}
+    ended = subprocess.run(command, env=environment, **pipes)
+    if ended.returncode == 130:
+        raise KeyboardInterrupt
+    if ended.returncode:
+        reason = (ended.stderr or '').strip().splitlines()[-1:]
+        raise ValueError(': '.join([f'exit status {ended.returncode}', *reason]))
+    return f'{100 - last_epoch(opt, name)["test_acc"]:.2f}% test error'
+
+
+def train(opt, runs):
+    """Run what is not finished, teachers first and opt.jobs at a time; returns the names of those that failed."""
+    jobs, failed, total = queue.SimpleQueue(), [], len(runs)
+    for job in range(opt.jobs):
+        jobs.put(job)
+
+    def one(numbered):
+        number, name = numbered
+        job = jobs.get()
+        print(f'[{number}/{total}] {name}', flush=True)
+        try:
+            outcome = run(opt, name, runs[name], job)
+        except (OSError, ValueError) as error:
+            failed.append(name)
+            outcome = f'failed: {error}'
+        jobs.put(job)
+        print(f'[{number}/{total}] {name}: {outcome}', flush=True)
+
+    pool, numbered = ThreadPoolExecutor(opt.jobs), list(enumerate(runs, 1))
+    try:
+        for taught in (False, True):
+            list(pool.map(one, [item for item in numbered if ('--teacher_id' in runs[item[1]]) == taught]))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return failed
+
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
 def table_lines(opt):
     """The table in Markdown: ours beside the paper's, last epoch's test error; what was not run stays blank."""
     lines = [
@@ -133,16 +286,17 @@ def table_lines(opt):
     ]
     protocols = set()
     for row in opt.rows:
-        for method in sorted(opt.methods, key=list(LABELS).index):
+        methods = TABLES[opt.table]['rows'][row]
+        for method in (m for m in LABELS if m in opt.methods and m in methods):
             done = [r for r in (last_epoch(opt, name) for name in names(opt, row, method)) if r]
             errors = sorted(100 - r['test_acc'] for r in done)
             protocols |= {protocol(r) for r in done}
-            paper = TABLE1[row][method] if opt.table == 'table1' else None
+            paper = methods[method]
             ours = statistics.median(errors) if errors else None
             cells = [
                 f'{row[0]} <- {row[1]}'.upper(),
                 LABELS[method],
-                '' if ours is None else f'{ours:.2f}',
+                'not run' if ours is None else f'{ours:.2f}',
                 f'{errors[0]:.2f} to {errors[-1]:.2f}' if len(errors) > 1 else '',
                 str(len(errors) or ''),
                 '' if paper is None else f'{paper:.2f}',
@@ -177,30 +331,13 @@ def write_markdown(path, table, lines):
     engine.checkpoint.write_whole(path, content.encode())
 
 
-def train(opt, runs):
-    """Run what is not finished, one after the other; returns the names of those that failed."""
-    failed = []
-    for number, (name, arguments) in enumerate(runs.items(), 1):
-        if last_epoch(opt, name):
-            print(f'[{number}/{len(runs)}] {name}: done', flush=True)
-            continue
-        print(f'[{number}/{len(runs)}] {name}', flush=True)
-        here = os.path.dirname(os.path.abspath(__file__))
-        status = subprocess.run([sys.executable, os.path.join(here, 'cifar.py'), *arguments]).returncode
-        if status == 130:
-            raise KeyboardInterrupt
-        if status:
-            failed.append(name)
-            print(f'[{number}/{len(runs)}] {name} failed with exit status {status}', flush=True)
-    return failed
-
-
 def main():
     opt = parse()
     runs = commands(opt)
     if opt.dry_run:
-        left = [arguments for name, arguments in runs.items() if not last_epoch(opt, name)]
-        print('\n'.join(shlex.join(['python', 'cifar.py', *arguments]) for arguments in left))
+        left = {name: arguments for name, arguments in runs.items() if not last_epoch(opt, name)}
+        print('\n'.join(shlex.join(['python', 'cifar.py', *arguments]) for arguments in left.values()))
+        print(f'# {len(left)} runs, about {seconds(opt, left, runs) / 3600:.1f} hours here, one after the other')
         return
     failed = [] if opt.show else train(opt, runs)
     lines = table_lines(opt)

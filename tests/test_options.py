@@ -71,7 +71,7 @@ def parser(monkeypatch, words=(), module=cifar):
     caught = []
     parse_args = options.Parser.parse_args
     monkeypatch.setattr(sys, 'argv', [f'{module.__name__}.py', *words])
-    monkeypatch.setattr(options.Parser, 'parse_args', lambda self: caught.append(self) or parse_args(self))
+    monkeypatch.setattr(options.Parser, 'parse_args', lambda self, *_: caught.append(self) or parse_args(self))
     opt = module.parse()
     return caught[0], opt
 
