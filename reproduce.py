@@ -158,7 +158,7 @@ def commands(opt):
     table, runs = TABLES[opt.table], {}
     steps = [round(opt.epochs * part) for part in (0.3, 0.6, 0.8)]
     common = ['--dataset', table['dataset'], '--dataroot', opt.dataroot, '--epochs', str(opt.epochs)]
-    common += ['--epoch_step', json.dumps(sorted({s for s in steps if s}), separators=(',', ':')), *table['flags']]
+    common += ['--epoch_step', json.dumps(sorted({s for s in steps if s > 1}), separators=(',', ':')), *table['flags']]
     common += ['--holdout', str(opt.holdout)] if opt.holdout else []
     common += ['--dtype', opt.dtype] if opt.dtype else []
     for row in opt.rows:

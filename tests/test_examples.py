@@ -1,0 +1,143 @@
+"""The examples run as a reader would run them, and compute what they claim."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import refused
+from torchvision.models import mobilenet_v3_large, resnet50
+from torchvision.models.feature_extraction import get_graph_node_names
+
+from examples import own_networks
+from examples.own_networks import STUDENT, TEACHER, extractors, losses
+
+PAIRS = ['at0', 'at1', 'at2', 'at3']
+
+
+def run_script(folder, *flags):
+    """Start the example from another folder as its own process: (exit status, stdout, stderr)."""
+    command = [sys.executable, os.path.abspath(own_networks.__file__), *flags]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope='module')
+def networks():
+    """A student and a teacher of random weights."""
+    torch.manual_seed(0)
+    return mobilenet_v3_large(num_classes=10), resnet50()
+
+
+@pytest.fixture(scope='module')
+def batch():
+    """Images (4, 3, 64, 64) and labels."""
+    torch.manual_seed(1)
+    return torch.randn(4, 3, 64, 64), torch.tensor([0, 3, 9, 3])
+
+
+def hooked(network, layers, images):
+    """Run a network itself and collect the output of some of its modules by hooks: ({name: activation}, output)."""
+    found = {}
+
+    def keep(name):
+        return lambda module, inputs, output: found.update({name: output})
+
+    hooks = [network.get_submodule(layer).register_forward_hook(keep(name)) for layer, name in layers.items()]
+    output = network(images)
+    for hook in hooks:
+        hook.remove()
+    return found, output
+
+
+def test_script_runs_from_anywhere_and_prints_finite_terms_of_all_pairs(tmp_path):
+    status, out, err = run_script(tmp_path, '--steps', '2', '--batch_size', '4')
+    assert status == 0, err
+    notice, *lines = out.splitlines()
+    assert 'random weights' in notice and len(lines) == 2
+    for step, line in enumerate(lines):
+        terms = dict(re.findall(r'(\w+) ([-+.\w]+)(?: |$)', line.split(': ')[1]))
+        assert line.startswith(f'step {step}: ') and list(terms) == ['ce', *PAIRS]
+        assert all(math.isfinite(float(value)) and float(value) > 0 for value in terms.values()), line
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_of_a_file_become_the_teacher_whatever_its_number_of_classes(tmp_path, capsys):
+    torch.manual_seed(2)
+    saved = resnet50(num_classes=3)
+    torch.save(saved.state_dict(), tmp_path / 'teacher.pth')
+    loaded = own_networks.load_teacher(str(tmp_path / 'teacher.pth')).state_dict()
+    assert all(torch.equal(value, loaded[key]) for key, value in saved.state_dict().items())
+    assert 'random' not in capsys.readouterr().out
+
+
+def test_losses_equal_those_of_forward_hooks_on_the_networks_themselves(networks, batch):
+    images, labels = batch
+    torch.manual_seed(3)  # of dropout
+    ce, at = losses(*extractors(*networks), images, labels)
+
+    student, teacher = networks[0].train(), networks[1].eval()
+    torch.manual_seed(3)
+    learned, logits = hooked(student, {k: v for k, v in STUDENT.items() if v != 'logits'}, images)
+    taught, _ = hooked(teacher, TEACHER, images)
+    torch.testing.assert_close(ce, F.cross_entropy(logits, labels))
+    assert list(at) == PAIRS
+    for name in PAIRS:
+        maps = [F.normalize(a[name].square().sum(1).flatten(1)) for a in (learned, taught)]
+        torch.testing.assert_close(at[name], (maps[0] - maps[1]).square().mean())
+
+
+def test_attention_trains_the_student_itself_and_leaves_the_teacher_alone(networks, batch):
+    student, teacher = networks
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    student.eval()  # the modes that they were in before do not matter
+    teacher.train()
+    _, at = losses(*extractors(student, teacher), *batch)
+    sum(at.values()).backward()
+    reached = {name for name, p in student.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert {name for name, p in student.named_parameters() if p.dim() == 4} <= reached
+    assert not any(name.startswith('classifier.') for name in reached)
+    assert all(p.grad is None for p in teacher.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in teacher.state_dict().items())
+    student.zero_grad()
+
+
+def test_compared_layers_have_equal_strides_and_are_the_last_of_theirs(networks):
+    images = torch.zeros(1, 3, 64, 64)
+    student, teacher = networks[0].eval(), networks[1].eval()
+    with torch.no_grad():
+        taught, _ = hooked(teacher, TEACHER, images)
+        blocks, _ = hooked(student, {f'features.{i}': f'features.{i}' for i in range(17)}, images)
+    strides = {name: 64 // activation.shape[-1] for name, activation in taught.items()}
+    last = {64 // activation.shape[-1]: layer for layer, activation in blocks.items()}
+    assert strides == dict(zip(PAIRS, (4, 8, 16, 32)))
+    assert {last[stride]: name for name, stride in strides.items()} | {'classifier': 'logits'} == STUDENT
+    for mode in get_graph_node_names(student):  # of training and of evaluation
+        assert all(any(node == layer or node.startswith(f'{layer}.') for node in mode) for layer in STUDENT)
+
+
+@pytest.mark.parametrize(
+    'flags, words',
+    [
+        ('--steps 0', ['--steps', 'at least 1']),
+        ('--beta nan', ['--beta', 'out of range']),
+        ('--batch_size many', ['--batch_size', 'not an integer']),
+        ('--teacher_weights student.pth', ['--teacher_weights student.pth', 'not a state_dict', 'resnet50']),
+        ('--teacher_weights noise.pth', ['noise.pth', 'damaged']),
+        ('--teacher resnet34', ['unrecognized arguments']),
+    ],
+)
+def test_wrong_use_is_refused_in_one_line(script, networks, tmp_path, flags, words):
+    torch.save(networks[0].state_dict(), tmp_path / 'student.pth')
+    (tmp_path / 'noise.pth').write_bytes(b'no network')
+    assert refused(script(own_networks, flags), *words)
+
+
+def test_the_script_itself_refuses_missing_weights(tmp_path):
+    result = run_script(tmp_path, '--teacher_weights', 'missing.pth')
+    assert refused(result, 'own_networks.py: error: ', 'missing.pth', 'no such')
