@@ -286,14 +286,17 @@ def share(indices, rank, world):
 
 
 class TrainBatches:
-    """One epoch of augmented batches: (images (B, 3, H, W), labels (B,), size of the global batch)."""
+    """One epoch of augmented batches: (images (B, 3, H, W), labels (B,), size of the global batch).
 
-    def __init__(self, images, batch_size, pad, flip, seed, rank, world, epoch):
+    `start` is the number of batches of the epoch to pass over.
+    """
+
+    def __init__(self, images, batch_size, pad, flip, seed, rank, world, epoch, start=0):
         n, device = len(images.labels), images.labels.device
         # A last batch too small to give every worker an image is left out.
         starts = [i for i in range(0, n, batch_size) if min(batch_size, n - i) >= world]
         shuffled = order(n, seed, epoch)
-        batches = [shuffled[i : i + batch_size] for i in starts]
+        batches = [shuffled[i : i + batch_size] for i in starts][start:]
         self.sizes = [len(b) for b in batches]
         self.batches = [torch.from_numpy(share(b, rank, world)).to(device) for b in batches]
         self.where = torch.from_numpy(augmentation(n, pad, flip, seed, epoch)).to(device)

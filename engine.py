@@ -5,6 +5,7 @@ but for batch norm, whose statistics each worker takes of its own share.
 """
 
 import contextlib
+import fcntl
 import json
 import logging
 import math
@@ -12,6 +13,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 import warnings
 from functools import partial
 
@@ -24,6 +26,7 @@ from tqdm import tqdm
 
 import checkpoint
 from options import BETA_DECAYS, LOST_PEER
+from stopping import STATUS, Requests, Stopped
 from utils import (
     DTYPES,
     STATISTICS,
@@ -42,7 +45,7 @@ from utils import (
 
 FLUSH = 20  # steps between two looks at the losses: each look makes the host wait for the device
 NOT_SETTINGS = set(
-    'save resume overwrite nthread gpu_id dataroot imagenetpath max_restarts'.split()
+    'save resume overwrite save_every nthread gpu_id dataroot imagenetpath max_restarts'.split()
 )  # change no result
 HALF_SCALE = 1024.0  # float16 gradients are computed this many times larger, or small ones would vanish
 
@@ -110,13 +113,14 @@ def _check_restarts():
 
 def _launch(opt):
     """Run this very command once per worker, wait, and return the exit status."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if not torch.cuda.is_available():
         os.environ.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // opt.ngpu)))
     os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'  # see _check_restarts
-    logging.getLogger('torch.distributed').setLevel(logging.CRITICAL)  # one message is enough, and it is below
+    logging.disable(logging.CRITICAL)  # one message is enough, and it is below
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -126,9 +130,12 @@ def _launch(opt):
         rdzv_endpoint='localhost:0',
         max_restarts=opt.max_restarts,
         monitor_interval=1,
+        signals_to_handle=','.join(s.name for s in STATUS),
     )
     try:
         elastic_launch(config, sys.executable)('-u', *sys.argv)
+    except SignalException as stop:  # it was passed on to the workers, who have saved and said so
+        return STATUS[stop.sigval]
     except ChildFailedError as error:
         failures = sorted(error.failures.items(), key=lambda f: (f[1].exitcode == LOST_PEER, f[1].timestamp))
         failed_rank, failure = failures[0]
@@ -434,39 +441,87 @@ def _resumes_own(opt):
 
 
 def _resume_(opt, params, trained, optimizer):
-    """Load the checkpoint that --resume names into params and optimizer; returns the number of epochs that it did.
+    """Load the checkpoint that --resume names into params and optimizer; returns its epoch and progress.
 
-    The first worker alone reads it and tells the others, who may be on machines that do not see it.
+    The epoch is the number of whole ones; progress is what the one that was interrupted had come to, or None. The first
+    worker alone reads the file and tells the others, who may be on machines that do not see it.
     """
-    epoch = _load_run_(opt, params, trained, optimizer) if rank() == 0 else 0
-    if world() == 1:
-        return epoch
-    told = [epoch]
-    dist.broadcast_object_list(told, 0)
-    (epoch,) = told
-    for value in params.values():
-        dist.broadcast(value.detach(), 0)
-    for value in trained.values() if epoch else ():
-        buffer = optimizer.state[value].setdefault('momentum_buffer', torch.zeros_like(value))
-        dist.broadcast(buffer, 0)
-    return epoch
+    told = list(_load_run_(opt, params, trained, optimizer)) if rank() == 0 else [0, None]
+    if world() > 1:
+        dist.broadcast_object_list(told, 0)
+        for value in params.values():
+            dist.broadcast(value.detach(), 0)
+        for value in trained.values() if told != [0, None] else ():
+            buffer = optimizer.state[value].setdefault('momentum_buffer', torch.zeros_like(value))
+            dist.broadcast(buffer, 0)
+    epoch, progress = told
+    if progress and world() > 1:
+        checkpoint.restore_(_statistics(params), progress['workers'][rank()]['statistics'], opt.resume)
+    return epoch, progress
 
 
 def _load_run_(opt, params, trained, optimizer):
     path = os.path.join(opt.save, 'model.pt7') if opt.resume == 'auto' else opt.resume
     if not path or (opt.resume == 'auto' and not os.path.exists(path)):
-        return 0
+        return 0, None
     state = checkpoint.load(path)
-    momentum, epoch = state.get('optimizer'), state.get('epoch')
-    if not isinstance(momentum, dict) or type(epoch) is not int:
+    momentum, epoch, progress = (state.get(key) for key in ('optimizer', 'epoch', 'progress'))
+    if not isinstance(momentum, dict) or type(epoch) is not int or not isinstance(progress, dict | None):
         raise ValueError(f'{path} holds parameters alone, without momentum and epoch: it can teach, but not be resumed')
     if set(momentum) != set(trained) or any(momentum[k].shape != v.shape for k, v in trained.items()):
         raise ValueError(f'{path}: its momentum does not fit the network')
+    if progress is not None:
+        _check_progress(progress, path)
+    if progress and len(progress['workers']) != world():
+        workers = len(progress['workers'])
+        raise ValueError(f'{path} was saved in the middle of an epoch by {workers} workers: go on with as many')
     checkpoint.restore_(params, state['params'], path)
     for key, value in trained.items():
         optimizer.state[value]['momentum_buffer'] = momentum[key].to(value)
-    say(f'resumed from {path} after epoch {epoch}')
-    return epoch
+    say(
+        f'resumed from {path} after '
+        + (f'step {progress["steps"]} of epoch {epoch + 1}' if progress else f'epoch {epoch}')
+    )
+    return epoch, progress
+
+
+def _check_progress(progress, path):
+    meters = _Meters(torch.device('cpu'), (1,))
+    try:
+        for mine in progress['workers']:
+            meters.restore(progress, mine)
+        meters.images += meters.seconds + meters.bad + meters.steps + meters.errors.n + sum(meters.errors.sum.values())
+        whole = all(type(v) is float for value in progress['values'].values() for v in value.values())
+    except (AttributeError, KeyError, TypeError, ValueError):
+        whole = False
+    if not whole or type(progress['steps']) is not int:
+        raise ValueError(f'{path}: its position in the epoch cannot be read')
+
+
+def _statistics(params):
+    return {k: v for k, v in params.items() if k.endswith(STATISTICS)}
+
+
+@contextlib.contextmanager
+def _locked(opt):
+    """Hold the folder --save; ValueError where another process trains into it. The lock ends with its process."""
+    if not opt.save or rank():
+        yield
+        return
+    new = not os.path.isdir(opt.save)
+    os.makedirs(opt.save, exist_ok=True)
+    folder = os.open(opt.save, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f'another process trains into --save {opt.save}') from None
+    try:
+        yield
+    finally:
+        os.close(folder)
+        if new:
+            with contextlib.suppress(OSError):
+                os.rmdir(opt.save)  # if nothing came of it
 
 
 def _open_run(opt, done):
@@ -485,10 +540,10 @@ def _open_run(opt, done):
 # ------------------------------------------------------------------------------------------ evaluation and training
 
 
-def evaluate(f, params, batches, device, dtype='float', topk=(1,)):
+def evaluate(f, params, batches, device, dtype='float', topk=(1,), on_batch=lambda: None):
     """Cross entropy and accuracies in percent of a network over batches, every image counted once over all workers.
 
-    Returns (loss, [accuracy for each k of topk]).
+    Returns (loss, [accuracy for each k of topk]). on_batch() is called after each batch.
     """
     losses, errors = AverageValueMeter(), ClassErrorMeter(list(topk), accuracy=True)
 
@@ -500,6 +555,7 @@ def evaluate(f, params, batches, device, dtype='float', topk=(1,)):
     def on_forward(state):
         losses.add(state['loss'].item(), len(state['sample'][1]))
         errors.add(state['output'].float(), state['sample'][1])
+        on_batch()
 
     engine = Engine()
     engine.hooks['on_forward'] = on_forward
@@ -579,9 +635,27 @@ class _Meters:
     def reset(self):
         self.values = {}
         self.errors = ClassErrorMeter(list(self.topk), accuracy=True)
-        self.images = self.steps = 0
+        self.images = self.steps = self.bad = self.seconds = 0
         self.pending = []
         self.time.reset()
+
+    def state(self, bad):
+        """What has been measured, as numbers; `pending` is empty. bad counts this worker's unreadable images."""
+        values = {name: {k: float(v) for k, v in vars(meter).items()} for name, meter in self.values.items()}
+        errors = {'n': self.errors.n, 'sum': {int(k): int(n) for k, n in self.errors.sum.items()}}
+        mine = {'errors': errors, 'bad': self.bad + bad}
+        return {'steps': self.steps, 'images': self.images, 'seconds': self.elapsed(), 'values': values}, mine
+
+    def restore(self, shared, mine):
+        """Go on from what `state` returned."""
+        self.steps, self.images, self.seconds = shared['steps'], shared['images'], shared['seconds']
+        for name, value in shared['values'].items():
+            vars(self.values.setdefault(name, AverageValueMeter())).update(value)
+        self.errors.n, self.errors.sum = mine['errors']['n'], dict(mine['errors']['sum'])
+        self.bad = mine['bad']
+
+    def elapsed(self):
+        return self.seconds + self.time.value()
 
     def add(self, terms, logits, labels, size):
         """Take the parts of this worker: terms sum over workers to the means of the global batch of `size` images."""
@@ -619,68 +693,137 @@ class _Meters:
 def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(1,)):
     """Train for opt.epochs, keeping log and checkpoint in opt.save; returns the last epoch's record.
 
-    step: as of `make_step`. f, params: the network that is trained, evaluated and saved. train_batches(epoch) and
-    test_batches() give iterables as of `data`. facts: what else belongs in every line of the log. Accuracies are logged
-    as a number, or as a list where topk names several.
-    Raises FloatingPointError for a loss that is not finite and OSError where --save cannot be written.
+    step: as of `make_step`. f, params: the network that is trained, evaluated and saved. train_batches(epoch, start)
+    and test_batches() give iterables as of `data`. facts: what else belongs in every line of the log. Accuracies are
+    logged as a number, or as a list where topk names several.
+    Raises Stopped where a signal asked for it, FloatingPointError for a loss that is not finite, ValueError where
+    another process trains into --save and OSError where it cannot be written.
     """
-    trained = {k: v for k, v in params.items() if v.requires_grad}
-    optimizer = torch.optim.SGD(trained.values(), opt.lr, momentum=0.9, weight_decay=opt.weight_decay)
-    epoch = done = _resume_(opt, params, trained, optimizer)
-    if done >= opt.epochs:
-        return say(f'nothing to do: {done} of {opt.epochs} epochs are done')
-    _open_run(opt, done)
-    facts = {**vars(opt), **facts, 'n_parameters': num_trained(params), **environment(device)}
-    meters, record = _Meters(device, topk), None
+    with _locked(opt), Requests() as requests:
+        trained = {k: v for k, v in params.items() if v.requires_grad}
+        optimizer = torch.optim.SGD(trained.values(), opt.lr, momentum=0.9, weight_decay=opt.weight_decay)
+        done, progress = _resume_(opt, params, trained, optimizer)
+        if done >= opt.epochs:
+            return say(f'nothing to do: {done} of {opt.epochs} epochs are done')
+        _open_run(opt, done)
+        facts = {**vars(opt), **facts, 'n_parameters': num_trained(params), **environment(device)}
+        run = _Run(opt, params, trained, optimizer, requests, _Meters(device, topk), done, progress)
+        engine = Engine()
+        engine.hooks = _hooks(run, f, train_batches, test_batches, device, facts, topk)
+        engine.train(
+            lambda sample: _weighted_loss(opt, step, sample, run.epoch, run.meters), None, opt.epochs, optimizer
+        )
+    if opt.save:
+        say(f'log: {os.path.join(opt.save, "log.txt")}\nmodel: {os.path.join(opt.save, "model.pt7")}')
+    return run.record
 
-    def network(sample):
-        return _weighted_loss(opt, step, sample, epoch, meters)
+
+class _Run:
+    """A training: what it changes, and where it is."""
+
+    def __init__(self, opt, params, trained, optimizer, requests, meters, done, progress):
+        self.opt, self.params, self.trained, self.optimizer = opt, params, trained, optimizer
+        self.requests, self.meters, self.epoch, self.progress = requests, meters, done, progress
+        self.record, self.batches, self.saved_at = None, None, time.monotonic()
+
+    def begin_epoch(self, epoch):
+        """Set the rate and the meters; returns how many of its batches are done."""
+        progress, self.progress, self.epoch = self.progress, None, epoch
+        self.meters.reset()
+        if progress:
+            self.meters.restore(progress, progress['workers'][rank()])
+        _set_rate_(self.opt, self.optimizer, epoch, begins=not progress)
+        return self.meters.steps
+
+    def pause(self, alone=False):
+        """Save if it is time to, and stop if a signal asked for it: all workers together, or `alone` the only one."""
+        due = 0 < self.opt.save_every * 60 < time.monotonic() - self.saved_at
+        wishes = [self.requests.signum, int(due)]
+        if world() > 1:
+            if alone:
+                return
+            wishes = torch.tensor(wishes, device=self.meters.device)
+            dist.all_reduce(wishes, dist.ReduceOp.MAX)
+            wishes = wishes.tolist()
+        signum, due = wishes
+        if signum or due:
+            self.meters.flush(self.epoch)
+            self.save()
+        if signum:
+            advice = 'go on with --resume auto' if self.opt.save else 'nothing is kept without --save'
+            raise Stopped(signum, f'stopped after step {self.meters.steps} of epoch {self.epoch}; {advice}')
+
+    def save(self):
+        """Save in the middle of an epoch: its progress, which is in part every worker's own, is saved too."""
+        shared, mine = self.meters.state(getattr(self.batches, 'bad', 0))
+        if world() > 1:
+            mine['statistics'] = {k: v.cpu() for k, v in _statistics(self.params).items()}
+        workers = [mine]
+        if world() > 1:
+            workers = [None] * world()
+            dist.all_gather_object(workers, mine)
+        self.keep({**shared, 'workers': workers}, self.epoch - 1)
+
+    def keep(self, progress, epochs):
+        """Replace the checkpoint."""
+        self.saved_at = time.monotonic()
+        if not self.opt.save or rank():
+            return
+        state = {
+            'params': {k: v.detach() for k, v in self.params.items()},
+            'optimizer': {k: self.optimizer.state[v]['momentum_buffer'] for k, v in self.trained.items()},
+            'epoch': epochs,
+            'progress': progress,
+        }
+        checkpoint.save(os.path.join(self.opt.save, 'model.pt7'), state)
+
+
+def _hooks(run, f, train_batches, test_batches, device, facts, topk):
+    """What torchnet's Engine calls in the course of a training."""
+    opt, meters = run.opt, run.meters
 
     def on_start(state):
-        state['epoch'] = done
+        state['epoch'] = run.epoch
 
     def on_start_epoch(state):
-        nonlocal epoch
-        epoch = state['epoch'] + 1
-        _set_rate_(opt, optimizer, epoch)
-        meters.reset()
-        state['iterator'] = state['bar'] = _bar(train_batches(epoch), f'epoch {epoch}/{opt.epochs}')
+        start = run.begin_epoch(state['epoch'] + 1)
+        run.batches = train_batches(run.epoch, start)
+        state['iterator'] = state['bar'] = _bar(run.batches, f'epoch {run.epoch}/{opt.epochs}', start)
 
     def on_forward(state):
         if _loss_scale(opt) != 1:
-            torch._foreach_div_([v.grad for v in trained.values()], _loss_scale(opt))
+            torch._foreach_div_([v.grad for v in run.trained.values()], _loss_scale(opt))
 
     def on_update(state):
         if len(meters.pending) == FLUSH:
-            meters.flush(epoch)
-            speed = meters.images / meters.time.value()
+            meters.flush(run.epoch)
+            speed = meters.images / meters.elapsed()
             state['bar'].set_postfix_str(f'loss {meters.values["loss"].value()[0]:.4f}, {speed:.0f} images/s')
+            run.pause()
+        elif run.requests.signum:
+            run.pause(alone=True)
 
     def on_end_epoch(state):
-        nonlocal record
-        meters.flush(epoch)
-        trained_for = meters.time.value()
-        _join_statistics_(params)
+        meters.flush(run.epoch)
+        run.pause()
+        trained_for = meters.elapsed()
+        _join_statistics_(run.params)
         timer, batches = TimeMeter('s'), test_batches()
-        tested = evaluate(f, params, batches, device, opt.dtype, topk)
-        record = {**facts, **_results(opt, epoch, meters, trained_for, tested, timer.value())}
+        tested = evaluate(f, run.params, batches, device, opt.dtype, topk, lambda: run.pause(alone=True))
+        run.record = {**facts, **_results(opt, run.epoch, meters, trained_for, tested, timer.value())}
         if hasattr(batches, 'bad'):
-            bad = state['bar'].iterable.bad + batches.bad
-            record['bad_images'] = int(_sum_over_workers([bad], device)[0])
-        _keep(opt, record, params, trained, optimizer)
-        _print_epoch(opt, record, meters)
+            bad = meters.bad + run.batches.bad + batches.bad
+            run.record['bad_images'] = int(_sum_over_workers([bad], device)[0])
+        _keep(run)
+        _print_epoch(opt, run.record, meters)
 
-    engine = Engine()
-    engine.hooks = {h.__name__: h for h in (on_start, on_start_epoch, on_forward, on_update, on_end_epoch)}
-    engine.train(network, None, opt.epochs, optimizer)
-    if opt.save:
-        say(f'log: {os.path.join(opt.save, "log.txt")}\nmodel: {os.path.join(opt.save, "model.pt7")}')
-    return record
+    return {h.__name__: h for h in (on_start, on_start_epoch, on_forward, on_update, on_end_epoch)}
 
 
-def _bar(batches, name):
-    """A progress bar over batches, shown by the first worker on a terminal."""
-    return tqdm(batches, desc=name, unit='step', leave=False, disable=True if rank() else None)
+def _bar(batches, name, start):
+    """A progress bar over the batches that are left, shown by the first worker on a terminal."""
+    total = start + len(batches)
+    return tqdm(batches, name, total, initial=start, unit='step', leave=False, disable=True if rank() else None)
 
 
 def _weighted_loss(opt, step, sample, epoch, meters):
@@ -702,12 +845,12 @@ def _loss_scale(opt):
     return HALF_SCALE if DTYPES[opt.dtype] == torch.float16 else 1
 
 
-def _set_rate_(opt, optimizer, epoch):
+def _set_rate_(opt, optimizer, epoch, begins=True):
     """Give the optimizer an epoch's learning rate; momentum starts from zero where it drops, as in the original."""
     epoch_step = json.loads(opt.epoch_step)
     for group in optimizer.param_groups:
         group['lr'] = lr_at(epoch, opt.lr, epoch_step, opt.lr_decay_ratio)
-    if epoch in epoch_step:
+    if begins and epoch in epoch_step:
         optimizer.state.clear()
 
 
@@ -738,17 +881,11 @@ def _percent(accuracy):
     return ' '.join(f'{a:.2f}%' for a in (accuracy if isinstance(accuracy, list) else [accuracy]))
 
 
-def _keep(opt, record, params, trained, optimizer):
+def _keep(run):
     """Append the log line, then replace the checkpoint: between the two, a resume repeats the epoch and its line."""
-    if not opt.save or rank():
-        return
-    _append_line(os.path.join(opt.save, 'log.txt'), _line(record))
-    state = {
-        'params': {k: v.detach() for k, v in params.items()},
-        'optimizer': {k: optimizer.state[v]['momentum_buffer'] for k, v in trained.items()},
-        'epoch': record['epoch'],
-    }
-    checkpoint.save(os.path.join(opt.save, 'model.pt7'), state)
+    if run.opt.save and rank() == 0:
+        _append_line(os.path.join(run.opt.save, 'log.txt'), _line(run.record))
+    run.keep(None, run.epoch)
 
 
 def _print_epoch(opt, record, meters):

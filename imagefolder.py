@@ -9,6 +9,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import signal
 import sys
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from torchvision.datasets.folder import find_classes, make_dataset
 from tqdm import tqdm
 
 import data
+from stopping import STATUS
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # files that cannot be read are named here
 
@@ -193,6 +195,8 @@ def _workers_context():
 
 def _start_worker(_):
     cv2.setNumThreads(0)
+    for signum in STATUS:  # the process that trains decides when to stop
+        signal.signal(signum, signal.SIG_IGN)
 
 
 @functools.cache
@@ -203,16 +207,17 @@ def _warn_once(message):
 class TrainBatches:
     """One epoch of augmented batches: (images (B, 3, H, W), labels (B,), size of the global batch).
 
-    files: the training part of what `load` returns. `bad` counts the images of this worker's share that could not be
-    read; the next good one takes the place of each. Raises ValueError where no image at all can be read.
+    files: the training part of what `load` returns. `start` batches are passed over. `bad` counts the images of this
+    worker's share that could not be read; the next good one takes the place of each. Raises ValueError where no image
+    at all can be read.
     """
 
-    def __init__(self, files, batch_size, image_size, seed, rank, world, nthread, device, epoch):
+    def __init__(self, files, batch_size, image_size, seed, rank, world, nthread, device, epoch, start=0):
         n = len(files.paths)
         shuffled = data.order(n, seed, epoch)
         batches = [shuffled[i : i + batch_size] for i in range(0, n, batch_size)]
         # A last batch too small to give every worker an image is left out.
-        batches = [b for b in batches if len(b) >= world]
+        batches = [b for b in batches if len(b) >= world][start:]
         self.sizes = [len(b) for b in batches]
         read = functools.partial(read_batch, files, image_size, (seed, epoch))
         self.loader = _loader(files, [data.share(b, rank, world) for b in batches], read, nthread, device)

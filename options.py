@@ -8,6 +8,7 @@ import sys
 
 import torch
 
+from stopping import Stopped
 from utils import DTYPES
 
 BETA_DECAYS = {  # what beta is multiplied by, as a function of the part of the run that is over
@@ -102,6 +103,9 @@ def common_flags(parser, *, depth, batch_size, epochs, epoch_step, lr_decay_rati
     flag = parser.add_argument_group('run').add_argument
     flag('--save', default='', help='folder for log.txt and model.pt7; without it, nothing is kept')
     flag('--resume', default='', help="a checkpoint to go on from, or 'auto' for the one in --save, if there is one")
+    flag(
+        '--save_every', default=0, type=number(float, 0), metavar='MINUTES', help='also within an epoch (default: not)'
+    )
     flag('--overwrite', action='store_true', help='replace the run that --save holds')
     flag('--nthread', default=4, type=number(int, 0, 1024), help='threads that decode images')
     flag('--ngpu', default=1, type=number(int, 1, 1024), help='workers: one a GPU, or CPU processes without GPUs')
@@ -111,7 +115,7 @@ def common_flags(parser, *, depth, batch_size, epochs, epoch_step, lr_decay_rati
 
 
 def parse_cifar(description, words=None):
-    """The flags of cifar.py, read from `words` or the command line, with the paper's recipe as defaults (section 4.1)."""
+    """The flags of cifar.py, from `words` or the command line, with the recipe of section 4.1 as defaults."""
     parser = Parser(description)
     flag = parser.add_argument_group('data and teacher').add_argument
     flag('--dataset', default='CIFAR10', help='CIFAR10, CIFAR100, folder or digits')
@@ -164,10 +168,15 @@ def check(opt, teacher, flag):
 def run(main):
     """Call a script's main; what goes wrong becomes one line and an exit status (2 wrong use, 1 failed run).
 
+    A run that a signal stopped says how to go on and exits with 143 (SIGTERM), 130 (SIGINT) or 0 (SIGUSR1).
     With AT_TRACEBACK=1 in the environment the traceback is shown instead.
     """
     try:
         main()
+    except Stopped as stop:
+        if int(os.environ.get('RANK', 0)) == 0:
+            print(f'{os.path.basename(sys.argv[0])}: {stop}', file=sys.stderr)
+        sys.exit(stop.status)
     except RuntimeError as error:
         if isinstance(error, torch.distributed.DistError) or '/gloo/' in str(error):
             sys.exit(LOST_PEER)  # another worker is gone, of which the launcher tells

@@ -16,7 +16,7 @@ import cifar
 import engine
 import nin
 
-TIMES = {'train_time', 'test_time', 'images_per_second', 'save', 'resume'}
+TIMES = {'train_time', 'test_time', 'images_per_second', 'save', 'save_every', 'resume'}
 
 
 def logged(run):
@@ -166,9 +166,9 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(train, teacher, monkey
     keep = engine._keep
     for stop in (1, 2, 3):
 
-        def interrupted(opt, record, *rest, stop=stop):
-            keep(opt, record, *rest)
-            if record['epoch'] == stop:
+        def interrupted(run, stop=stop):
+            keep(run)
+            if run.epoch == stop:
                 raise KeyboardInterrupt
 
         monkeypatch.setattr(engine, '_keep', interrupted)

@@ -116,8 +116,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, monkeypatch):
     assert train('--epochs 3 --epoch_step [3] --save logs/whole')[0] == 0
     keep = engine._keep
 
-    def interrupted(opt, record, *rest):
-        keep(opt, record, *rest)
+    def interrupted(run):
+        keep(run)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(engine, '_keep', interrupted)

@@ -46,6 +46,7 @@ WRONG = {  # flag: values that it has to refuse
     'groups': ['a', '-1', '1,', '0,0', '1.5', '²', '9' * 5000],
     'save': ['blocked'],
     'resume': ['auto', 'nowhere.pt7', 'blocked'],
+    'save_every': ['-1', 'nan', 'inf', 'often'],
     'overwrite': ['yes'],
     'nthread': ['-1', '1.5', '1000000'],
     'ngpu': ['0', '-1', '1.5', '999', '1000000'],

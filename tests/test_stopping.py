@@ -1,0 +1,164 @@
+"""Real trainings that are killed, asked to stop, or started twice: nothing is lost, and every bit is as without."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import SMALL, refused
+from test_cifar import logged, same_weights
+
+import checkpoint
+import cifar
+import stopping
+
+LONG = bool(os.environ.get('AT_LONG_TESTS'))
+ROOT = os.path.dirname(os.path.abspath(cifar.__file__))
+ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': ROOT}
+FLAGS = [*SMALL.split(), '--batch_size', '2', '--lr', '0.01', '--epochs', '8', '--epoch_step', '[3,5]']  # 30 steps each
+
+
+@pytest.fixture
+def start(photos, tmp_path, monkeypatch):
+    """Start a training in an empty folder: start('name', flags...) -> the process."""
+    monkeypatch.chdir(tmp_path)
+
+    def begin(name, *more):
+        words = [*FLAGS, '--dataroot', str(photos), '--save', f'logs/{name}', '--resume', 'auto', *more]
+        command = [sys.executable, cifar.__file__, *words]
+        return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return begin
+
+
+def ended(process, timeout=120):
+    out, err = process.communicate(timeout=timeout)
+    return process.returncode, out, err
+
+
+def wait_for_epoch(process, epoch):
+    for line in process.stdout:
+        if line.startswith(f'epoch {epoch}/'):
+            return
+
+
+def same_runs(name, workers=1):
+    assert sorted(os.listdir(f'logs/{name}')) == ['log.txt', 'model.pt7']
+    with open(f'logs/{name}/log.txt') as log:
+        assert len(log.readlines()) == 8
+    assert logged(name) == logged(f'whole{workers}') and same_weights(name, f'whole{workers}')
+    return True
+
+
+@pytest.fixture
+def whole(start):
+    """A run that nothing interrupts."""
+
+    def run(workers=1):
+        assert ended(start(f'whole{workers}', '--ngpu', str(workers)))[0] == 0
+
+    return run
+
+
+@pytest.mark.parametrize('seed', range(3) if LONG else [0])
+@pytest.mark.parametrize('workers', [1, 2])
+def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(start, whole, workers, seed):
+    """SIGKILL to all processes of a run: in the middle of an epoch, of a checkpoint, of a line of the log."""
+    whole(workers)
+    rng, kills, left = random.Random(seed), 0, 20 if LONG else 2
+    while left:
+        process = start('killed', '--ngpu', str(workers), '--save_every', '0.0003')
+        line = process.stdout.readline()
+        while line and not re.match('resumed|175|5,891|[0-9,]+ trained', line):
+            line = process.stdout.readline()
+        time.sleep(rng.random() * (2.5 if left > 1 else 0.5) / (1 if LONG else 2))
+        ran = process.poll() is None
+        for child in subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split():
+            os.kill(int(child), signal.SIGKILL)
+        process.kill()
+        process.communicate()
+        left, kills = left - 1, kills + ran
+    status, out, err = ended(start('killed', '--ngpu', str(workers)))
+    assert status == 0, err
+    assert kills and same_runs('killed', workers)
+
+
+@pytest.mark.parametrize('workers', [1, 2])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_in_the_middle_of_the_epoch(start, whole, workers):
+    whole(workers)
+    for signum, status in ((signal.SIGUSR1, 0), (signal.SIGTERM, 143), (signal.SIGINT, 130))[: 3 if LONG or workers == 1 else 1]:
+        name = signum.name
+        process = start(name, '--ngpu', str(workers))
+        wait_for_epoch(process, 2)  # where the rate drops in the next
+        time.sleep(0.1)
+        process.send_signal(signum)
+        found, _, err = ended(process, 60)
+        assert found == status and err.count('\n') == 1, err
+        step, epoch = re.search(r'stopped after step (\d+) of epoch (\d); go on with --resume auto', err).groups()
+        state = checkpoint.load(f'logs/{name}/model.pt7')
+        assert (state['epoch'], state['progress']['steps']) == (int(epoch) - 1, int(step))
+        found, out, err = ended(start(name, '--ngpu', str(workers)))
+        assert found == 0, err
+        assert f'after step {step} of epoch {epoch}' in out
+        assert same_runs(name, workers)
+
+
+SLOW_STEP = """
+import os, signal, stopping, time
+with stopping.Requests() as requests:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)  # the same request again, from a launcher and a terminal
+    print(requests.signum, flush=True)
+    time.sleep(stopping.AGAIN + 0.1)
+    os.kill(os.getpid(), signal.SIGINT)
+    print('still here')
+"""
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    ended = subprocess.run([sys.executable, '-c', SLOW_STEP], env=ENVIRONMENT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, '15\n', '')
+
+
+def test_handlers_are_given_back_after_a_run():
+    before = [signal.getsignal(signum) for signum in stopping.STATUS]
+    with stopping.Requests():
+        assert [signal.getsignal(signum) for signum in stopping.STATUS] != before
+    assert [signal.getsignal(signum) for signum in stopping.STATUS] == before
+
+
+def test_two_processes_do_not_train_into_one_folder_and_a_dead_one_holds_nothing(start):
+    first = start('run')
+    wait_for_epoch(first, 1)
+    first.send_signal(signal.SIGSTOP)
+    status, _, err = ended(start('run'))
+    assert (status, err) == (2, 'cifar.py: error: another process trains into --save logs/run\n')
+    first.kill()
+    first.communicate()
+    status, out, _ = ended(start('run'))  # the lock went with the process
+    assert status == 0 and re.search(r'resumed from logs/run/model.pt7 after epoch [1-8]', out)
+
+
+def test_a_position_in_the_epoch_needs_the_workers_that_it_is_of(train, script, start):
+    process = start('run')
+    wait_for_epoch(process, 1)
+    process.send_signal(signal.SIGTERM)
+    assert ended(process)[0] == 143
+    state = checkpoint.load('logs/run/model.pt7')
+    state['progress']['workers'] *= 2
+    checkpoint.save('logs/other.pt7', state)
+    assert refused(train('--epochs 8 --batch_size 2 --resume logs/other.pt7'), 'middle of an epoch by 2 workers')
+    whole = state['progress']
+    for damaged in (
+        {},
+        {**whole, 'steps': 'x'},
+        {**whole, 'workers': [{}]},
+        {**whole, 'values': {'ce': {'n': 'x'}}},
+        7,
+    ):
+        checkpoint.save('logs/other.pt7', {**state, 'progress': damaged})
+        assert refused(train('--epochs 8 --batch_size 2 --resume logs/other.pt7'), 'logs/other.pt7')
