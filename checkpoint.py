@@ -284,15 +284,9 @@ def info(run):
         print(f'{os.path.getsize(path):,} bytes, SHA-256 {digest}')
 
 
-def _command(prog, description=None, **_):
-    parser = options.Parser(description)
-    parser.prog = prog
-    return parser
-
-
 def main():
     parser = options.Parser(__doc__)
-    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=_command)
+    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=options.subcommand)
     command = commands.add_parser('slim', help="reduce a run's checkpoint to its parameters")
     command.add_argument('run', help='a folder that holds model.pt7')
     command = commands.add_parser('info', help='say what network a file or a run holds')

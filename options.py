@@ -31,6 +31,13 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f'{self.prog}: error: {message}\n')
 
 
+def subcommand(prog, description=None, **_):
+    """What add_subparsers takes as parser_class."""
+    parser = Parser(description)
+    parser.prog = prog
+    return parser
+
+
 def number(kind, low, high=math.inf, above=False):
     """An argparse type: an int or float from low (or above it) to high."""
 

@@ -90,7 +90,9 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(start, whole,
 @pytest.mark.parametrize('workers', [1, 2])
 def test_a_run_that_is_asked_to_stop_saves_and_goes_on_in_the_middle_of_the_epoch(start, whole, workers):
     whole(workers)
-    for signum, status in ((signal.SIGUSR1, 0), (signal.SIGTERM, 143), (signal.SIGINT, 130))[: 3 if LONG or workers == 1 else 1]:
+    for signum, status in ((signal.SIGUSR1, 0), (signal.SIGTERM, 143), (signal.SIGINT, 130))[
+        : 3 if LONG or workers == 1 else 1
+    ]:
         name = signum.name
         process = start(name, '--ngpu', str(workers))
         wait_for_epoch(process, 2)  # where the rate drops in the next

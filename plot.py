@@ -1,0 +1,420 @@
+"""Pictures of runs: convergence curves from logs, and attention maps (section 3.1) from checkpoints.
+
+    python plot.py curves logs/RUN logs/OTHER_RUN --out curves.png
+    python plot.py attention --model logs/TEACHER --model logs/STUDENT --images CIFAR10 --dataroot data
+    python plot.py attention --model torchvision:resnet34 --model logs/STUDENT --images photos --out attention.svg
+
+A log is ours or the authors', a model any that can teach (see checkpoint.py). Seconds on one core; the suffix of --out,
+.png or .svg, says what is written, and the same input gives the same SVG, byte for byte.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import math
+import os
+import re
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+import checkpoint
+import data
+import engine
+import imagefolder
+import options
+import resnet
+from utils import attention_map
+
+WIDTH, DPI = 9, 160  # inches, and pixels to the inch: sharp at the 900 pixels that a README shows
+COLOURS = '#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000'.split()  # Okabe & Ito: safe for colour-blind eyes
+MARKERS = ('', 'o', '^', 's', 'x')  # the second seven runs have the first marker, and so on
+TERM = re.compile(r'(ce|kd|grad|symmetry|min_l2)|(at|full)(\d{1,3})')  # what a log calls the terms of a loss
+TERM_ORDER = ('ce', 'kd', 'at', 'full', 'grad', 'symmetry', 'min_l2')
+STYLE = {'font.size': 8, 'axes.titlesize': 8, 'axes.spines.top': False, 'axes.spines.right': False}
+COLOUR_MAP = 'inferno'  # its lightness rises evenly: safe for colour-blind eyes, and in print
+IMAGENET_SIZE, SMALL_SIZE = 224, 32
+
+
+# ------------------------------------------------------------------------------------------------------------ names
+
+
+def name_of(path):
+    """What a picture calls a run or a file: a folder's name, also for its log.txt or model.pt7; else the file's."""
+    folder, name = os.path.split(os.path.abspath(path))
+    return (os.path.basename(folder) if name in ('log.txt', 'model.pt7') else name) or path
+
+
+def name_apart(paths):
+    """Names that tell runs apart, without the words that all share at either end: (names, 'shared-*-shared').
+
+    Words stand between - or _; a name is cut only before a word that begins with a letter, so that wrn-16-2 stays in
+    one piece. The second is '' where nothing is cut. Folders of one name are called by their paths.
+    """
+    names = [name_of(path) for path in paths]
+    if len(set(names)) < len({os.path.abspath(path) for path in paths}):
+        names = list(map(str, paths))
+    if len(names) == 1:
+        return [_shorten(names[0])], ''
+    words = [re.split(r'([-_]+)', name) for name in names]  # word, separator, word, ...
+    fewest = min(map(len, words))
+
+    def same(parts):
+        return len(set(map(tuple, parts))) == 1
+
+    fronts = [k for k in range(2, fewest, 2) if same(w[:k] for w in words) and all(w[k][:1].isalpha() for w in words)]
+    front = max(fronts, default=0)
+    backs = [k for k in range(2, fewest - front, 2) if same(w[-k:] for w in words) and words[0][1 - k][:1].isalpha()]
+    back = max(backs, default=0)
+    rest = [_shorten(''.join(w[front : len(w) - back])) for w in words]
+    pattern = [*words[0][:front], '*', *words[0][len(words[0]) - back :]]
+    return rest, _shorten(''.join(pattern)) if front or back else ''
+
+
+def _shorten(name, most=60):
+    return name if len(name) <= most else f'{name[: most // 2]}…{name[-most // 2 :]}'
+
+
+# ----------------------------------------------------------------------------------------------------------- curves
+
+
+def read_run(path):
+    """The log of a run's folder, or the log itself: one dictionary an epoch, in order, the last of a repeated one.
+
+    Raises OSError where there is no log and ValueError where it is empty or damaged.
+    """
+    log = os.path.join(path, 'log.txt') if os.path.isdir(path) else path
+    if not os.path.isfile(log):
+        raise OSError(f'{log}: no such log; expected the folder of a run, which holds log.txt, or a log')
+    records = engine.read_log(log)
+    if not records:
+        raise ValueError(f'{log} has no line of results (json_stats: ...)')
+    if not all(type(r.get('epoch')) is int and 0 < r['epoch'] < 10**6 for r in records):
+        raise ValueError(f'{log} has a line that names no epoch')
+    by_epoch = {record['epoch']: record for record in records}
+    records = [by_epoch[epoch] for epoch in sorted(by_epoch)]
+    if all(map(math.isnan, errors(records, 'train') + errors(records, 'test'))):
+        raise ValueError(f'{log} has neither train_acc nor test_acc')
+    try:
+        rate_drops(records)
+    except ValueError as error:
+        raise ValueError(f'{log}: {error}') from None
+    return records
+
+
+def _number(value):
+    """A logged number, the first of a list; NaN for what is none, like the null of an infinity."""
+    value = value[0] if isinstance(value, list) and value else value
+    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else math.nan
+
+
+def errors(records, part):
+    """Top-1 error in percent of each epoch; part is 'train' or 'test'."""
+    return [100 - _number(record.get(f'{part}_acc')) for record in records]
+
+
+def loss_terms(records):
+    """The terms of a run's loss, unweighted: {name: one number an epoch}, NaN where it is not above 0.
+
+    They are the keys that `TERM` matches, or in the authors' logs, which have no `ce`, the means in `at_losses`.
+    """
+
+    def terms(record):
+        named = {key: _number(value) for key, value in record.items() if TERM.fullmatch(key)}
+        means = record.get('at_losses')
+        if 'ce' not in record and isinstance(means, list):
+            named = {f'at{i}': _number(mean) for i, mean in enumerate(means)} | named
+        return {key: value for key, value in named.items() if value > 0}
+
+    rows = [terms(record) for record in records]
+    return {key: [row.get(key, math.nan) for row in rows] for key in sorted(set().union(*rows), key=_term_order)}
+
+
+def _term_order(name):
+    single, grouped, number = TERM.fullmatch(name).groups()
+    return TERM_ORDER.index(single or grouped), int(number or 0)
+
+
+def rate_drops(records):
+    """The epochs at whose start the learning rate of a run drops, up to its last; ValueError where they are no list."""
+    steps = records[-1].get('epoch_step', [])
+    try:
+        steps = json.loads(steps) if isinstance(steps, str) else steps
+        if not all(type(step) is int for step in steps):
+            raise TypeError
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError('its epoch_step is not a JSON list of epochs') from None
+    return [step for step in steps if 0 < step <= records[-1]['epoch']]
+
+
+@matplotlib.rc_context(STYLE)
+def draw_curves(paths):
+    """The Figure of runs' errors and loss terms over epochs, one colour a run.
+
+    What an epoch ends with stands at its number, so the rate that drops at the start of epoch n drops at n - 1: a
+    dotted line, grey where several runs share it. The axis of errors ends at four times the last of the worst run, so
+    that runs stay apart at their end; the first epochs may lie above it. Raises what `read_run` raises.
+    """
+    runs = [read_run(path) for path in paths]
+    names, shared = name_apart(paths)
+    terms = sorted({name for run in runs for name in loss_terms(run)}, key=_term_order)
+    columns = 0 if not terms else 1 if len(terms) < 4 else 2
+    rows = math.ceil(len(terms) / columns) if terms else 1
+    last = [next((e for e in reversed(errors(run, 'test')) if e == e), math.nan) for run in runs]
+    labels = [name if math.isnan(e) else f'{name} ({e:.2f}%)' for name, e in zip(names, last)]
+    across = max(1, min(len(labels), int(WIDTH / (0.07 * max(map(len, labels)) + 0.5))))
+    height = max(3.4, 1.45 * rows + 0.3) + 0.17 * math.ceil(len(labels) / across)
+    figure = Figure(figsize=(WIDTH, height), layout='constrained')
+    grid = figure.add_gridspec(rows, 1 + columns, width_ratios=[1.4, 1, 1][: 1 + columns])
+    axes = figure.add_subplot(grid[:, 0])
+    _draw_errors(axes, runs)
+    for i, name in enumerate(terms):
+        row, column = divmod(i, columns)
+        small = figure.add_subplot(grid[row, 1 + column], sharex=axes)
+        _draw_term(small, runs, name)
+        small.set_xlabel('epochs trained' if row == rows - 1 else '')
+        small.tick_params(labelbottom=i + columns >= len(terms))
+    for panel in figure.axes:
+        _draw_drops(panel, runs)
+    if shared:
+        figure.suptitle(_plain(shared), fontsize=9)
+    handles = [Line2D([], [], **_look(number)) for number in range(len(runs))]
+    figure.legend(handles, list(map(_plain, labels)), loc='outside lower center', ncols=across, frameon=False)
+    return figure
+
+
+def _plain(text):
+    return text.replace('$', r'\$')  # between two dollars matplotlib would read mathematics
+
+
+def _look(number):
+    return {'color': COLOURS[number % len(COLOURS)], 'marker': MARKERS[number // len(COLOURS) % len(MARKERS)]}
+
+
+def _draw_line(axes, number, run, values, linestyle):
+    look, thin = _look(number), linestyle != '-'
+    if thin or len(run) == 1:
+        look['marker'] = '.' if len(run) == 1 else ''  # a line of one point would not be seen
+    look |= {'linewidth': 0.8 if thin else 1.4, 'alpha': 0.8 if thin else 1, 'markersize': 4}
+    epochs = [record['epoch'] for record in run]
+    axes.plot(epochs, values, linestyle, markevery=max(1, len(run) // 10), **look)
+
+
+def _draw_errors(axes, runs):
+    for number, run in enumerate(runs):
+        _draw_line(axes, number, run, errors(run, 'train'), '--')
+        _draw_line(axes, number, run, errors(run, 'test'), '-')
+    found = [[e for part in ('train', 'test') for e in errors(run, part) if e == e] for run in runs]
+    low, high = min(map(min, found)), max(map(max, found))
+    high = min(high, 4 * max(of_run[-1] for of_run in found))
+    margin = 0.04 * (high - low) or 1
+    axes.set(xlabel='epochs trained', ylabel='top-1 error, %', title='error')
+    axes.set_ylim(max(low - margin, 0), high + margin)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
+    key = [Line2D([], [], color='0.3', linestyle=s, linewidth=w) for s, w in (('-', 1.4), ('--', 0.8), (':', 0.8))]
+    axes.legend(key, ['test', 'training', 'learning rate drops'], loc='best')
+
+
+def _draw_term(axes, runs, name):
+    of_run = [loss_terms(run).get(name) for run in runs]
+    for number, (run, values) in enumerate(zip(runs, of_run)):
+        if values:
+            _draw_line(axes, number, run, values, '-')
+    found = [value for values in of_run if values for value in values if value == value]
+    wide = max(found) > 4 * min(found)
+    axes.set(yscale='log', title=f'loss term {name}')
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(4))
+    axes.yaxis.set_major_formatter('{x:g}')
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _draw_drops(axes, runs):
+    owners = {}
+    for number, run in enumerate(runs):
+        for step in rate_drops(run):
+            owners.setdefault(step, []).append(number)
+    for step, numbers in owners.items():
+        own = len(numbers) == 1 < len(runs)
+        colour = _look(numbers[0])['color'] if own else '0.3'
+        axes.axvline(step - 1, color=colour, linestyle=':', linewidth=0.8, zorder=0)
+
+
+# -------------------------------------------------------------------------------------------------------- attention
+
+
+def spread(labels, count):
+    """The indices of `count` samples: the first of each label in the order of labels, then the second of each, ..."""
+    of_label = {}
+    for i, label in enumerate(labels):
+        of_label.setdefault(label, []).append(i)
+    turns = itertools.zip_longest(*(of_label[label] for label in sorted(of_label)))
+    return [i for turn in turns for i in turn if i is not None][:count]
+
+
+def load_images(images, dataroot, count, image_size, imagenet):
+    """Up to `count` images, (N, H, W, 3) uint8: of a data set's test part or a folder, spread over classes or folders.
+
+    `images` is CIFAR10, CIFAR100, digits or a folder. `image_size` None is what the network is usually trained on. An
+    ImageNet network sees the centre of a file as in its evaluation, another the whole, stretched to a square as
+    cifar.py does. Raises ValueError or OSError where there are none or one cannot be read.
+    """
+    if images in ('CIFAR10', 'CIFAR100', 'digits'):
+        usual = IMAGENET_SIZE if imagenet and images == 'digits' else SMALL_SIZE
+        test = data.load(images, dataroot, image_size or usual).test
+        return test.pixels[spread(test.labels.tolist(), count)]
+    if not os.path.isdir(images):
+        raise OSError(f'--images {images}: no such folder, nor CIFAR10, CIFAR100 or digits')
+    files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(images) for name in names)
+    files = [file for file in files if file.lower().endswith(data.IMAGE_SUFFIXES)]
+    if not files:
+        raise ValueError(f'--images {images} holds no images ({" ".join(data.IMAGE_SUFFIXES)})')
+    size = image_size or (IMAGENET_SIZE if imagenet else SMALL_SIZE)
+    chosen = [files[i] for i in spread(map(os.path.dirname, files), count)]
+    if imagenet:
+        crops = [imagefolder.test_crop(file, size) for file in chosen]
+    else:
+        crops = [imagefolder.resize(data.read_image(file), size, size) for file in chosen]
+    return torch.from_numpy(np.stack(crops))
+
+
+def attention_maps(f, params, pixels, power=2, mapping='sum'):
+    """The attention map of each group of a network in evaluation mode, (N, H', W'), on pixels (N, H, W, 3) uint8.
+
+    Raises ValueError where a map is not finite.
+    """
+    normalize = imagefolder.normalize if f is resnet.imagenet_forward else data.normalize
+    with torch.no_grad():
+        groups = f(normalize(pixels), params, False)[1]
+        maps = [attention_map(group, power, mapping) for group in groups]
+    for i, values in enumerate(maps):
+        if not values.isfinite().all():
+            raise ValueError(f'the attention map of group {i} is not finite; try a lower --power than {power:g}')
+    return maps
+
+
+def similarity(x, y):
+    """Cosine similarities (N,) of maps (N, H, W) and (N, H', W'), the larger average-pooled as in `utils.at_loss`."""
+    size = [min(a, b) for a, b in zip(x.shape[1:], y.shape[1:])]
+    x, y = (F.normalize(F.adaptive_avg_pool2d(q, size).flatten(1)) for q in (x, y))  # (N, H, W) -> (N, H*W)
+    return (x * y).sum(1)
+
+
+@matplotlib.rc_context(STYLE)
+def draw_attention(pixels, teacher_maps, student_maps, captions):
+    """The Figure of images (N, H, W, 3) uint8, a row each, with the maps of each group over them and their cosine.
+
+    The maps are as `attention_maps` returns them for teacher and student, as many of one as of the other, and each is
+    scaled from its least to its greatest value; captions are lines that stand above.
+    """
+    groups = len(teacher_maps)
+    near, far, text, top = 0.05, 0.15, 0.2, 0.19 * len(captions) + 0.48  # inches
+    cell = (WIDTH - 2 * near - groups * (near + far)) / (1 + 2 * groups)
+    pitch = cell + text
+    height = top + len(pixels) * pitch + text
+    figure = Figure(figsize=(WIDTH, height))
+
+    def label(x, y, words, **look):
+        figure.text(x / WIDTH, 1 - y / height, _plain(words), **{'ha': 'center', 'va': 'center', **look})
+
+    def panel(x, row):
+        axes = figure.add_axes((x / WIDTH, 1 - (top + row * pitch + cell) / height, cell / WIDTH, cell / height))
+        axes.set_axis_off()
+        return axes
+
+    for i, caption in enumerate(captions):
+        label(near, 0.14 + 0.19 * i, caption, ha='left')
+    label(near + cell / 2, top - 0.1, 'input')
+    for row, image in enumerate(pixels):
+        panel(near, row).imshow(image.numpy())
+    for i, pair in enumerate(zip(teacher_maps, student_maps)):
+        left = near + cell + far + i * (2 * cell + near + far)
+        label(left + cell + near / 2, top - 0.28, f'group {i}', weight='bold')
+        for x, words in ((left, 'teacher'), (left + cell + near, 'student')):
+            label(x + cell / 2, top - 0.1, words)
+        for row, cosine in enumerate(similarity(*pair).tolist()):
+            for x, maps in zip((left, left + cell + near), pair):
+                _draw_overlay(panel(x, row), pixels[row], maps[row])
+            label(left + cell + near / 2, top + row * pitch + cell + 0.09, f'cosine {cosine:.2f}')
+    bar = figure.add_axes((1 - (near + 1) / WIDTH, 0.07 / height, 1 / WIDTH, 0.1 / height))
+    bar.imshow(np.linspace(0, 1, 100)[None], cmap=COLOUR_MAP, aspect='auto')
+    bar.set_axis_off()
+    label(WIDTH - near - 1.08, height - 0.12, 'each map from its least to its greatest value', ha='right')
+    return figure
+
+
+def _draw_overlay(axes, image, values):
+    """Draw a map (H', W'), upsampled to the image (H, W, 3), over its grey."""
+    values = F.interpolate(values[None, None], image.shape[:2], mode='bilinear', align_corners=False)[0, 0]
+    axes.imshow(image.float().mean(2).numpy(), cmap='gray', vmin=0, vmax=255)
+    axes.imshow(values.numpy(), cmap=COLOUR_MAP, alpha=0.7, interpolation='bilinear')
+
+
+def attention(opt):
+    """The Figure that the flags of `attention` ask for."""
+    if len(opt.model) != 2:
+        raise ValueError(f'give --model twice, the teacher first; {len(opt.model)} found')
+    networks = [checkpoint.load_teacher(checkpoint.checkpoint_of(model)) for model in opt.model]
+    imagenet = networks[0][0] is resnet.imagenet_forward
+    pixels = load_images(opt.images, opt.dataroot, opt.count, opt.image_size, imagenet)
+    maps = [attention_maps(f, params, pixels, opt.power, opt.mapping) for f, params in networks]
+    if len(maps[0]) != len(maps[1]):
+        raise ValueError(f'the teacher has {len(maps[0])} groups, the student {len(maps[1])}: no maps to pair')
+    captions = [
+        f'{role}: {_shorten(name_of(model))}, {checkpoint.describe(params)}'
+        for role, model, (_, params) in zip(('Teacher', 'Student'), opt.model, networks)
+    ]
+    return draw_attention(pixels, *maps, captions)
+
+
+# ---------------------------------------------------------------------------------------------------------- command
+
+
+def picture(text):
+    """An argparse type: the name of a .png or .svg in a folder that exists."""
+    folder = os.path.dirname(text) or '.'
+    if not text.lower().endswith(('.png', '.svg')):
+        raise argparse.ArgumentTypeError(f'{text!r} ends neither in .png nor in .svg')
+    if os.path.isdir(text) or not os.path.isdir(folder):
+        raise argparse.ArgumentTypeError(f'{text!r} is a folder' if os.path.isdir(text) else f'no folder {folder!r}')
+    return text
+
+
+def write(figure, out):
+    """Write a Figure whole or not at all, in the format of the name's suffix."""
+    kind, content = out.lower()[-3:], io.BytesIO()
+    # An SVG's identifiers would be random without a salt, and layers joined to one image would be transparent twice.
+    with matplotlib.rc_context({**STYLE, 'svg.hashsalt': 'attention-transfer', 'image.composite_image': False}):
+        figure.savefig(content, format=kind, dpi=DPI, metadata={'Date': None} if kind == 'svg' else None)
+    checkpoint.write_whole(out, content.getbuffer())
+
+
+def main():
+    parser = options.Parser(__doc__)
+    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=options.subcommand)
+    flag = commands.add_parser('curves', help='errors and loss terms of runs over epochs').add_argument
+    flag('logs', nargs='+', metavar='LOG', help="a folder that holds log.txt, or a log, ours or the authors'")
+    flag('--out', default='curves.png', type=picture, help='.png or .svg (default: %(default)s)')
+    flag = commands.add_parser('attention', help='where a teacher and a student look').add_argument
+    flag('--model', action='append', required=True, help='a run, a file or torchvision:NAME; twice, the teacher first')
+    flag('--images', required=True, help='a folder of images, or CIFAR10, CIFAR100 or digits')
+    flag('--dataroot', default='.', help='where the data set is, as of cifar.py')
+    flag('--count', default=4, type=options.number(int, 1, 32), help='number of images (default: 4)')
+    size = options.number(int, 8, 1024)
+    flag('--image_size', type=size, metavar='N', help='height and width (default: 224 for ImageNet networks, else 32)')
+    flag('--mapping', default='sum', choices=['sum', 'max'], help='attention map: over channels (section 3.1)')
+    power = options.number(float, 0, 16, above=True)
+    flag('--power', default=2, type=power, help='attention map: p of |A|^p (default: 2)')
+    flag('--out', default='attention.png', type=picture, help='.png or .svg (default: %(default)s)')
+    opt = parser.parse_args()
+    write(draw_curves(opt.logs) if opt.command == 'curves' else attention(opt), opt.out)
+    print(f'picture: {opt.out}')
+
+
+if __name__ == '__main__':
+    options.run(main)
