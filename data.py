@@ -11,11 +11,13 @@ from http.client import HTTPException
 from typing import NamedTuple
 from urllib.error import URLError
 
-import cv2
-import numpy as np
-import torch
-import torchvision
-from torchvision.datasets.folder import find_classes, make_dataset
+os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', str(2**27))  # memory for what a header of some bytes declares
+
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torchvision  # noqa: E402
+from torchvision.datasets.folder import find_classes, make_dataset  # noqa: E402
 
 cv2.setNumThreads(0)
 
@@ -24,6 +26,7 @@ STD = (63.0, 62.1, 66.7)
 BINARY_FOLDER = 'cifar-10-batches-bin'
 BINARY_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then the red, green and blue planes
 BINARY_RECORDS = 10_000  # in each official file
+MAX_BYTES = 2**28  # of an image file
 IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm')
 
 
@@ -169,6 +172,8 @@ def read_image(path, box=None):
     over).
     """
     with open(path, 'rb', buffering=0) as file:  # a buffer would only be one more copy
+        if os.fstat(file.fileno()).st_size > MAX_BYTES:
+            raise ValueError(f'{path} has more than {MAX_BYTES:,} bytes: it is not read')
         content = file.read()
     whole, frame = _scan_jpeg(content) if content.startswith(b'\xff\xd8') else (bool(content), None)
     image = None

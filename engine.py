@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torchnet.engine import Engine
-from torchnet.meter import AverageValueMeter, ClassErrorMeter, TimeMeter
+from torchnet.meter import AverageValueMeter, ClassErrorMeter
 from tqdm import tqdm
 
 import checkpoint
@@ -43,6 +43,7 @@ from utils import (
     set_requires_grad_except_bn_,
 )
 
+MAX_LOG = 2**28  # characters; an epoch takes 2,000
 FLUSH = 20  # steps between two looks at the losses: each look makes the host wait for the device
 NOT_SETTINGS = set(
     'save resume overwrite save_every nthread gpu_id dataroot imagenetpath max_restarts'.split()
@@ -334,14 +335,14 @@ def seconds_a_step(opt, f, params, teacher, images, steps=3):
     trained = [v for v in params.values() if v.requires_grad]
     optimizer = torch.optim.SGD(trained, opt.lr, momentum=0.9, weight_decay=opt.weight_decay)
     for _ in range(1 + steps):
-        timer = TimeMeter('s')
+        start = time.perf_counter()
         labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
         optimizer.zero_grad()
         _weighted_loss(opt, step, (images, labels, len(images)), 1, meters)[0].backward()
         optimizer.step()
         if images.device.type == 'cuda':
             torch.cuda.synchronize()
-        times.append(timer.value())
+        times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
 
 
@@ -354,7 +355,10 @@ def read_log(path):
     Raises OSError where there is no such file and ValueError where another line cannot be read.
     """
     with open(path, errors='replace') as file:
-        lines = file.read().splitlines()
+        text = file.read(MAX_LOG + 1)
+    if len(text) > MAX_LOG:
+        raise ValueError(f'{path} has more than {MAX_LOG:,} characters: it is no log')
+    lines = text.splitlines()
     records = []
     for number, line in enumerate(lines, 1):
         if not line.startswith('json_stats'):
@@ -629,7 +633,6 @@ class _Meters:
 
     def __init__(self, device, topk):
         self.device, self.topk = device, topk
-        self.time = TimeMeter('s')
         self.reset()
 
     def reset(self):
@@ -637,7 +640,7 @@ class _Meters:
         self.errors = ClassErrorMeter(list(self.topk), accuracy=True)
         self.images = self.steps = self.bad = self.seconds = 0
         self.pending = []
-        self.time.reset()
+        self.since = time.perf_counter()  # unlike the clock of TimeMeter, it never goes backwards
 
     def state(self, bad):
         """What has been measured, as numbers; `pending` is empty. bad counts this worker's unreadable images."""
@@ -655,7 +658,7 @@ class _Meters:
         self.bad = mine['bad']
 
     def elapsed(self):
-        return self.seconds + self.time.value()
+        return self.seconds + time.perf_counter() - self.since
 
     def add(self, terms, logits, labels, size):
         """Take the parts of this worker: terms sum over workers to the means of the global batch of `size` images."""
@@ -808,9 +811,12 @@ def _hooks(run, f, train_batches, test_batches, device, facts, topk):
         run.pause()
         trained_for = meters.elapsed()
         _join_statistics_(run.params)
-        timer, batches = TimeMeter('s'), test_batches()
+        tested_since, batches = time.perf_counter(), test_batches()
         tested = evaluate(f, run.params, batches, device, opt.dtype, topk, lambda: run.pause(alone=True))
-        run.record = {**facts, **_results(opt, run.epoch, meters, trained_for, tested, timer.value())}
+        run.record = {
+            **facts,
+            **_results(opt, run.epoch, meters, trained_for, tested, time.perf_counter() - tested_since),
+        }
         if hasattr(batches, 'bad'):
             bad = meters.bad + run.batches.bad + batches.bad
             run.record['bad_images'] = int(_sum_over_workers([bad], device)[0])

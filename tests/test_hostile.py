@@ -1,0 +1,347 @@
+"""Files from strangers: whatever is in them, nothing runs, memory and time have a limit, and the error is one line."""
+
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zlib
+
+import cv2
+import h5py
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import SMALL, draw, refused
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import checkpoint
+import cifar
+import data
+import engine
+import imagefolder
+import imagenet
+import plot
+import reproduce
+import resnet
+
+LONG = bool(os.environ.get('AT_LONG_TESTS'))
+ROOT = os.path.dirname(os.path.abspath(cifar.__file__))
+FUZZ = settings(
+    max_examples=3000 if LONG else 80,
+    deadline=10_000,
+    derandomize=not LONG,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+MUTATIONS = st.lists(
+    st.tuples(st.floats(0, 1), st.integers(0, 255), st.sampled_from('set cut insert'.split())), max_size=6
+)
+
+
+def mutate(content, mutations):
+    """Bytes with some of them set, cut out from, or inserted."""
+    content = bytearray(content)
+    for where, byte, kind in mutations:
+        at = int(where * max(0, len(content) - 1))
+        if kind == 'set' and content:
+            content[at] = byte
+        elif kind == 'cut':
+            del content[at : at + byte]
+        else:
+            content[at:at] = bytes([byte]) * (1 + byte % 9)
+    return bytes(content)
+
+
+class Trap:
+    """An object that creates a file when it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return open, (self.trace, 'w')
+
+
+# --------------------------------------------------------------------------------------------------- mutated files
+
+
+@pytest.fixture(scope='module')
+def network_files(tmp_path_factory):
+    """A small network in each format that is read: {name: bytes}."""
+    _, params = resnet.wide_resnet(10, 0.0625, 3)
+    params = {k: v.detach() for k, v in params.items()}
+    folder = tmp_path_factory.mktemp('networks')
+    checkpoint.save(folder / 'torch', {'params': params, 'epoch': 3})
+    safetensors.torch.save_file(params, folder / 'safetensors')
+    with h5py.File(folder / 'hdf5', 'w') as file:
+        for key, value in params.items():
+            file.create_dataset(f'data/{key}', data=value.numpy())
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize('kind', ['torch', 'safetensors', 'hdf5'])
+@FUZZ
+@given(mutations=MUTATIONS)
+def test_a_mutated_network_is_read_or_refused(network_files, tmp_path_factory, kind, mutations):
+    path = tmp_path_factory.getbasetemp() / f'mutated.{kind}'
+    path.write_bytes(mutate(network_files[kind], mutations))
+    try:
+        _, params = checkpoint.load_teacher(path)
+    except ValueError as error:
+        assert str(error).startswith(str(path)) and len(str(error)) < 1000
+    else:
+        assert all(v.isfinite().all() for v in params.values())
+
+
+@pytest.mark.parametrize('suffix', ['.jpg', '.png', '.bmp', '.webp'])
+@FUZZ
+@given(mutations=MUTATIONS, boxed=st.booleans())
+def test_a_mutated_image_is_read_or_refused(tmp_path_factory, suffix, mutations, boxed):
+    path = tmp_path_factory.getbasetemp() / f'mutated{suffix}'
+    image = draw(np.random.default_rng(0), 1, (80, 40))
+    path.write_bytes(mutate(cv2.imencode(suffix, image)[1].tobytes(), mutations))
+    try:
+        trials = imagefolder.augmentation(0, 1, 0)[1]
+        found = data.read_image(path, (lambda h, w: imagefolder.random_box(h, w, trials)) if boxed else None)
+    except ValueError as error:
+        assert str(error).startswith(str(path))
+    else:
+        assert found.dtype == np.uint8 and found.ndim == 3 and found.shape[2] == 3 and found.size
+
+
+@FUZZ
+@given(mutations=MUTATIONS, whole=st.booleans())
+def test_a_mutated_log_is_read_or_refused(tmp_path_factory, mutations, whole):
+    path = tmp_path_factory.getbasetemp() / 'log.txt'
+    line = (
+        'json_stats: ' + json.dumps({'epoch': 1, 'lr': 0.1, 'epoch_step': '[2]', 'test_acc': 3.5, 'at0': 1e-5}) + '\n'
+    )
+    path.write_bytes(mutate((line * 3).encode(), mutations))
+    try:
+        assert all(isinstance(record, dict) for record in engine.read_log(path))
+        if whole:
+            plot.draw_curves([path])
+    except ValueError as error:
+        assert str(path) in str(error)
+
+
+WORDS = st.lists(
+    st.one_of(
+        st.sampled_from(
+            '--lr --beta --alpha --epochs --epoch_step --groups --width --depth --net --transfer --penalty --gamma '
+            '--seed --power --temperature --image_size --randomcrop_pad --holdout --batch_size --resume --save_every '
+            'nin full [1,2] 1 0 -1 1e3 nan inf auto 0,1 0.5 --no_bn --rows --seeds --jobs demo table1'.split()
+        ),
+        st.text(max_size=8),
+    ),
+    max_size=8,
+)
+
+
+@pytest.mark.parametrize('module', [cifar, imagenet, reproduce])
+@FUZZ
+@given(words=WORDS)
+def test_any_words_are_understood_or_refused(monkeypatch, capsys, module, words):
+    monkeypatch.setattr(sys, 'argv', [f'{module.__name__}.py', *words])
+    try:
+        module.parse()
+    except ValueError as error:
+        assert str(error)
+    except SystemExit as stop:
+        asked = {'--help', '-h'} & set(words)
+        assert stop.code == (0 if asked else 2)
+        assert asked or capsys.readouterr().err.count('error: ') == 1
+
+
+# ------------------------------------------------------------------------------------------------- much from little
+
+
+REFUSAL = """
+import resource, sys
+import checkpoint, data, engine
+with open('/proc/self/statm') as file:
+    used = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+path = sys.argv[1]
+try:
+    eval(sys.argv[2])
+except ValueError as error:
+    print(error)
+"""
+
+
+def refusal(read, path):
+    """The ValueError with which `read`, an expression of `path`, refuses a file within a GiB of memory and a minute."""
+    environment = {**os.environ, 'PYTHONPATH': ROOT, 'OMP_NUM_THREADS': '1'}
+    command = [sys.executable, '-c', REFUSAL, str(path), read]
+    ended = subprocess.run(command, env=environment, timeout=60, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count('\n') == 1 and ended.stdout.startswith(str(path)), ended
+    return ended.stdout
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='reads its memory from /proc')
+
+
+def png(width, height):
+    """A PNG of a few bytes that declares a size."""
+
+    def chunk(name, content):
+        return struct.pack('>I', len(content)) + name + content + struct.pack('>I', zlib.crc32(name + content))
+
+    header = struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+    return (
+        b'\x89PNG\r\n\x1a\n'
+        + chunk(b'IHDR', header)
+        + chunk(b'IDAT', zlib.compress(b'\0' * 1000))
+        + chunk(b'IEND', b'')
+    )
+
+
+def jpeg(width, height):
+    content = cv2.imencode('.jpg', np.zeros((64, 64, 3), np.uint8))[1].tobytes()
+    at = content.index(b'\xff\xc0')
+    return content[: at + 5] + struct.pack('>HH', height, width) + content[at + 9 :]
+
+
+@pytest.mark.parametrize(
+    'make, size', [(png, (60_000, 60_000)), (png, (2**31 - 1, 2**31 - 1)), (jpeg, (65_000, 65_000))]
+)
+def test_an_image_that_declares_gigabytes_is_refused(tmp_path, make, size):
+    path = tmp_path / 'image.png'
+    path.write_bytes(make(*size))
+    assert path.stat().st_size < 2000
+    assert 'is not a readable image' in refusal('data.read_image(path)', path)
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    'read', ['data.read_image(path)', 'engine.read_log(path)', 'checkpoint.load(path)', 'checkpoint.load_teacher(path)']
+)
+def test_16_gib_of_holes_are_not_read(tmp_path, read):
+    path = tmp_path / 'sparse'
+    with open(path, 'wb') as file:
+        file.truncate(16 * 2**30)
+    refusal(read, path)
+
+
+# --------------------------------------------------------------------------------------------------------- code
+
+
+def test_code_in_cifars_pickles_is_not_run(tmp_path, monkeypatch):
+    """torchvision compares their checksums before it unpickles them, and would rather download them again."""
+    folder, trace = tmp_path / 'cifar-10-batches-py', tmp_path / 'trace'
+    folder.mkdir()
+    for name in (
+        'data_batch_1',
+        'data_batch_2',
+        'data_batch_3',
+        'data_batch_4',
+        'data_batch_5',
+        'test_batch',
+        'batches.meta',
+    ):
+        (folder / name).write_bytes(pickle.dumps(Trap(trace)))
+
+    def offline(*_, **__):
+        raise data.URLError('no network')
+
+    monkeypatch.setattr(data.torchvision.datasets.utils, 'urlretrieve', offline, raising=False)
+    monkeypatch.setattr('urllib.request.urlopen', offline)
+    with pytest.raises((OSError, ValueError)):
+        data.load('CIFAR10', str(tmp_path))
+    assert not trace.exists()
+    pickle.loads(pickle.dumps(Trap(trace))).close()  # the trap does work
+    assert trace.exists()
+
+
+@pytest.mark.parametrize(
+    'line', ['{"epoch": ' + '9' * 10_000 + '}', '{"epoch": 1e999}', '[' * 10**6, '{"a": "' + 'b' * 10**6]
+)
+def test_a_log_of_huge_numbers_or_depth_is_read_or_refused(tmp_path, line):
+    log = tmp_path / 'log.txt'
+    log.write_text(f'json_stats: {line}\njson_stats: {{"epoch": 2}}\n')
+    try:
+        assert engine.read_log(log)[-1] == {'epoch': 2}
+    except ValueError as error:
+        assert str(error).startswith(f'{log}, line 1')
+
+
+# --------------------------------------------------------------------------------------------- unusual, but allowed
+
+
+def test_a_teacher_that_is_constant_and_one_that_equals_its_student_teach_nothing_and_break_nothing(train):
+    flags = '--epochs 1 --epoch_step [] --lr 0.05 --seed 3'
+    assert train(flags, '--save logs/start --lr 1e-12')[0] == 0
+    state = checkpoint.load('logs/start/model.pt7')
+    os.makedirs('logs/constant')
+    params = {k: v if 'running' in k else torch.zeros_like(v) for k, v in state['params'].items()}
+    checkpoint.save('logs/constant/model.pt7', {'params': params})
+    with open('logs/start/log.txt') as log:
+        line = log.read()
+    record = {**json.loads(line.removeprefix('json_stats: ')), 'test_acc': 100 / 3}
+    for name in ('constant', 'start'):
+        with open(f'logs/{name}/log.txt', 'w') as log:
+            log.write(f'json_stats: {json.dumps(record | ({} if name == "constant" else {"test_acc": None}))}\n')
+    for transfer in (
+        '--beta 100',
+        '--beta 1 --transfer gradient',
+        '--beta 100 --transfer full',
+        '--beta 1 --at_form paper',
+    ):
+        for teacher in ('constant', 'start'):
+            status, _, err = train(flags, transfer, f'--alpha 0.5 --teacher_id {teacher} --save logs/run --overwrite')
+            assert status == 0, err
+            (found,) = engine.read_log('logs/run/log.txt')
+            assert np.isfinite(found['train_loss'])
+
+
+def test_a_last_batch_of_one_image_trains(train):
+    status, _, err = train('--epochs 1 --batch_size 59 --epoch_step [] --save logs/run')  # 60 images
+    assert status == 0 and np.isfinite(engine.read_log('logs/run/log.txt')[0]['train_loss']), err
+
+
+def test_a_class_without_images_is_refused_by_name(script, photos, tmp_path):
+    for part in ('train', 'test'):
+        for name in ('ant', 'bee', 'empty'):
+            (tmp_path / 'data' / part / name).mkdir(parents=True)
+            if name != 'empty':
+                (tmp_path / 'data' / part / name / '0.png').write_bytes(
+                    (photos / 'train' / name / '0.png').read_bytes()
+                )
+    assert refused(script(cifar, SMALL, '--dataroot data'), 'empty')
+
+
+def test_a_loss_that_the_teacher_spoils_names_its_term(train):
+    """A teacher whose weights are finite but whose logits are not."""
+    flags = '--epochs 1 --epoch_step [] --save logs/teacher'
+    assert train(flags)[0] == 0
+    state = checkpoint.load('logs/teacher/model.pt7')
+    state['params']['fc.weight'] = torch.full_like(state['params']['fc.weight'], 3e38)
+    state['params']['bn.bias'] += 10  # features of 10 and more: the logits overflow
+    checkpoint.save('logs/teacher/model.pt7', state)
+    record = engine.read_log('logs/teacher/log.txt')[-1]
+    with open('logs/teacher/log.txt', 'w') as log:
+        log.write(f'json_stats: {json.dumps(record | {"test_acc": None})}\n')
+    status, _, err = train('--epochs 1 --epoch_step [] --teacher_id teacher --alpha 0.5')
+    assert status == 1 and 'epoch 1, step 1: the loss is not finite' in err and 'kd nan' in err and err.count('\n') == 1
+
+
+def test_read_only_folders_are_one_line(train, tmp_path, monkeypatch):
+    """root may write anywhere, so the refusal is the system's own where it is not root that tests."""
+    (tmp_path / 'logs').mkdir()
+    if os.geteuid():
+        (tmp_path / 'logs').chmod(0o500)
+    else:
+        makedirs = os.makedirs
+
+        def refuse(path, *rest, **more):
+            if 'logs' in str(path):
+                raise PermissionError(13, 'Permission denied', str(path))
+            makedirs(path, *rest, **more)
+
+        monkeypatch.setattr(os, 'makedirs', refuse)
+    assert refused(train('--epochs 1 --save logs/run'), 'Permission denied', 'logs/run')
