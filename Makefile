@@ -1,10 +1,10 @@
-# make venv | demo | test | lint | format | table | clean
+# make venv | demo | test | test-long | lint | format | table | clean
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check --quiet install
 
-.PHONY: venv demo test lint format table clean
+.PHONY: venv demo test test-long lint format table clean
 
 venv: .venv/runtime
 
@@ -26,6 +26,10 @@ demo: .venv/runtime
 
 test: .venv/development
 	$(BIN)/python -m pytest
+
+# With 20 kills instead of 2, three seeds, and thousands of mutated files.
+test-long: .venv/development
+	AT_LONG_TESTS=1 $(BIN)/python -m pytest
 
 lint: .venv/development
 	$(BIN)/ruff check .
