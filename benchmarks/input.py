@@ -9,7 +9,6 @@ that other work on the machine disturbs little. Without --imagenetpath the files
 ImageNet's usual file size, about 110 KB.
 """
 
-import argparse
 import os
 import platform
 import sys
@@ -29,6 +28,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'
 
 import data  # noqa: E402
 import imagefolder  # noqa: E402
+import options  # noqa: E402
 
 BATCH = 50
 
@@ -116,10 +116,11 @@ def compare(files, image_size, repeats):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--imagenetpath', help='folder with train/<class>/*; without it, images are made')
-    parser.add_argument('--image_size', default=224, type=int)
-    parser.add_argument('--repeats', default=7, type=int)
+    parser = options.Parser(__doc__)
+    flag = parser.add_argument
+    flag('--imagenetpath', help='folder with train/<class>/*; without it, images are made')
+    flag('--image_size', default=224, type=options.number(int, 8, 1024), help='default: 224')
+    flag('--repeats', default=7, type=options.number(int, 1, 10_000), help='default: 7')
     opt = parser.parse_args()
     torch.set_num_threads(1)
     print(f'{platform.processor() or platform.machine()}, torch {torch.__version__}, OpenCV {cv2.__version__}')
@@ -129,4 +130,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    options.run(main)

@@ -1,5 +1,6 @@
 """Every flag is documented, read, and refuses what makes no sense in one line."""
 
+import importlib
 import inspect
 import pathlib
 import re
@@ -109,6 +110,57 @@ def test_every_flag_is_read_and_explained(monkeypatch, module):
         assert action.help, action.option_strings
 
 
+OTHERS = {  # of the other scripts: {words: {flag: values that it has to refuse}}
+    'reproduce table1 --show': {
+        'rows': ['0', '5', 'x', '1,,2', '9' * 5000],
+        'methods': ['foo', 'at,', 'student,at-sum1'],
+        'seeds': ['0', '-1', '1.5', '1000000'],
+        'epochs': ['0', '-1', '1e3'],
+        'holdout': ['-1', '0.5'],
+        'dtype': ['float8'],
+        'jobs': ['0', '-1', '1.5', '1000000'],
+        'dry_run': ['yes'],
+        'show': ['yes'],
+        'markdown': ['nowhere.md', 'nowhere/a.md'],
+        'dataroot': [],  # only handed on to cifar.py
+    },
+    'plot curves log.txt': {'out': ['a', 'a.jpg', 'nowhere/a.png']},
+    'plot attention --model a --model b --images digits': {
+        'model': ['c', ''],
+        'images': ['nowhere', ''],
+        'dataroot': [],
+        'count': ['0', '-1', '33', '1.5'],
+        'image_size': ['7', '1025', '1.5'],
+        'mapping': ['mean'],
+        'power': ['0', '-1', 'nan', '17'],
+        'out': ['a', 'a.jpg', 'nowhere/a.png'],
+    },
+    'checkpoint export run out --to hkl': {
+        'to': ['jpeg', ''],
+        'image_size': ['0', '-1', '5000', '1.5'],
+        'overwrite': ['yes'],
+    },
+}
+CASES = [(words, flag, value) for words, of in OTHERS.items() for flag, values in of.items() for value in values]
+
+
+@pytest.mark.parametrize('words, flag, value', CASES)
+def test_wrong_value_for_another_script_is_refused_in_one_line(script, words, flag, value):
+    name, *rest = words.split()
+    assert refused(script(importlib.import_module(name), *rest, [f'--{flag}={value}']))
+
+
+@pytest.mark.parametrize('words', OTHERS)
+def test_every_flag_of_another_script_is_tried_with_wrong_values(monkeypatch, words):
+    found, (name, *rest) = [], words.split()
+    parse_args = options.Parser.parse_args
+    monkeypatch.setattr(sys, 'argv', [name, *rest])
+    monkeypatch.setattr(options.Parser, 'parse_args', lambda self: found.append(parse_args(self)) or sys.exit())
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main()
+    assert set(vars(found[0])) - {'table', 'command', 'logs', 'run'} - set(rest) == set(OTHERS[words])
+
+
 def test_unknown_flag_is_refused(script):
     assert refused(script(cifar, '--learning_rate 0.1'), 'unrecognized arguments: --learning_rate')
 
@@ -155,5 +207,5 @@ def test_flags_that_contradict_each_other_are_refused(script):
 
 
 def test_main_is_a_table_of_contents():
-    for script in ('cifar', 'imagenet', 'reproduce', 'checkpoint'):
+    for script in ('cifar', 'imagenet', 'reproduce', 'checkpoint', 'plot'):
         assert len(inspect.getsource(__import__(script).main).splitlines()) <= 40

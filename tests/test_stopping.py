@@ -14,12 +14,14 @@ from test_cifar import logged, same_weights
 
 import checkpoint
 import cifar
+import engine
 import stopping
 
 LONG = bool(os.environ.get('AT_LONG_TESTS'))
 ROOT = os.path.dirname(os.path.abspath(cifar.__file__))
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': ROOT}
-FLAGS = [*SMALL.split(), '--batch_size', '2', '--lr', '0.01', '--epochs', '8', '--epoch_step', '[3,5]']  # 30 steps each
+EPOCHS = 8
+FLAGS = [*SMALL.split(), '--batch_size', '2', '--lr', '0.01', '--epoch_step', '[3,5]']  # epochs of 30 steps
 
 
 @pytest.fixture
@@ -27,8 +29,9 @@ def start(photos, tmp_path, monkeypatch):
     """Start a training in an empty folder: start('name', flags...) -> the process."""
     monkeypatch.chdir(tmp_path)
 
-    def begin(name, *more):
+    def begin(name, *more, epochs=EPOCHS):
         words = [*FLAGS, '--dataroot', str(photos), '--save', f'logs/{name}', '--resume', 'auto', *more]
+        words += ['--epochs', str(epochs)]
         command = [sys.executable, cifar.__file__, *words]
         return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -46,10 +49,10 @@ def wait_for_epoch(process, epoch):
             return
 
 
-def same_runs(name, workers=1):
+def same_runs(name, workers=1, epochs=EPOCHS):
     assert sorted(os.listdir(f'logs/{name}')) == ['log.txt', 'model.pt7']
     with open(f'logs/{name}/log.txt') as log:
-        assert len(log.readlines()) == 8
+        assert len(log.readlines()) == epochs
     assert logged(name) == logged(f'whole{workers}') and same_weights(name, f'whole{workers}')
     return True
 
@@ -58,8 +61,8 @@ def same_runs(name, workers=1):
 def whole(start):
     """A run that nothing interrupts."""
 
-    def run(workers=1):
-        assert ended(start(f'whole{workers}', '--ngpu', str(workers)))[0] == 0
+    def run(workers=1, epochs=EPOCHS):
+        assert ended(start(f'whole{workers}', '--ngpu', str(workers), epochs=epochs))[0] == 0
 
     return run
 
@@ -68,23 +71,27 @@ def whole(start):
 @pytest.mark.parametrize('workers', [1, 2])
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(start, whole, workers, seed):
     """SIGKILL to all processes of a run: in the middle of an epoch, of a checkpoint, of a line of the log."""
-    whole(workers)
-    rng, kills, left = random.Random(seed), 0, 20 if LONG else 2
-    while left:
-        process = start('killed', '--ngpu', str(workers), '--save_every', '0.0003')
-        line = process.stdout.readline()
-        while line and not re.match('resumed|175|5,891|[0-9,]+ trained', line):
-            line = process.stdout.readline()
-        time.sleep(rng.random() * (2.5 if left > 1 else 0.5) / (1 if LONG else 2))
-        ran = process.poll() is None
-        for child in subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split():
-            os.kill(int(child), signal.SIGKILL)
-        process.kill()
-        process.communicate()
-        left, kills = left - 1, kills + ran
-    status, out, err = ended(start('killed', '--ngpu', str(workers)))
+    kills, epochs = (20, 120) if LONG else (2, 16)
+    whole(workers, epochs)
+    rng, killed = random.Random(seed), 0
+    while killed < kills:
+        process = start('killed', '--ngpu', str(workers), '--save_every', '0.0003', epochs=epochs)
+        while not re.match(r'[0-9,]+ trained', process.stdout.readline() or 'ended'):
+            assert process.poll() is None, f'over after {killed} kills'
+        time.sleep(0.8 * rng.random())
+        killed += process.poll() is None
+        kill(process)
+    status, _, err = ended(start('killed', '--ngpu', str(workers), epochs=epochs))
     assert status == 0, err
-    assert kills and same_runs('killed', workers)
+    assert same_runs('killed', workers, epochs)
+
+
+def kill(process):
+    """SIGKILL to a process and its workers."""
+    for child in subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split():
+        os.kill(int(child), signal.SIGKILL)
+    process.kill()
+    process.communicate()
 
 
 @pytest.mark.parametrize('workers', [1, 2])
@@ -143,6 +150,14 @@ def test_two_processes_do_not_train_into_one_folder_and_a_dead_one_holds_nothing
     first.communicate()
     status, out, _ = ended(start('run'))  # the lock went with the process
     assert status == 0 and re.search(r'resumed from logs/run/model.pt7 after epoch [1-8]', out)
+
+
+def test_a_clock_that_goes_backwards_does_not_show(train, monkeypatch):
+    now = iter(range(10**9, 0, -3600))
+    monkeypatch.setattr(time, 'time', lambda: float(next(now)))
+    assert train('--epochs 2 --save logs/run')[0] == 0
+    for record in engine.read_log('logs/run/log.txt'):
+        assert 0 < record['train_time'] < 60 and 0 < record['test_time'] < 60 and record['images_per_second'] > 0
 
 
 def test_a_position_in_the_epoch_needs_the_workers_that_it_is_of(train, script, start):
