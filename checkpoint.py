@@ -100,13 +100,14 @@ def _is_plain(value):
 
 def restore_(params, loaded, path):
     """Copy loaded parameters into a network's, in place; ValueError names what is missing, left over or misshapen."""
-    _check_fit({k: v.shape for k, v in params.items()}, loaded, path)
+    check_fit({k: v.shape for k, v in params.items()}, loaded, path)
     with torch.no_grad():
         for key, value in params.items():
             value.copy_(loaded[key])
 
 
-def _check_fit(shapes, loaded, path):
+def check_fit(shapes, loaded, path):
+    """Refuse arrays {name: tensor} of other names or shapes than {name: shape}, or that are no floats."""
     wrong = [f'no {k}' for k in shapes if k not in loaded] + [f'unknown {k}' for k in loaded if k not in shapes]
     for key in shapes:
         if key in loaded and loaded[key].shape != shapes[key]:
@@ -140,7 +141,7 @@ def build(loaded, path, shape=None):
         f, shapes, found = _READERS[_kind(loaded)](loaded)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
-    _check_fit(shapes, loaded, path)
+    check_fit(shapes, loaded, path)
     if shape is not None and not _has_shape(shape, found):
         raise ValueError(f'{path} is a {_name(found)}, but its log speaks of a {_name((found[0], *shape))}')
     params = {key: loaded[key].detach().to(torch.float32, copy=True).contiguous() for key in shapes}

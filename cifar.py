@@ -14,6 +14,7 @@ from functools import partial
 import data
 import engine
 import options
+import workers
 from nin import nin
 from resnet import wide_resnet
 
@@ -36,13 +37,13 @@ def network(opt):
 
 def build_data(opt, device):
     """The data set, and train_batches(epoch) and test_batches() on the device."""
-    dataset = data.load(opt.dataset, opt.dataroot, opt.image_size, opt.holdout, opt.nthread, engine.say)
-    engine.say(f'{opt.dataset}: {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images')
+    dataset = data.load(opt.dataset, opt.dataroot, opt.image_size, opt.holdout, opt.nthread, workers.say)
+    workers.say(f'{opt.dataset}: {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images')
     train, test = dataset.train.to(device), dataset.test.to(device)
     augment = int(opt.randomcrop_pad), dataset.flip, opt.seed
-    workers = engine.rank(), engine.world()
-    train_batches = partial(data.TrainBatches, train, opt.batch_size, *augment, *workers)
-    return dataset, train_batches, partial(data.TestBatches, test, opt.batch_size, *workers)
+    share = workers.rank(), workers.world()
+    train_batches = partial(data.TrainBatches, train, opt.batch_size, *augment, *share)
+    return dataset, train_batches, partial(data.TestBatches, test, opt.batch_size, *share)
 
 
 def build_teacher(opt, dataset, test_batches, device):
@@ -61,12 +62,12 @@ def build_teacher(opt, dataset, test_batches, device):
 def main():
     opt = parse()
     device = engine.start(opt)
-    engine.say('parsed options:', vars(opt))
+    workers.say('parsed options:', vars(opt))
     dataset, train_batches, test_batches = build_data(opt, device)
     f, params = engine.draw(network(opt), opt, dataset.num_classes, device)
     teacher = build_teacher(opt, dataset, test_batches, device)
     trained = engine.prepare(opt, f, params, teacher, next(iter(test_batches()))[0][:1])
-    student = engine.data_parallel(trained, params, 'sync' if opt.sync_bn else True)
+    student = workers.data_parallel(trained, params, 'sync' if opt.sync_bn else True)
     step = engine.make_step(opt, student, teacher, device)
     engine.fit(opt, step, f, params, train_batches, test_batches, device, engine.counts(dataset))
 

@@ -5,16 +5,11 @@ but for batch norm, whose statistics each worker takes of its own share.
 """
 
 import contextlib
-import fcntl
 import json
-import logging
 import math
 import os
 import statistics
-import subprocess
-import sys
 import time
-import warnings
 from functools import partial
 
 import torch
@@ -25,8 +20,11 @@ from torchnet.meter import AverageValueMeter, ClassErrorMeter
 from tqdm import tqdm
 
 import checkpoint
-from options import BETA_DECAYS, LOST_PEER
-from stopping import STATUS, Requests, Stopped
+import runs
+import workers
+from runs import read_log
+from schedules import beta_at, lr_at
+from stopping import Requests, Stopped
 from utils import (
     DTYPES,
     STATISTICS,
@@ -42,169 +40,23 @@ from utils import (
     print_tensor_dict,
     set_requires_grad_except_bn_,
 )
+from workers import join_statistics_, rank, say, sum_over_workers, world
 
-MAX_LOG = 2**28  # characters; an epoch takes 2,000
 FLUSH = 20  # steps between two looks at the losses: each look makes the host wait for the device
-NOT_SETTINGS = set(
-    'save resume overwrite save_every nthread gpu_id dataroot imagenetpath max_restarts'.split()
-)  # change no result
 HALF_SCALE = 1024.0  # float16 gradients are computed this many times larger, or small ones would vanish
 
 
-# -------------------------------------------------------------------------------------------------------- workers
-
-
-def rank():
-    return int(os.environ.get('RANK', 0))
-
-
-def world():
-    return int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else 1
-
-
-def say(*words):
-    """Print, from the first worker alone."""
-    if rank() == 0:
-        print(*words, flush=True)
-
-
 def start(opt):
-    """Check --ngpu and --save, start the workers, join them and seed: returns the torch.device of this worker.
+    """Check --ngpu and --save, start the workers and join them: returns the torch.device of this worker.
 
-    With --ngpu N this command starts itself N times under PyTorch's elastic launcher and ends with them; the workers
-    find their place in the environment, just as under torchrun. Raises ValueError where the flags cannot be followed.
+    Raises ValueError where the flags cannot be followed.
     """
-    if opt.gpu_id:
-        os.environ['CUDA_VISIBLE_DEVICES'] = opt.gpu_id
-    cuda = torch.cuda.is_available()
-    there = torch.cuda.device_count() if cuda else os.cpu_count()
-    if opt.ngpu > there:
-        raise ValueError(f'--ngpu {opt.ngpu}: there are {there} {"GPUs" if cuda else "CPU cores and no GPU"}')
-    if opt.batch_size % max(opt.ngpu, world()):
-        raise ValueError(f'--batch_size {opt.batch_size} is not a multiple of the {max(opt.ngpu, world())} workers')
-    if opt.save and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
-        opt.resume, opt.overwrite = 'auto', False  # a worker died, and all begin again where the checkpoint is
-    _check_restarts()
-    check_save(opt)
-    if 'LOCAL_RANK' in os.environ:
-        dist.init_process_group('nccl' if cuda else 'gloo')
-    elif opt.ngpu > 1:
-        sys.exit(_launch(opt))
-    device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if cuda else torch.device('cpu')
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.deterministic = True  # a resumed run has to repeat every bit
-    torch.manual_seed(opt.seed)
-    return device
+    workers.check(opt)
+    runs.check_save(opt)
+    return workers.join(opt)
 
 
-def _check_restarts():
-    """Refuse a launcher whose restarted workers would look for the dead ones.
-
-    Workers exchange addresses through a store of the launcher. PyTorch 2.14 keeps one store over restarts by default,
-    where the new workers find the addresses of the old and wait for them until they time out.
-    """
-    restarts = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0))
-    if restarts and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
-        raise ValueError(
-            f'torchrun --max-restarts {restarts}: its restarts work with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its '
-            'environment and --standalone or --rdzv-backend c10d alone'
-        )
-
-
-def _launch(opt):
-    """Run this very command once per worker, wait, and return the exit status."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // opt.ngpu)))
-    os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'  # see _check_restarts
-    logging.disable(logging.CRITICAL)  # one message is enough, and it is below
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=opt.ngpu,
-        run_id=str(os.getpid()),
-        rdzv_backend='c10d',
-        rdzv_endpoint='localhost:0',
-        max_restarts=opt.max_restarts,
-        monitor_interval=1,
-        signals_to_handle=','.join(s.name for s in STATUS),
-    )
-    try:
-        elastic_launch(config, sys.executable)('-u', *sys.argv)
-    except SignalException as stop:  # it was passed on to the workers, who have saved and said so
-        return STATUS[stop.sigval]
-    except ChildFailedError as error:
-        failures = sorted(error.failures.items(), key=lambda f: (f[1].exitcode == LOST_PEER, f[1].timestamp))
-        failed_rank, failure = failures[0]
-        if failure.exitcode in (1, 2):
-            return failure.exitcode  # it has said why
-        how = f'signal {-failure.exitcode}' if failure.exitcode < 0 else f'exit status {failure.exitcode}'
-        advice = '; go on with --resume auto' if opt.save else ''
-        print(f'worker {failed_rank} died ({how}) and all were stopped{advice}', file=sys.stderr)
-        return 1
-    return 0
-
-
-class _Module(torch.nn.Module):
-    """A functional network as the module that DistributedDataParallel wants."""
-
-    def __init__(self, f, params, mode):
-        super().__init__()
-        self.f, self.params, self.mode = f, params, mode
-        for key, value in params.items():
-            if value.requires_grad:
-                params[key] = torch.nn.Parameter(value.detach())
-                self.register_parameter(key.replace('.', '/'), params[key])
-
-    def forward(self, x):
-        return self.f(x, self.params, self.mode)
-
-
-def data_parallel(f, params, mode=True):
-    """The network in a mode, x -> (logits, groups), with gradients averaged over workers if there are several.
-
-    mode is True (training, each worker's batch statistics), 'sync' (those of all workers) or False (fixed statistics).
-    With several workers, trained entries of `params` are replaced by torch.nn.Parameter: build the optimizer after.
-    """
-    if world() == 1:
-        return partial(f, params=params, mode=bool(mode))
-    warnings.filterwarnings('ignore', 'Grad strides do not match')  # 1x1 convolutions in channels-last order
-    device = next(iter(params.values())).device
-    ids = [device.index] if device.type == 'cuda' else None
-    return torch.nn.parallel.DistributedDataParallel(_Module(f, params, mode), device_ids=ids)
-
-
-def _sum_over_workers(values, device):
-    values = torch.tensor(values, dtype=torch.float64, device=device)
-    if world() > 1:
-        dist.all_reduce(values)
-    return values.tolist()
-
-
-def _join_statistics_(params):
-    """Give all workers the mean of their running statistics."""
-    if world() > 1:
-        for key, value in params.items():
-            if key.endswith(STATISTICS):
-                dist.all_reduce(value)
-                value /= world()
-
-
-# ---------------------------------------------------------------------------------------------- schedules and step
-
-
-def lr_at(epoch, lr, epoch_step, lr_decay_ratio):
-    """The learning rate of a 1-based epoch: it drops at the start of each epoch named in `epoch_step`."""
-    return lr * lr_decay_ratio ** sum(step <= epoch for step in epoch_step)
-
-
-def beta_at(epoch, epochs, beta, decay):
-    """The weight of transfer in a 1-based epoch: beta in the first, falling so as to reach 0 after the last."""
-    return beta * BETA_DECAYS[decay]((epoch - 1) / epochs)
+# -------------------------------------------------------------------------------------------------------- the step
 
 
 def autocast(device, dtype):
@@ -346,201 +198,6 @@ def seconds_a_step(opt, f, params, teacher, images, steps=3):
     return statistics.median(times[1:])
 
 
-# -------------------------------------------------------------------------------------------------------- the log
-
-
-def read_log(path):
-    """Read a log, ours or the authors': one dictionary an epoch. A last line that was cut short is left out.
-
-    Raises OSError where there is no such file and ValueError where another line cannot be read.
-    """
-    with open(path, errors='replace') as file:
-        text = file.read(MAX_LOG + 1)
-    if len(text) > MAX_LOG:
-        raise ValueError(f'{path} has more than {MAX_LOG:,} characters: it is no log')
-    lines = text.splitlines()
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.startswith('json_stats'):
-            continue
-        try:
-            record = json.loads(line[line.index(':') + 1 :])
-            if not isinstance(record, dict):
-                raise ValueError
-            records.append(record)
-        except (ValueError, RecursionError):
-            if number < len(lines):
-                raise ValueError(f'{path}, line {number}: json_stats is not followed by a JSON object') from None
-    return records
-
-
-def _line(record):
-    def plain(value):  # JSON has no infinity: the deviation of one value, for one
-        if isinstance(value, float):
-            return float(value) if math.isfinite(value) else None
-        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-    return 'json_stats: ' + json.dumps({k: plain(v) for k, v in record.items()}, allow_nan=False) + '\n'
-
-
-def _append_line(path, line):
-    try:
-        with open(path, 'a') as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise OSError(f'{path} could not be written: {error.strerror}') from None
-
-
-def commit():
-    """The commit of this code, with '-dirty' where tracked files differ from it; None outside a repository."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    command = 'git describe --always --dirty --abbrev=12'.split()
-    try:
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-# ------------------------------------------------------------------------------------------- what --save holds
-
-
-def check_save(opt):
-    """Refuse a --save that holds another run, unless that run is resumed or may be overwritten; nothing is written."""
-    if not opt.save:
-        say('note: without --save, neither log nor parameters will be kept')
-        return
-    log, model = (os.path.join(opt.save, name) for name in ('log.txt', 'model.pt7'))
-    if os.path.exists(opt.save) and not os.path.isdir(opt.save):
-        raise ValueError(f'--save {opt.save} is not a folder')
-    if opt.overwrite or not (os.path.exists(log) or os.path.exists(model)):
-        return
-    changed = changed_settings(opt, read_log(log)) if os.path.exists(log) else []
-    settings = f' of other settings ({"; ".join(changed)})' if changed else ''
-    if not _resumes_own(opt):
-        raise ValueError(
-            f'--save {opt.save} holds a run{settings}: continue it with --resume auto, '
-            'replace it with --overwrite, or save elsewhere'
-        )
-    if changed:
-        say(f'note: {opt.save} is a run{settings}; the epochs to come use the new ones')
-
-
-def changed_settings(opt, records):
-    """How the flags differ from those that a log's last line holds: ['lr 0.1, not 0.05', ...]."""
-    if not records:
-        return []
-    before = dict(records[-1])
-    if before.get('lr') and before.get('lr_decay_ratio'):  # the log has the rate of the epoch, not the flag
-        steps = json.loads(before.get('epoch_step', '[]'))
-        before['lr'] = float(f'{before["lr"] / lr_at(before.get("epoch", 1), 1, steps, before["lr_decay_ratio"]):.12g}')
-    now = {k: v for k, v in vars(opt).items() if k not in NOT_SETTINGS}
-    return [f'{k} {before[k]}, not {v}' for k, v in now.items() if k in before and before[k] != v]
-
-
-def _resumes_own(opt):
-    own = os.path.join(opt.save, 'model.pt7')
-    return opt.resume == 'auto' or (opt.resume and os.path.realpath(opt.resume) == os.path.realpath(own))
-
-
-def _resume_(opt, params, trained, optimizer):
-    """Load the checkpoint that --resume names into params and optimizer; returns its epoch and progress.
-
-    The epoch is the number of whole ones; progress is what the one that was interrupted had come to, or None. The first
-    worker alone reads the file and tells the others, who may be on machines that do not see it.
-    """
-    told = list(_load_run_(opt, params, trained, optimizer)) if rank() == 0 else [0, None]
-    if world() > 1:
-        dist.broadcast_object_list(told, 0)
-        for value in params.values():
-            dist.broadcast(value.detach(), 0)
-        for value in trained.values() if told != [0, None] else ():
-            buffer = optimizer.state[value].setdefault('momentum_buffer', torch.zeros_like(value))
-            dist.broadcast(buffer, 0)
-    epoch, progress = told
-    if progress and world() > 1:
-        checkpoint.restore_(_statistics(params), progress['workers'][rank()]['statistics'], opt.resume)
-    return epoch, progress
-
-
-def _load_run_(opt, params, trained, optimizer):
-    path = os.path.join(opt.save, 'model.pt7') if opt.resume == 'auto' else opt.resume
-    if not path or (opt.resume == 'auto' and not os.path.exists(path)):
-        return 0, None
-    state = checkpoint.load(path)
-    momentum, epoch, progress = (state.get(key) for key in ('optimizer', 'epoch', 'progress'))
-    if not isinstance(momentum, dict) or type(epoch) is not int or not isinstance(progress, dict | None):
-        raise ValueError(f'{path} holds parameters alone, without momentum and epoch: it can teach, but not be resumed')
-    if set(momentum) != set(trained) or any(momentum[k].shape != v.shape for k, v in trained.items()):
-        raise ValueError(f'{path}: its momentum does not fit the network')
-    if progress is not None:
-        _check_progress(progress, path)
-    if progress and len(progress['workers']) != world():
-        workers = len(progress['workers'])
-        raise ValueError(f'{path} was saved in the middle of an epoch by {workers} workers: go on with as many')
-    checkpoint.restore_(params, state['params'], path)
-    for key, value in trained.items():
-        optimizer.state[value]['momentum_buffer'] = momentum[key].to(value)
-    say(
-        f'resumed from {path} after '
-        + (f'step {progress["steps"]} of epoch {epoch + 1}' if progress else f'epoch {epoch}')
-    )
-    return epoch, progress
-
-
-def _check_progress(progress, path):
-    meters = _Meters(torch.device('cpu'), (1,))
-    try:
-        for mine in progress['workers']:
-            meters.restore(progress, mine)
-        meters.images += meters.seconds + meters.bad + meters.steps + meters.errors.n + sum(meters.errors.sum.values())
-        whole = all(type(v) is float for value in progress['values'].values() for v in value.values())
-    except (AttributeError, KeyError, TypeError, ValueError):
-        whole = False
-    if not whole or type(progress['steps']) is not int:
-        raise ValueError(f'{path}: its position in the epoch cannot be read')
-
-
-def _statistics(params):
-    return {k: v for k, v in params.items() if k.endswith(STATISTICS)}
-
-
-@contextlib.contextmanager
-def _locked(opt):
-    """Hold the folder --save; ValueError where another process trains into it. The lock ends with its process."""
-    if not opt.save or rank():
-        yield
-        return
-    new = not os.path.isdir(opt.save)
-    os.makedirs(opt.save, exist_ok=True)
-    folder = os.open(opt.save, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f'another process trains into --save {opt.save}') from None
-    try:
-        yield
-    finally:
-        os.close(folder)
-        if new:
-            with contextlib.suppress(OSError):
-                os.rmdir(opt.save)  # if nothing came of it
-
-
-def _open_run(opt, done):
-    """Make --save ready for what follows after `done` epochs: later lines, broken ones and an old run go."""
-    if not opt.save or rank():
-        return
-    os.makedirs(opt.save, exist_ok=True)
-    log, model = (os.path.join(opt.save, name) for name in ('log.txt', 'model.pt7'))
-    if opt.overwrite and os.path.exists(model):
-        os.unlink(model)
-    if os.path.exists(log):
-        kept = [] if opt.overwrite else [r for r in read_log(log) if r.get('epoch', 0) <= done]
-        checkpoint.write_whole(log, ''.join(map(_line, kept)).encode())
-
-
 # ------------------------------------------------------------------------------------------ evaluation and training
 
 
@@ -565,7 +222,7 @@ def evaluate(f, params, batches, device, dtype='float', topk=(1,), on_batch=lamb
     engine.hooks['on_forward'] = on_forward
     with torch.no_grad():
         engine.test(network, batches)
-    loss, n, *wrong = _sum_over_workers([losses.sum, losses.n, *(errors.sum[k] for k in topk)], device)
+    loss, n, *wrong = sum_over_workers([losses.sum, losses.n, *(errors.sum[k] for k in topk)], device)
     return loss / n, [100 * (1 - w / n) for w in wrong]
 
 
@@ -689,8 +346,72 @@ class _Meters:
         self.pending = []
 
     def accuracy(self):
-        n, *wrong = _sum_over_workers([self.errors.n, *(self.errors.sum[k] for k in self.topk)], self.device)
+        n, *wrong = sum_over_workers([self.errors.n, *(self.errors.sum[k] for k in self.topk)], self.device)
         return [100 * (1 - w / n) for w in wrong]
+
+
+def _resume_(opt, params, trained, optimizer):
+    """Load the checkpoint that --resume names into params and optimizer; returns its epoch and progress.
+
+    The epoch is the number of whole ones; progress is what the one that was interrupted had come to, or None. The first
+    worker alone reads the file and tells the others, who may be on machines that do not see it.
+    """
+    told = list(_load_run_(opt, params, trained, optimizer)) if rank() == 0 else [0, None]
+    if world() > 1:
+        dist.broadcast_object_list(told, 0)
+        for value in params.values():
+            dist.broadcast(value.detach(), 0)
+        for value in trained.values() if told != [0, None] else ():
+            buffer = optimizer.state[value].setdefault('momentum_buffer', torch.zeros_like(value))
+            dist.broadcast(buffer, 0)
+    epoch, progress = told
+    if progress and world() > 1:
+        checkpoint.restore_(_statistics(params), progress['workers'][rank()]['statistics'], opt.resume)
+    return epoch, progress
+
+
+def _load_run_(opt, params, trained, optimizer):
+    path = os.path.join(opt.save, 'model.pt7') if opt.resume == 'auto' else opt.resume
+    if not path or (opt.resume == 'auto' and not os.path.exists(path)):
+        return 0, None
+    state = checkpoint.load(path)
+    momentum, epoch, progress = (state.get(key) for key in ('optimizer', 'epoch', 'progress'))
+    if not isinstance(momentum, dict) or type(epoch) is not int or not isinstance(progress, dict | None):
+        raise ValueError(f'{path} holds parameters alone, without momentum and epoch: it can teach, but not be resumed')
+    if set(momentum) != set(trained) or any(momentum[k].shape != v.shape for k, v in trained.items()):
+        raise ValueError(f'{path}: its momentum does not fit the network')
+    if progress is not None:
+        _check_progress(progress, opt, params, path)
+    checkpoint.restore_(params, state['params'], path)
+    for key, value in trained.items():
+        optimizer.state[value]['momentum_buffer'] = momentum[key].to(value)
+    place = f'step {progress["steps"]} of epoch {epoch + 1}' if progress else f'epoch {epoch}'
+    say(f'resumed from {path} after {place}')
+    return epoch, progress
+
+
+def _check_progress(progress, opt, params, path):
+    """Refuse a position in an epoch that is damaged, or of other batches or another number of workers."""
+    meters, shapes = _Meters(torch.device('cpu'), (1,)), {k: v.shape for k, v in _statistics(params).items()}
+    try:
+        for mine in progress['workers']:
+            meters.restore(progress, mine)
+            if len(progress['workers']) > 1:
+                checkpoint.check_fit(shapes, mine['statistics'], path)
+        meters.images += meters.seconds + meters.bad + meters.steps + meters.errors.n + sum(meters.errors.sum.values())
+        whole = all(type(v) is float for value in progress['values'].values() for v in value.values())
+    except (AttributeError, KeyError, TypeError, ValueError):
+        whole = False
+    if not whole or type(progress['steps']) is not int:
+        raise ValueError(f'{path}: its position in the epoch cannot be read')
+    found = [progress.get('batch_size'), progress.get('seed'), len(progress['workers'])]
+    if found != [opt.batch_size, opt.seed, world()]:
+        flags = '--batch_size {}, --seed {} and {} workers'.format(*found)
+        raise ValueError(f'{path} was saved in the middle of an epoch with {flags}: go on with the same')
+
+
+def _statistics(params):
+    return {k: v for k, v in params.items() if k.endswith(STATISTICS)}
 
 
 def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(1,)):
@@ -702,13 +423,13 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(
     Raises Stopped where a signal asked for it, FloatingPointError for a loss that is not finite, ValueError where
     another process trains into --save and OSError where it cannot be written.
     """
-    with _locked(opt), Requests() as requests:
+    with runs.locked(opt), Requests() as requests:
         trained = {k: v for k, v in params.items() if v.requires_grad}
         optimizer = torch.optim.SGD(trained.values(), opt.lr, momentum=0.9, weight_decay=opt.weight_decay)
         done, progress = _resume_(opt, params, trained, optimizer)
         if done >= opt.epochs:
             return say(f'nothing to do: {done} of {opt.epochs} epochs are done')
-        _open_run(opt, done)
+        runs.open_run(opt, done)
         facts = {**vars(opt), **facts, 'n_parameters': num_trained(params), **environment(device)}
         run = _Run(opt, params, trained, optimizer, requests, _Meters(device, topk), done, progress)
         engine = Engine()
@@ -761,11 +482,12 @@ class _Run:
         shared, mine = self.meters.state(getattr(self.batches, 'bad', 0))
         if world() > 1:
             mine['statistics'] = {k: v.cpu() for k, v in _statistics(self.params).items()}
-        workers = [mine]
+        everyone = [mine]
         if world() > 1:
-            workers = [None] * world()
-            dist.all_gather_object(workers, mine)
-        self.keep({**shared, 'workers': workers}, self.epoch - 1)
+            everyone = [None] * world()
+            dist.all_gather_object(everyone, mine)
+        batches = {'batch_size': self.opt.batch_size, 'seed': self.opt.seed}
+        self.keep({**shared, **batches, 'workers': everyone}, self.epoch - 1)
 
     def keep(self, progress, epochs):
         """Replace the checkpoint."""
@@ -810,7 +532,7 @@ def _hooks(run, f, train_batches, test_batches, device, facts, topk):
         meters.flush(run.epoch)
         run.pause()
         trained_for = meters.elapsed()
-        _join_statistics_(run.params)
+        join_statistics_(run.params)
         tested_since, batches = time.perf_counter(), test_batches()
         tested = evaluate(f, run.params, batches, device, opt.dtype, topk, lambda: run.pause(alone=True))
         run.record = {
@@ -819,7 +541,7 @@ def _hooks(run, f, train_batches, test_batches, device, facts, topk):
         }
         if hasattr(batches, 'bad'):
             bad = meters.bad + run.batches.bad + batches.bad
-            run.record['bad_images'] = int(_sum_over_workers([bad], device)[0])
+            run.record['bad_images'] = int(sum_over_workers([bad], device)[0])
         _keep(run)
         _print_epoch(opt, run.record, meters)
 
@@ -890,7 +612,7 @@ def _percent(accuracy):
 def _keep(run):
     """Append the log line, then replace the checkpoint: between the two, a resume repeats the epoch and its line."""
     if run.opt.save and rank() == 0:
-        _append_line(os.path.join(run.opt.save, 'log.txt'), _line(run.record))
+        runs.append_line(os.path.join(run.opt.save, 'log.txt'), runs.line_of(run.record))
     run.keep(None, run.epoch)
 
 
@@ -907,7 +629,7 @@ def _print_epoch(opt, record, meters):
 def environment(device):
     """What a run ran on, for its log."""
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else _processor()
-    return {'torch': torch.__version__, 'device': name, 'workers': world(), 'commit': commit()}
+    return {'torch': torch.__version__, 'device': name, 'workers': world(), 'commit': runs.commit()}
 
 
 def _processor():

@@ -15,6 +15,7 @@ import checkpoint
 import engine
 import imagefolder
 import options
+import workers
 from resnet import fold_batch_norm, imagenet_forward, imagenet_resnet
 
 
@@ -44,11 +45,11 @@ def parse():
 def build_data(opt, device):
     """The data set, and train_batches(epoch) and test_batches() on the device."""
     dataset = imagefolder.load(opt.imagenetpath)
-    engine.say(f'{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} validation images')
-    workers = engine.rank(), engine.world(), opt.nthread, device
-    train_batches = partial(imagefolder.TrainBatches, dataset.train, opt.batch_size, opt.image_size, opt.seed, *workers)
+    workers.say(f'{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} validation images')
+    share = workers.rank(), workers.world(), opt.nthread, device
+    train_batches = partial(imagefolder.TrainBatches, dataset.train, opt.batch_size, opt.image_size, opt.seed, *share)
     test_batches = partial(
-        imagefolder.TestBatches, dataset.test, opt.batch_size, opt.image_size, *workers, opt.skip_bad_images
+        imagefolder.TestBatches, dataset.test, opt.batch_size, opt.image_size, *share, opt.skip_bad_images
     )
     return dataset, train_batches, test_batches
 
@@ -64,21 +65,21 @@ def build_teacher(opt, num_classes, test_batches, topk, device):
         params = fold_batch_norm(params)
     if not opt.skip_teacher_check:
         _, accuracies = engine.evaluate(f, params, test_batches(), device, opt.dtype, topk)
-        engine.say('teacher:', ', '.join(f'top-{k} {a:.2f}%' for k, a in zip(topk, accuracies)))
+        workers.say('teacher:', ', '.join(f'top-{k} {a:.2f}%' for k, a in zip(topk, accuracies)))
     return partial(f, params=params, mode=False)
 
 
 def main():
     opt = parse()
     device = engine.start(opt)
-    engine.say('parsed options:', vars(opt))
+    workers.say('parsed options:', vars(opt))
     dataset, train_batches, test_batches = build_data(opt, device)
     topk = 1, min(5, dataset.num_classes)
     f, params = engine.draw(partial(imagenet_resnet, opt.depth, opt.width), opt, dataset.num_classes, device)
     teacher = build_teacher(opt, dataset.num_classes, test_batches, topk, device)
     blank = torch.zeros(1, 3, opt.image_size, opt.image_size, device=device)
     trained = engine.prepare(opt, f, params, teacher, blank)
-    student = engine.data_parallel(trained, params, 'sync' if opt.sync_bn else True)
+    student = workers.data_parallel(trained, params, 'sync' if opt.sync_bn else True)
     step = engine.make_step(opt, student, teacher, device)
     engine.fit(opt, step, f, params, train_batches, test_batches, device, engine.counts(dataset), topk)
 

@@ -8,14 +8,10 @@ import sys
 
 import torch
 
+from schedules import BETA_DECAYS
 from stopping import Stopped
 from utils import DTYPES
 
-BETA_DECAYS = {  # what beta is multiplied by, as a function of the part of the run that is over
-    'none': lambda part: 1,
-    'linear': lambda part: 1 - part,
-    'cosine': lambda part: (1 + math.cos(math.pi * part)) / 2,
-}
 TRANSFERS = 'attention maps (eq. 2), all activations (F-ActT, table 1) or input gradients (eq. 5, table 3)'
 LOST_PEER = 3  # exit status of a worker that stops because another one is gone
 

@@ -26,6 +26,7 @@ import engine
 import options
 from nin import nin
 from resnet import wide_resnet
+from runs import changed_settings
 
 # Of each row, student <- teacher, the methods with the paper's test error in percent: the median of 5 seeds.
 TABLE1 = {
@@ -225,7 +226,7 @@ def run(opt, name, arguments, job):
     Raises ValueError where it cannot begin or fails, and KeyboardInterrupt where it was stopped.
     """
     flags = options.parse_cifar('', arguments)
-    changed = engine.changed_settings(flags, results(name))
+    changed = changed_settings(flags, results(name))
     if changed:
         raise ValueError(f'logs/{name} holds a run of other settings ({"; ".join(changed)})')
     if last_epoch(opt, name):

@@ -15,6 +15,7 @@ import checkpoint
 import cifar
 import engine
 import nin
+import runs
 
 TIMES = {'train_time', 'test_time', 'images_per_second', 'save', 'save_every', 'resume'}
 
@@ -176,7 +177,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(train, teacher, monkey
         assert status == 130 and err == 'cifar.py: error: interrupted\n'
         monkeypatch.setattr(engine, '_keep', keep)
         with open(f'logs/part{stop}/log.txt', 'a') as log:  # what a kill between log and checkpoint leaves
-            log.write(engine._line({**logged('whole')[-1], 'epoch': stop + 1}) + 'json_stats: {"dep')
+            log.write(runs.line_of({**logged('whole')[-1], 'epoch': stop + 1}) + 'json_stats: {"dep')
         status, out, _ = train(flags, f'--save logs/part{stop} --resume auto')
         assert status == 0 and f'after epoch {stop}' in out
         assert logged(f'part{stop}') == logged('whole')

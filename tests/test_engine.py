@@ -12,6 +12,8 @@ import data
 import engine
 import options
 import resnet
+import runs
+import schedules
 import utils
 from nin import nin
 
@@ -19,15 +21,15 @@ CPU = torch.device('cpu')
 
 
 def test_learning_rate_drops_at_the_start_of_the_named_epochs():
-    rates = [engine.lr_at(epoch, 0.1, [2, 4], 0.2) for epoch in range(1, 6)]
+    rates = [schedules.lr_at(epoch, 0.1, [2, 4], 0.2) for epoch in range(1, 6)]
     assert rates == pytest.approx([0.1, 0.02, 0.02, 0.004, 0.004])
-    assert engine.lr_at(200, 0.1, [60, 120, 160], 0.2) == pytest.approx(0.0008)
+    assert schedules.lr_at(200, 0.1, [60, 120, 160], 0.2) == pytest.approx(0.0008)
 
 
 def test_beta_stays_or_falls_to_zero():
-    assert [engine.beta_at(e, 4, 1000, 'none') for e in (1, 4)] == [1000, 1000]
-    assert [engine.beta_at(e, 4, 1000, 'linear') for e in (1, 2, 3, 4, 5)] == [1000, 750, 500, 250, 0]
-    cosine = [engine.beta_at(e, 4, 1000, 'cosine') for e in (1, 2, 3, 4, 5)]
+    assert [schedules.beta_at(e, 4, 1000, 'none') for e in (1, 4)] == [1000, 1000]
+    assert [schedules.beta_at(e, 4, 1000, 'linear') for e in (1, 2, 3, 4, 5)] == [1000, 750, 500, 250, 0]
+    cosine = [schedules.beta_at(e, 4, 1000, 'cosine') for e in (1, 2, 3, 4, 5)]
     assert cosine == pytest.approx([1000, 500 + 250 * 2**0.5, 500, 500 - 250 * 2**0.5, 0])
 
 
@@ -209,7 +211,7 @@ def test_a_last_line_cut_short_is_left_out_and_any_other_is_an_error(tmp_path):
 
 
 def test_log_lines_are_strict_json():
-    line = engine._line({'a': float('nan'), 'b': [(1.0, float('inf'))], 'c': 'd', 'e': True, 'f': None})
+    line = runs.line_of({'a': float('nan'), 'b': [(1.0, float('inf'))], 'c': 'd', 'e': True, 'f': None})
     assert json.loads(line.removeprefix('json_stats: ')) == {
         'a': None,
         'b': [[1.0, None]],
@@ -220,6 +222,6 @@ def test_log_lines_are_strict_json():
 
 
 def test_commit_is_that_of_this_code_or_none(monkeypatch, tmp_path):
-    assert engine.commit() is None or len(engine.commit().removesuffix('-dirty')) >= 7
-    monkeypatch.setattr(engine, '__file__', str(tmp_path / 'engine.py'))
-    assert engine.commit() is None
+    assert runs.commit() is None or len(runs.commit().removesuffix('-dirty')) >= 7
+    monkeypatch.setattr(runs, '__file__', str(tmp_path / 'runs.py'))
+    assert runs.commit() is None

@@ -101,7 +101,9 @@ def test_wrong_value_for_imagenet_is_refused_in_one_line_that_names_it(script, t
 
 @pytest.mark.parametrize('module', [cifar, imagenet])
 def test_every_flag_is_read_and_explained(monkeypatch, module):
-    sources = ''.join((ROOT / f'{name}.py').read_text() for name in (module.__name__, 'engine', 'options'))
+    sources = ''.join(
+        (ROOT / f'{name}.py').read_text() for name in (module.__name__, 'engine', 'options', 'runs', 'workers')
+    )
     actions, flags = parser(monkeypatch, module=module)
     for flag in vars(flags):
         by_name = module is cifar and flag in cifar.TEST_SET

@@ -168,7 +168,11 @@ def test_a_position_in_the_epoch_needs_the_workers_that_it_is_of(train, script, 
     state = checkpoint.load('logs/run/model.pt7')
     state['progress']['workers'] *= 2
     checkpoint.save('logs/other.pt7', state)
-    assert refused(train('--epochs 8 --batch_size 2 --resume logs/other.pt7'), 'middle of an epoch by 2 workers')
+    assert refused(
+        train('--epochs 8 --batch_size 2 --resume logs/other.pt7'),
+        'in the middle of an epoch with --batch_size 2, --seed 0 and 2 workers',
+    )
+    assert refused(train('--epochs 8 --batch_size 4 --resume logs/run/model.pt7'), 'with --batch_size 2')
     whole = state['progress']
     for damaged in (
         {},

@@ -32,7 +32,7 @@ def finished(process):
 
 def twenty_steps(tmp_path, mode, workers):
     out = tmp_path / f'{mode}{workers}.pt'
-    words = ['--standalone', '--nproc-per-node', workers, os.path.join(HERE, 'workers.py'), mode, out]
+    words = ['--standalone', '--nproc-per-node', workers, os.path.join(HERE, 'twenty_steps.py'), mode, out]
     finished(torchrun(*words))
     return torch.load(out)
 

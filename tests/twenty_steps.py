@@ -1,7 +1,7 @@
 """Twenty steps of AT + KD, to be run by any number of workers; writes losses and parameters to a file.
 
-python workers.py MODE OUT, MODE being fixed, sync or own batch norm statistics; or full-activation or gradient-based
-transfer with the symmetry norm, in place of AT and with fixed statistics.
+python twenty_steps.py MODE OUT, MODE being fixed, sync or own batch norm statistics; or full-activation or
+gradient-based transfer with the symmetry norm, in place of AT and with fixed statistics.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import torch.distributed as dist
 import data
 import engine
 import resnet
+import workers
 
 FLAGS = {
     **{'alpha': 0.7, 'beta': 100.0, 'temperature': 4.0, 'power': 2, 'mapping': 'sum', 'at_form': 'code'},
@@ -30,7 +31,7 @@ MODES = {
 
 def main():
     mode, more = MODES[sys.argv[1]]
-    if engine.world() > 1:
+    if workers.world() > 1:
         dist.init_process_group('gloo')
     torch.set_num_threads(1)
     opt = argparse.Namespace(**{**FLAGS, **more}, dtype='double')
@@ -43,24 +44,24 @@ def main():
         value.requires_grad_('running' not in key)
     teacher = partial(g, params=params_t, mode=False)
     f = engine.prepare(opt, f, params, teacher, torch.zeros(1, 3, 8, 8, dtype=torch.double))
-    step = engine.make_step(opt, engine.data_parallel(f, params, mode), teacher, device)
+    step = engine.make_step(opt, workers.data_parallel(f, params, mode), teacher, device)
     optimizer = torch.optim.SGD([v for v in params.values() if v.requires_grad], 0.002, 0.9, weight_decay=5e-4)
     digits = data.load('digits', image_size=8).train
     images = data.Images(digits.pixels[:150], digits.labels[:150])  # the last batch of an epoch has 22 images
     losses = []
     for epoch in range(1, 5):
-        for x, labels, size in data.TrainBatches(images, 32, 1, False, 0, engine.rank(), engine.world(), epoch):
+        for x, labels, size in data.TrainBatches(images, 32, 1, False, 0, workers.rank(), workers.world(), epoch):
             _, terms = step(x, labels)
             weights = {'ce': 0.3, 'kd': 0.7, 'symmetry': opt.gamma}
             loss = sum(weights.get(name, opt.beta) * term for name, term in terms.items())
             optimizer.zero_grad()
-            (loss * (len(labels) / size * engine.world())).backward()
+            (loss * (len(labels) / size * workers.world())).backward()
             optimizer.step()
             losses.append(loss.detach() * len(labels) / size)
     losses = torch.stack(losses)
-    if engine.world() > 1:
+    if workers.world() > 1:
         dist.all_reduce(losses)
-    if engine.rank() == 0:
+    if workers.rank() == 0:
         torch.save({'losses': losses, 'params': {k: v.detach() for k, v in params.items()}}, sys.argv[2])
 
 

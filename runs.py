@@ -1,0 +1,145 @@
+"""A run's folder: its log, and who may write to it."""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import subprocess
+
+import checkpoint
+from schedules import lr_at
+from workers import rank, say
+
+MAX_LOG = 2**28  # characters; an epoch takes 2,000
+NOT_SETTINGS = set('save resume overwrite save_every nthread gpu_id dataroot imagenetpath max_restarts'.split())
+
+
+def read_log(path):
+    """Read a log, ours or the authors': one dictionary an epoch. A last line that was cut short is left out.
+
+    Raises OSError where there is no such file and ValueError where another line cannot be read.
+    """
+    with open(path, errors='replace') as file:
+        text = file.read(MAX_LOG + 1)
+    if len(text) > MAX_LOG:
+        raise ValueError(f'{path} has more than {MAX_LOG:,} characters: it is no log')
+    lines = text.splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.startswith('json_stats'):
+            continue
+        try:
+            record = json.loads(line[line.index(':') + 1 :])
+            if not isinstance(record, dict):
+                raise ValueError
+            records.append(record)
+        except (ValueError, RecursionError):
+            if number < len(lines):
+                raise ValueError(f'{path}, line {number}: json_stats is not followed by a JSON object') from None
+    return records
+
+
+def line_of(record):
+    """A line of a log, strict JSON behind its mark."""
+
+    def plain(value):  # JSON has no infinity: the deviation of one value, for one
+        if isinstance(value, float):
+            return float(value) if math.isfinite(value) else None
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return 'json_stats: ' + json.dumps({k: plain(v) for k, v in record.items()}, allow_nan=False) + '\n'
+
+
+def append_line(path, line):
+    """Add a line to a log and flush it to the disk; OSError where that fails."""
+    try:
+        with open(path, 'a') as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(f'{path} could not be written: {error.strerror}') from None
+
+
+def commit():
+    """The commit of this code, with '-dirty' where tracked files differ from it; None outside a repository."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    command = 'git describe --always --dirty --abbrev=12'.split()
+    try:
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def check_save(opt):
+    """Refuse a --save that holds another run, unless that run is resumed or may be overwritten; nothing is written."""
+    if not opt.save:
+        say('note: without --save, neither log nor parameters will be kept')
+        return
+    log, model = (os.path.join(opt.save, name) for name in ('log.txt', 'model.pt7'))
+    if os.path.exists(opt.save) and not os.path.isdir(opt.save):
+        raise ValueError(f'--save {opt.save} is not a folder')
+    if opt.overwrite or not (os.path.exists(log) or os.path.exists(model)):
+        return
+    changed = changed_settings(opt, read_log(log)) if os.path.exists(log) else []
+    settings = f' of other settings ({"; ".join(changed)})' if changed else ''
+    if not _resumes_own(opt):
+        raise ValueError(
+            f'--save {opt.save} holds a run{settings}: continue it with --resume auto, '
+            'replace it with --overwrite, or save elsewhere'
+        )
+    if changed:
+        say(f'note: {opt.save} is a run{settings}; the epochs to come use the new ones')
+
+
+def changed_settings(opt, records):
+    """How the flags differ from those that a log's last line holds: ['lr 0.1, not 0.05', ...]."""
+    if not records:
+        return []
+    before = dict(records[-1])
+    if before.get('lr') and before.get('lr_decay_ratio'):  # the log has the rate of the epoch, not the flag
+        steps = json.loads(before.get('epoch_step', '[]'))
+        before['lr'] = float(f'{before["lr"] / lr_at(before.get("epoch", 1), 1, steps, before["lr_decay_ratio"]):.12g}')
+    now = {k: v for k, v in vars(opt).items() if k not in NOT_SETTINGS}
+    return [f'{k} {before[k]}, not {v}' for k, v in now.items() if k in before and before[k] != v]
+
+
+def _resumes_own(opt):
+    own = os.path.join(opt.save, 'model.pt7')
+    return opt.resume == 'auto' or (opt.resume and os.path.realpath(opt.resume) == os.path.realpath(own))
+
+
+@contextlib.contextmanager
+def locked(opt):
+    """Hold the folder --save; ValueError where another process trains into it. The lock ends with its process."""
+    if not opt.save or rank():
+        yield
+        return
+    new = not os.path.isdir(opt.save)
+    os.makedirs(opt.save, exist_ok=True)
+    folder = os.open(opt.save, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f'another process trains into --save {opt.save}') from None
+    try:
+        yield
+    finally:
+        os.close(folder)
+        if new:
+            with contextlib.suppress(OSError):
+                os.rmdir(opt.save)  # if nothing came of it
+
+
+def open_run(opt, done):
+    """Make --save ready for what follows after `done` epochs: later lines, broken ones and an old run go."""
+    if not opt.save or rank():
+        return
+    os.makedirs(opt.save, exist_ok=True)
+    log, model = (os.path.join(opt.save, name) for name in ('log.txt', 'model.pt7'))
+    if opt.overwrite and os.path.exists(model):
+        os.unlink(model)
+    if os.path.exists(log):
+        kept = [] if opt.overwrite else [r for r in read_log(log) if r.get('epoch', 0) <= done]
+        checkpoint.write_whole(log, ''.join(map(line_of, kept)).encode())

@@ -1,0 +1,159 @@
+"""One process a GPU, or several on CPUs: how they are started, what they tell each other, and who speaks."""
+
+import logging
+import os
+import sys
+import warnings
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from options import LOST_PEER
+from stopping import STATUS
+from utils import STATISTICS
+
+
+def rank():
+    return int(os.environ.get('RANK', 0))
+
+
+def world():
+    return int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else 1
+
+
+def say(*words):
+    """Print, from the first worker alone."""
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def check(opt):
+    """Refuse numbers of workers that the machine, the batch size or the launcher cannot follow; ValueError says why."""
+    if opt.gpu_id:
+        os.environ['CUDA_VISIBLE_DEVICES'] = opt.gpu_id
+    cuda = torch.cuda.is_available()
+    there = torch.cuda.device_count() if cuda else os.cpu_count()
+    if opt.ngpu > there:
+        raise ValueError(f'--ngpu {opt.ngpu}: there are {there} {"GPUs" if cuda else "CPU cores and no GPU"}')
+    if opt.batch_size % max(opt.ngpu, world()):
+        raise ValueError(f'--batch_size {opt.batch_size} is not a multiple of the {max(opt.ngpu, world())} workers')
+    if opt.save and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
+        opt.resume, opt.overwrite = 'auto', False  # a worker died, and all begin again where the checkpoint is
+    _check_restarts()
+
+
+def join(opt):
+    """Start the workers, join them and seed: returns the torch.device of this worker.
+
+    With --ngpu N this command starts itself N times under PyTorch's elastic launcher and ends with them; the workers
+    find their place in the environment, just as under torchrun.
+    """
+    cuda = torch.cuda.is_available()
+    if 'LOCAL_RANK' in os.environ:
+        dist.init_process_group('nccl' if cuda else 'gloo')
+    elif opt.ngpu > 1:
+        sys.exit(_launch(opt))
+    device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if cuda else torch.device('cpu')
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True  # a resumed run has to repeat every bit
+    torch.manual_seed(opt.seed)
+    return device
+
+
+def _check_restarts():
+    """Refuse a launcher whose restarted workers would look for the dead ones.
+
+    Workers exchange addresses through a store of the launcher. PyTorch 2.14 keeps one store over restarts by default,
+    where the new workers find the addresses of the old and wait for them until they time out.
+    """
+    restarts = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0))
+    if restarts and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        raise ValueError(
+            f'torchrun --max-restarts {restarts}: its restarts work with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its '
+            'environment and --standalone or --rdzv-backend c10d alone'
+        )
+
+
+def _launch(opt):
+    """Run this very command once per worker, wait, and return the exit status."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // opt.ngpu)))
+    os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'  # see _check_restarts
+    logging.disable(logging.CRITICAL)  # one message is enough, and it is below
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=opt.ngpu,
+        run_id=str(os.getpid()),
+        rdzv_backend='c10d',
+        rdzv_endpoint='localhost:0',
+        max_restarts=opt.max_restarts,
+        monitor_interval=1,
+        signals_to_handle=','.join(s.name for s in STATUS),
+    )
+    try:
+        elastic_launch(config, sys.executable)('-u', *sys.argv)
+    except SignalException as stop:  # it was passed on to the workers, who have saved and said so
+        return STATUS[stop.sigval]
+    except ChildFailedError as error:
+        failures = sorted(error.failures.items(), key=lambda f: (f[1].exitcode == LOST_PEER, f[1].timestamp))
+        failed_rank, failure = failures[0]
+        if failure.exitcode in (1, 2):
+            return failure.exitcode  # it has said why
+        how = f'signal {-failure.exitcode}' if failure.exitcode < 0 else f'exit status {failure.exitcode}'
+        advice = '; go on with --resume auto' if opt.save else ''
+        print(f'worker {failed_rank} died ({how}) and all were stopped{advice}', file=sys.stderr)
+        return 1
+    return 0
+
+
+class _Module(torch.nn.Module):
+    """A functional network as the module that DistributedDataParallel wants."""
+
+    def __init__(self, f, params, mode):
+        super().__init__()
+        self.f, self.params, self.mode = f, params, mode
+        for key, value in params.items():
+            if value.requires_grad:
+                params[key] = torch.nn.Parameter(value.detach())
+                self.register_parameter(key.replace('.', '/'), params[key])
+
+    def forward(self, x):
+        return self.f(x, self.params, self.mode)
+
+
+def data_parallel(f, params, mode=True):
+    """The network in a mode, x -> (logits, groups), with gradients averaged over workers if there are several.
+
+    mode is True (training, each worker's batch statistics), 'sync' (those of all workers) or False (fixed statistics).
+    With several workers, trained entries of `params` are replaced by torch.nn.Parameter: build the optimizer after.
+    """
+    if world() == 1:
+        return partial(f, params=params, mode=bool(mode))
+    warnings.filterwarnings('ignore', 'Grad strides do not match')  # 1x1 convolutions in channels-last order
+    device = next(iter(params.values())).device
+    ids = [device.index] if device.type == 'cuda' else None
+    return torch.nn.parallel.DistributedDataParallel(_Module(f, params, mode), device_ids=ids)
+
+
+def sum_over_workers(values, device):
+    """The sums over all workers of a list of numbers."""
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    if world() > 1:
+        dist.all_reduce(values)
+    return values.tolist()
+
+
+def join_statistics_(params):
+    """Give all workers the mean of their running statistics."""
+    if world() > 1:
+        for key, value in params.items():
+            if key.endswith(STATISTICS):
+                dist.all_reduce(value)
+                value /= world()
