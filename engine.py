@@ -394,20 +394,20 @@ def _check_progress(progress, opt, params, path):
     """Refuse a position in an epoch that is damaged, or of other batches or another number of workers."""
     meters, shapes = _Meters(torch.device('cpu'), (1,)), {k: v.shape for k, v in _statistics(params).items()}
     try:
+        found = [progress['batch_size'], progress['seed'], len(progress['workers'])]
+        if found != [opt.batch_size, opt.seed, world()]:
+            flags = '--batch_size {}, --seed {} and {} workers'.format(*found)
+            raise ValueError(f'{path} was saved in the middle of an epoch with {flags}: go on with the same')
         for mine in progress['workers']:
             meters.restore(progress, mine)
-            if len(progress['workers']) > 1:
+            if world() > 1:
                 checkpoint.check_fit(shapes, mine['statistics'], path)
         meters.images += meters.seconds + meters.bad + meters.steps + meters.errors.n + sum(meters.errors.sum.values())
         whole = all(type(v) is float for value in progress['values'].values() for v in value.values())
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError):
         whole = False
     if not whole or type(progress['steps']) is not int:
         raise ValueError(f'{path}: its position in the epoch cannot be read')
-    found = [progress.get('batch_size'), progress.get('seed'), len(progress['workers'])]
-    if found != [opt.batch_size, opt.seed, world()]:
-        flags = '--batch_size {}, --seed {} and {} workers'.format(*found)
-        raise ValueError(f'{path} was saved in the middle of an epoch with {flags}: go on with the same')
 
 
 def _statistics(params):

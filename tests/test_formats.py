@@ -369,7 +369,7 @@ def test_a_log_that_speaks_of_another_shape_is_believed_no_more_than_the_file(tm
     checkpoint.save(path, {'params': resnet.wide_resnet(10, 1.03, 4)[1]})
     checkpoint.load_teacher(path, (10, 1.03))
     for shape in ((16, 1.03), (10, 2), (None, None), ('10', '1')):
-        with pytest.raises(ValueError, match='is a WRN-10-1.01562, but its log speaks of a WRN-'):
+        with pytest.raises(ValueError, match='is a WRN-10-1.01562, but its log speaks of a WRN'):
             checkpoint.load_teacher(path, shape)
     torch.save(arrays, path)
     with pytest.raises(ValueError, match='is a ResNet-34-0.03125, but its log speaks of a ResNet-18-1'):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 from conftest import SMALL, refused
@@ -24,18 +25,17 @@ EPOCHS = 8
 FLAGS = [*SMALL.split(), '--batch_size', '2', '--lr', '0.01', '--epoch_step', '[3,5]']  # epochs of 30 steps
 
 
+def begin(photos, name, *more, epochs=EPOCHS):
+    words = [*FLAGS, '--dataroot', str(photos), '--save', f'logs/{name}', '--resume', 'auto', *more]
+    command = [sys.executable, cifar.__file__, *words, '--epochs', str(epochs)]
+    return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 @pytest.fixture
 def start(photos, tmp_path, monkeypatch):
     """Start a training in an empty folder: start('name', flags...) -> the process."""
     monkeypatch.chdir(tmp_path)
-
-    def begin(name, *more, epochs=EPOCHS):
-        words = [*FLAGS, '--dataroot', str(photos), '--save', f'logs/{name}', '--resume', 'auto', *more]
-        words += ['--epochs', str(epochs)]
-        command = [sys.executable, cifar.__file__, *words]
-        return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-    return begin
+    return partial(begin, photos)
 
 
 def ended(process, timeout=120):
@@ -49,41 +49,48 @@ def wait_for_epoch(process, epoch):
             return
 
 
-def same_runs(name, workers=1, epochs=EPOCHS):
+@pytest.fixture(scope='module')
+def whole(photos, tmp_path_factory):
+    """whole(workers, epochs) -> the folder of such a run that nothing interrupted."""
+    there = {}
+
+    def run(workers=1, epochs=EPOCHS):
+        if (workers, epochs) not in there:
+            folder, before = tmp_path_factory.mktemp('whole'), os.getcwd()
+            os.chdir(folder)
+            assert ended(begin(photos, 'whole', '--ngpu', str(workers), epochs=epochs))[0] == 0
+            os.chdir(before)
+            there[workers, epochs] = folder / 'logs' / 'whole'
+        return there[workers, epochs]
+
+    return run
+
+
+def same_runs(name, whole, epochs=EPOCHS):
     assert sorted(os.listdir(f'logs/{name}')) == ['log.txt', 'model.pt7']
     with open(f'logs/{name}/log.txt') as log:
         assert len(log.readlines()) == epochs
-    assert logged(name) == logged(f'whole{workers}') and same_weights(name, f'whole{workers}')
+    os.symlink(whole, 'logs/whole')
+    assert logged(name) == logged('whole') and same_weights(name, 'whole')
     return True
-
-
-@pytest.fixture
-def whole(start):
-    """A run that nothing interrupts."""
-
-    def run(workers=1, epochs=EPOCHS):
-        assert ended(start(f'whole{workers}', '--ngpu', str(workers), epochs=epochs))[0] == 0
-
-    return run
 
 
 @pytest.mark.parametrize('seed', range(3) if LONG else [0])
 @pytest.mark.parametrize('workers', [1, 2])
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(start, whole, workers, seed):
     """SIGKILL to all processes of a run: in the middle of an epoch, of a checkpoint, of a line of the log."""
-    kills, epochs = (20, 120) if LONG else (2, 16)
-    whole(workers, epochs)
+    kills, epochs = (20, 120) if LONG else (3 - workers, EPOCHS)
     rng, killed = random.Random(seed), 0
     while killed < kills:
         process = start('killed', '--ngpu', str(workers), '--save_every', '0.0003', epochs=epochs)
         while not re.match(r'[0-9,]+ trained', process.stdout.readline() or 'ended'):
             assert process.poll() is None, f'over after {killed} kills'
-        time.sleep(0.8 * rng.random())
+        time.sleep((0.8 if LONG else 0.5) * rng.random())
         killed += process.poll() is None
         kill(process)
     status, _, err = ended(start('killed', '--ngpu', str(workers), epochs=epochs))
     assert status == 0, err
-    assert same_runs('killed', workers, epochs)
+    assert same_runs('killed', whole(workers, epochs), epochs)
 
 
 def kill(process):
@@ -94,26 +101,23 @@ def kill(process):
     process.communicate()
 
 
-@pytest.mark.parametrize('workers', [1, 2])
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_in_the_middle_of_the_epoch(start, whole, workers):
-    whole(workers)
-    for signum, status in ((signal.SIGUSR1, 0), (signal.SIGTERM, 143), (signal.SIGINT, 130))[
-        : 3 if LONG or workers == 1 else 1
-    ]:
-        name = signum.name
-        process = start(name, '--ngpu', str(workers))
-        wait_for_epoch(process, 2)  # where the rate drops in the next
-        time.sleep(0.1)
-        process.send_signal(signum)
+@pytest.mark.parametrize('workers, signals', [(1, 'SIGTERM SIGINT SIGUSR1'), (2, 'SIGTERM')])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_in_the_middle_of_the_epoch(start, whole, workers, signals):
+    status = {'SIGTERM': 143, 'SIGINT': 130, 'SIGUSR1': 0}
+    for epoch, name in enumerate(('SIGTERM SIGINT SIGUSR1' if LONG else signals).split(), 2):
+        process = start('run', '--ngpu', str(workers))
+        wait_for_epoch(process, epoch)  # at 2 and 4 the rate drops in the next
+        time.sleep(0.05)
+        process.send_signal(signal.Signals[name])
         found, _, err = ended(process, 60)
-        assert found == status and err.count('\n') == 1, err
+        assert found == status[name] and err.count('\n') == 1, err
         step, epoch = re.search(r'stopped after step (\d+) of epoch (\d); go on with --resume auto', err).groups()
-        state = checkpoint.load(f'logs/{name}/model.pt7')
+        state = checkpoint.load('logs/run/model.pt7')
         assert (state['epoch'], state['progress']['steps']) == (int(epoch) - 1, int(step))
-        found, out, err = ended(start(name, '--ngpu', str(workers)))
-        assert found == 0, err
-        assert f'after step {step} of epoch {epoch}' in out
-        assert same_runs(name, workers)
+    found, out, err = ended(start('run', '--ngpu', str(workers)))
+    assert found == 0, err
+    assert f'after step {step} of epoch {epoch}' in out
+    assert same_runs('run', whole(workers))
 
 
 SLOW_STEP = """
