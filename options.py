@@ -175,7 +175,11 @@ def run(main):
     With AT_TRACEBACK=1 in the environment the traceback is shown instead.
     """
     try:
-        main()
+        try:
+            main()
+        finally:
+            if torch.distributed.is_initialized():  # or a thread of its may crash the interpreter as that ends
+                torch.distributed.destroy_process_group()
     except Stopped as stop:
         if int(os.environ.get('RANK', 0)) == 0:
             print(f'{os.path.basename(sys.argv[0])}: {stop}', file=sys.stderr)

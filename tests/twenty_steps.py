@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 import data
 import engine
+import options
 import resnet
 import workers
 
@@ -66,4 +67,4 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    options.run(main)
