@@ -1,4 +1,4 @@
-"""A table of the paper as a list of runs of cifar.py: train what is missing, then print ours beside the paper's.
+"""A table of section 4.1 as a list of runs of cifar.py: train what is missing, then print ours beside the paper's.
 
     python reproduce.py demo                       # handwritten digits: needs no download, minutes on two cores
     python reproduce.py table1 --dataroot data     # table 1: 5 seeds of 200 epochs
@@ -6,18 +6,20 @@
     python reproduce.py table3 --dataroot data     # table 3: gradients, on networks without batch norm
     python reproduce.py table1 --show              # the table from the logs that are there
 
-A finished run is skipped and a broken one resumed, so the same command goes on after an interruption.
+A finished run is skipped and a broken one resumed, so the same command goes on after an interruption. Without --epochs,
+--show takes the table's own schedule, or where no run of that is finished, the longest of which one is.
 """
 
+import argparse
 import json
 import math
 import os
-import queue
+import re
 import shlex
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from functools import partial
 
 import torch
@@ -76,6 +78,9 @@ LABELS = {  # in the order of the tables
     'at-kd': 'AT+KD',
 }
 UNTAUGHT = ('teacher', 'student', 'min-l2', 'symmetry')
+# What a line of a log has to say to stand in a table.
+PROTOCOL = set('epoch test_acc dataset train_images test_images holdout epochs epoch_step'.split())
+PROTOCOL |= set('lr_decay_ratio batch_size dtype device torch'.split())
 CIFAR = {'dataset': 'CIFAR10', 'images': 50_000, 'epochs': 200, 'seeds': 5, 'beta': '1e+3', 'flags': []}
 TABLES = {
     'table1': {**CIFAR, 'rows': TABLE1},
@@ -105,13 +110,16 @@ def parse():
     flag('--holdout', default=0, type=options.number(int, 0), help='as of cifar.py: to choose between variants')
     flag('--dtype', default='', choices=['', *options.DTYPES], help='as of cifar.py')
     flag('--jobs', default=1, type=options.number(int, 1, 1024), help='runs at a time, one a GPU where there are GPUs')
+    flag('--markdown', default='', metavar='FILE', help='also write the table into FILE, between its markers')
+    flag = parser.add_mutually_exclusive_group().add_argument
     flag('--dry_run', action='store_true', help='print the commands that are left to run and their time, and stop')
     flag('--show', action='store_true', help='print the table from the logs that are there, and stop')
-    flag('--markdown', default='', metavar='FILE', help='also write the table into FILE, between its markers')
     opt = parser.parse_args()
     table = TABLES[opt.table]
     rows = list(table['rows'])
-    opt.seeds, opt.epochs = opt.seeds or table['seeds'], opt.epochs or table['epochs']
+    if opt.holdout >= table['images']:
+        raise ValueError(f'--holdout {opt.holdout}: there are {table["images"]:,} training images')
+    opt.seeds = opt.seeds or table['seeds']
     methods = [m for m in LABELS if any(m in table['rows'][row] for row in rows)]
     opt.methods = opt.methods.split(',') if opt.methods else methods
     if not set(opt.methods) <= set(methods):
@@ -119,7 +127,10 @@ def parse():
     numbers = opt.rows.split(',') if opt.rows else [str(i + 1) for i in range(len(rows))]
     if not set(numbers) <= {str(i + 1) for i in range(len(rows))}:
         raise ValueError(f'--rows {opt.rows}: {opt.table} has rows 1 to {len(rows)}')
-    opt.rows = [rows[int(i) - 1] for i in numbers]
+    opt.rows = [rows[int(i) - 1] for i in dict.fromkeys(numbers)]
+    opt.epochs = opt.epochs or (opt.show and epochs_there(opt)) or table['epochs']
+    if opt.markdown:
+        around(opt.markdown, opt.table)  # a file without the markers is told before anything else begins
     return opt
 
 
@@ -173,19 +184,46 @@ def commands(opt):
                 if method not in UNTAUGHT:
                     flags += ['--teacher_id', run_name(opt, row[1], 0)]
                 runs.setdefault(name, [*common, *flags, '--save', f'logs/{name}', '--resume', 'auto'])
-    return dict(sorted(runs.items(), key=lambda run: '--teacher_id' in run[1]))
+    teachers = {teacher_of(arguments) for arguments in runs.values()}
+    return dict(sorted(runs.items(), key=lambda run: run[0] not in teachers))
+
+
+def teacher_of(arguments):
+    """The run whose network teaches in a run of these arguments of cifar.py, or None."""
+    return arguments[arguments.index('--teacher_id') + 1] if '--teacher_id' in arguments else None
 
 
 def results(name):
-    """The log of a run in logs/, one dictionary an epoch; empty where it has not begun."""
+    """The log of a run in logs/, one dictionary an epoch; empty where it has not begun.
+
+    Raises ValueError where it is damaged, or no log of cifar.py.
+    """
     path = os.path.join('logs', name, 'log.txt')
-    return engine.read_log(path) if os.path.exists(path) else []
+    records = engine.read_log(path) if os.path.exists(path) else []
+    if not all(PROTOCOL <= r.keys() and isinstance(r['test_acc'], float) for r in records):
+        raise ValueError(f'{path} is no log of cifar.py')
+    return records
 
 
 def last_epoch(opt, name):
     """The last line of a finished run's log, or None."""
     records = results(name)
     return records[-1] if records and records[-1]['epoch'] == opt.epochs else None
+
+
+def epochs_there(opt):
+    """The longest schedule in logs/ of which a run of the table is finished, the table's own before any other; or None.
+
+    Raises what `results` raises.
+    """
+    table, folders = TABLES[opt.table], os.listdir('logs') if os.path.isdir('logs') else []
+    there = sorted({int(n) for folder in folders for n in re.findall(r'-e(\d+)-', folder)}, reverse=True)
+    cells = [(row, method) for row in opt.rows for method in opt.methods if method in table['rows'][row]]
+    for epochs in (table['epochs'], *there):
+        scheduled = argparse.Namespace(**{**vars(opt), 'epochs': epochs})
+        if any(last_epoch(scheduled, name) for cell in cells for name in names(scheduled, *cell)):
+            return epochs
+    return None
 
 
 def draw(opt):
@@ -246,31 +284,37 @@ def run(opt, name, arguments, job):
     if ended.returncode:
         reason = (ended.stderr or '').strip().splitlines()[-1:]
         raise ValueError(': '.join([f'exit status {ended.returncode}', *reason]))
+    if not last_epoch(opt, name):
+        raise ValueError('it was stopped')
     return f'{100 - last_epoch(opt, name)["test_acc"]:.2f}% test error'
 
 
 def train(opt, runs):
-    """Run what is not finished, teachers first and opt.jobs at a time; returns the names of those that failed."""
-    jobs, failed, total = queue.SimpleQueue(), [], len(runs)
-    for job in range(opt.jobs):
-        jobs.put(job)
+    """Run what is not finished, opt.jobs at a time: in order, but a taught run not before its teacher has ended.
 
-    def one(numbered):
-        number, name = numbered
-        job = jobs.get()
-        print(f'[{number}/{total}] {name}', flush=True)
-        try:
-            outcome = run(opt, name, runs[name], job)
-        except (OSError, ValueError) as error:
-            failed.append(name)
-            outcome = f'failed: {error}'
-        jobs.put(job)
-        print(f'[{number}/{total}] {name}: {outcome}', flush=True)
-
-    pool, numbered = ThreadPoolExecutor(opt.jobs), list(enumerate(runs, 1))
+    Returns the names of those that failed.
+    """
+    title = {name: f'[{number}/{len(runs)}] {name}' for number, name in enumerate(runs, 1)}
+    left, jobs, running, failed = list(runs), list(range(opt.jobs)), {}, []
+    pool = ThreadPoolExecutor(opt.jobs)
     try:
-        for taught in (False, True):
-            list(pool.map(one, [item for item in numbered if ('--teacher_id' in runs[item[1]]) == taught]))
+        while left or running:
+            unready = {*left, *(name for name, _ in running.values())}
+            ready = [name for name in left if teacher_of(runs[name]) not in unready]
+            for name in ready[: len(jobs)]:
+                left.remove(name)
+                print(title[name], flush=True)
+                job = jobs.pop(0)
+                running[pool.submit(run, opt, name, runs[name], job)] = name, job
+            for ended in wait(running, return_when=FIRST_COMPLETED).done:
+                name, job = running.pop(ended)
+                jobs.append(job)
+                try:
+                    outcome = ended.result()
+                except (OSError, ValueError) as error:
+                    failed.append(name)
+                    outcome = f'failed: {error}'
+                print(f'{title[name]}: {outcome}', flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
     return failed
@@ -320,16 +364,14 @@ def protocol(record):
     )
 
 
-def write_markdown(path, table, lines):
-    """Replace what stands between <!-- table --> and <!-- /table --> in a file."""
+def around(path, table):
+    """What stands in a file up to the line <!-- table -->, and from <!-- /table --> on; ValueError without the two."""
     with open(path) as file:
         text = file.read()
     begin, end = f'<!-- {table} -->\n', f'<!-- /{table} -->'
-    if text.count(begin) != 1 or text.count(end) != 1:
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
         raise ValueError(f'{path} has no lines {begin.strip()} and {end} to write between')
-    head, rest = text.split(begin)
-    content = f'{head}{begin}{os.linesep.join(lines)}\n{end}{rest.split(end)[1]}'
-    engine.checkpoint.write_whole(path, content.encode())
+    return text[: text.index(begin) + len(begin)], text[text.index(end) :]
 
 
 def main():
@@ -344,7 +386,8 @@ def main():
     lines = table_lines(opt)
     print('\n'.join(lines))
     if opt.markdown:
-        write_markdown(opt.markdown, opt.table, lines)
+        head, rest = around(opt.markdown, opt.table)
+        engine.checkpoint.write_whole(opt.markdown, ''.join([head, *(f'{line}\n' for line in lines), rest]).encode())
     if failed:
         sys.exit(1)
 

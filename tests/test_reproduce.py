@@ -5,13 +5,17 @@ import os
 import pathlib
 import re
 import shlex
+import subprocess
+import threading
 import time
+from argparse import Namespace
 from functools import partial
 
 import pytest
 import torch
 from conftest import refused
 
+import cifar
 import engine
 import options
 import reproduce
@@ -115,6 +119,24 @@ def test_the_table_shows_median_spread_and_difference_and_marks_what_was_not_run
     assert 'bfloat16, last epoch, tested on 9,980 of 10,000 images' in out
 
 
+def test_without_epochs_the_table_shows_the_longest_schedule_that_is_there_but_its_own_first(script):
+    shown = partial(script, reproduce, 'table1 --rows 2 --methods student --show')
+    assert '| not run |' in shown()[1]
+    write_log('cifar10-e8-wrn-16-1-s0', 14.0, epochs=8, last=8)
+    write_log('cifar10-e16-wrn-16-1-s1', 12.0)
+    write_log('cifar10-e300-wrn-16-1-s0', 9.0, epochs=300, last=299)  # not finished
+    assert '| 12.00 |' in shown()[1] and '| 14.00 |' in shown('--epochs 8')[1]
+    write_log('cifar10-e200-wrn-16-1-s0', 10.0, epochs=200, last=200)
+    assert '| 10.00 |' in shown()[1]
+
+
+def test_a_log_that_is_none_of_ours_is_named(script):
+    write_log('cifar10-e16-wrn-16-1-s0', 12.0)
+    for line in ('{}', json.dumps({**RECORD, 'epoch': 16, 'test_acc': None}), '{"epoch": 16, "test_acc": 90.0}'):
+        pathlib.Path('logs/cifar10-e16-wrn-16-1-s0/log.txt').write_text(f'json_stats: {line}\n')
+        assert refused(script(reproduce, 'table1 --show'), 'wrn-16-1-s0/log.txt is no log of cifar.py')
+
+
 def test_the_table_is_written_between_its_markers_alone(script, tmp_path):
     write_log('cifar10-e16-wrn-16-1-s0', 12.0)
     (tmp_path / 'a.md').write_text('before\n<!-- table1 -->\nold\n<!-- /table1 -->\nafter\n')
@@ -137,29 +159,81 @@ def test_the_table_is_written_between_its_markers_alone(script, tmp_path):
         'table1 --rows x',
         'table1 --methods at,foo',
         'demo --epochs 0',
+        'table1 --show --dry_run',
+        'table1 --dry_run --holdout 50000',
+        'demo --markdown nowhere.md',
     ],
 )
-def test_wrong_flags_are_refused(script, flags):
-    assert refused(script(reproduce, flags))
+def test_wrong_flags_are_refused_before_any_run(script, tmp_path, flags):
+    assert refused(script(reproduce, flags)) and not list(tmp_path.iterdir())
+
+
+def test_a_taught_run_waits_for_its_own_teacher_alone_and_runs_begin_in_order(monkeypatch, capsys):
+    """The slow teacher ends only when the pupil of the quick one has; of the two slots, each has one run at a time."""
+    slots, quick_has_taught = [threading.Lock(), threading.Lock()], threading.Event()
+
+    def run(opt, name, arguments, job):
+        if not slots[job].acquire(blocking=False):
+            raise ValueError(f'slot {job} is taken')
+        if name == 'slow' and not quick_has_taught.wait(5):
+            raise ValueError('waited for more than its teacher')
+        if name == 'pupil of quick':
+            quick_has_taught.set()
+        slots[job].release()
+        return 'well'
+
+    names = ['slow', 'quick', 'pupil of slow', 'pupil of quick', 'another of slow']
+    runs = {name: ['--teacher_id', name.split()[-1]] * (' of ' in name) for name in names}
+    monkeypatch.setattr(reproduce, 'run', run)
+    assert reproduce.train(Namespace(jobs=2), runs) == []
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(lines) == sorted(f'[{i}/5] {name}{end}' for i, name in enumerate(names, 1) for end in ('', ': well'))
+    began = [line[6:] for line in lines if not line.endswith(': well')]
+    assert began == ['slow', 'quick', 'pupil of quick', 'pupil of slow', 'another of slow']
 
 
 def test_a_failed_run_is_reported_and_the_others_go_on(script):
-    status, out, _ = script(reproduce, 'demo --methods teacher,student,kd --epochs 1 --holdout 1000 --jobs 2')
-    assert status == 1 and out.count('failed: exit status 2: cifar.py: error: --holdout 1000') == 2
-    assert '| WRN-16-1 <- WRN-16-2 | teacher | not run' in out
-    assert 'failed: its teacher digits-holdout1000-e1-wrn-16-2-s0 is not trained' in out
+    pathlib.Path('logs').mkdir()
+    pathlib.Path('logs/digits-holdout936-e1-wrn-16-2-s0').write_text('where the teacher would be saved')
+    status, out, _ = script(reproduce, 'demo --methods teacher,student,kd --epochs 1 --holdout 936 --jobs 2')
+    assert status == 1 and out.count('failed: exit status 2: cifar.py: error: --save logs/digits-') == 1
+    assert 'failed: its teacher digits-holdout936-e1-wrn-16-2-s0 is not trained' in out
+    assert '| WRN-16-1 <- WRN-16-2 | teacher | not run' in out and '| WRN-16-1 <- WRN-16-2 | KD | not run' in out
+    assert re.search(r'\| student alone \| \d+\.\d\d \|  \| 1 \|', out)
 
 
-def test_several_runs_at_a_time_end_as_one_after_the_other(script):
-    flags = 'demo --methods student --epochs 1 --holdout 936 --seeds 2'
+def test_a_run_that_ends_well_before_its_last_epoch_was_stopped(script, monkeypatch):
+    monkeypatch.setattr(subprocess, 'run', lambda command, **_: subprocess.CompletedProcess(command, 0))
+    status, out, _ = script(reproduce, 'demo --methods student')
+    assert status == 1 and ': failed: it was stopped\n' in out
+
+
+def test_a_broken_run_goes_on_and_several_at_a_time_end_as_one_after_the_other(script, fast, monkeypatch):
+    flags = 'demo --methods student --epochs 2 --holdout 936 --seeds 2'
+    log = 'logs/digits-holdout936-e2-wrn-16-1-s1/log.txt'
     status, out, _ = script(reproduce, flags, '--jobs 2')
     assert status == 0 and len(re.findall(r'-s[01]: \d+\.\d\d% test error', out)) == 2
-    (several,) = engine.read_log('logs/digits-holdout936-e1-wrn-16-1-s1/log.txt')
-    os.rename('logs/digits-holdout936-e1-wrn-16-1-s1', 'elsewhere')
+    several = engine.read_log(log)
+    os.rename(os.path.dirname(log), 'elsewhere')
+
+    command, _ = script(reproduce, flags, '--dry_run')[1].splitlines()
+    keep = engine._keep
+
+    def interrupted(run):
+        keep(run)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, '_keep', interrupted)
+        assert script(cifar, shlex.split(command)[2:])[0] == 130
+    (first,) = engine.read_log(log)
+
     status, out, _ = script(reproduce, flags)
     assert status == 0 and out.count(': done') == 1
-    (alone,) = engine.read_log('logs/digits-holdout936-e1-wrn-16-1-s1/log.txt')
-    assert alone['train_loss'] == pytest.approx(several['train_loss'], rel=1e-3)  # other threads, other rounding
+    alone = engine.read_log(log)
+    assert alone[0] == first and len(alone) == 2  # its first epoch was not trained again
+    losses = [[record['train_loss'] for record in records] for records in (alone, several)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # other threads, other rounding
 
 
 def test_a_run_of_other_settings_is_refused_and_left_alone(script):
