@@ -3,6 +3,7 @@
 import json
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -162,7 +163,12 @@ def test_losses_of_gradients_equal_finite_differences(network, words):
     expected = sum(v.norm().item() for v in j) / len(j) / 2
     assert expected > 1e-3 and value.item() == pytest.approx(expected, rel=1e-5)
 
-    gradients = torch.autograd.grad(value, trained, allow_unused=True, materialize_grads=True)
+    assert_gradient(term, trained)
+
+
+def assert_gradient(term, trained):
+    """Compare the gradient of term() by what is trained with differences of its values, along four random ways."""
+    gradients = torch.autograd.grad(term(), trained, allow_unused=True, materialize_grads=True)
     for seed in range(4):
         torch.manual_seed(seed)
         ways, eps = [torch.randn_like(v) for v in trained], 1e-7
@@ -173,6 +179,66 @@ def test_losses_of_gradients_equal_finite_differences(network, words):
                 torch._foreach_add_(trained, ways, alpha=sign * eps)
             values.append(term().item())
         assert along == pytest.approx((values[0] - values[1]) / (2 * eps), rel=1e-4, abs=1e-6)
+
+
+def np_transfer(opt, x, y, adapter):
+    """A term of activation transfer of one group, from its formula, of activations (N, C, H, W) in numpy."""
+    if opt.transfer == 'full':
+        x, y = (x if adapter is None else np.einsum('oc,nchw->nohw', adapter, x)), y
+    else:
+        powers = [abs(a) ** opt.power for a in (x, y)]
+        x, y = (p.sum(1) if opt.mapping == 'sum' else p.max(1) for p in powers)
+    x, y = ([v.ravel() / np.sqrt((v**2).sum()) for v in a] for a in (x, y))
+    if opt.at_form == 'paper':
+        return sum(np.sqrt(((a - b) ** 2).sum()) for a, b in zip(x, y)) / len(x) / 2
+    return sum(((a - b) ** 2).mean() for a, b in zip(x, y)) / len(x)
+
+
+def np_kd(temperature, y, y_t):
+    p, q = (np.exp(a / temperature) / np.exp(a / temperature).sum(1, keepdims=True) for a in (y, y_t))
+    return temperature**2 * (q * np.log(q / p)).sum() / len(y)
+
+
+@pytest.mark.parametrize(
+    'words, groups',
+    [
+        ('', [0, 1, 2]),
+        ('--power 1', [0, 1, 2]),
+        ('--power 4', [0, 1, 2]),
+        ('--mapping max --power 1', [0, 1, 2]),
+        ('--mapping max --power 2', [0, 1, 2]),
+        ('--mapping max --power 4', [0, 1, 2]),
+        ('--at_form paper', [0, 1, 2]),
+        ('--groups 1', [1]),
+        ('--transfer full', [0, 1, 2]),
+        ('--transfer full --groups 2,1 --alpha 0.9 --temperature 3', [2, 1]),
+    ],
+)
+def test_losses_of_activations_equal_their_formulas_and_finite_differences(words, groups):
+    """In float64, of a wide ResNet in training mode with batch norm; the last group of its teacher is thinner."""
+    torch.manual_seed(0)
+    f, params = resnet.wide_resnet(10, 3 / 8, 4)
+    g, fixed = nin(1 / 16, 4, no_bn=True)
+    params, fixed = ({k: v.detach().double() for k, v in p.items()} for p in (params, fixed))
+    utils.set_requires_grad_except_bn_(params)
+    images, labels = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 2, 3])
+    opt = flags(f'--beta 1 --dtype double {words}')
+    teacher = partial(g, params=fixed, mode=False)
+    student = partial(engine.prepare(opt, f, params, teacher, images[:1]), params=params, mode=True)
+    step = engine.make_step(opt, student, teacher, CPU)
+    terms = {k: v.item() for k, v in step(images, labels)[1].items()}
+
+    with torch.no_grad():
+        (y, xs), (y_t, ys) = f(images, params, True), teacher(images)
+    assert [len(a[0]) for a in xs] == [6, 12, 24] and [len(b[0]) for b in ys] == [6, 12, 12]
+    adapters = {i: params[f'adapter.{i}'].detach()[:, :, 0, 0].numpy() for i in groups if f'adapter.{i}' in params}
+    name = 'full' if opt.transfer == 'full' else 'at'
+    expected = {f'{name}{i}': np_transfer(opt, xs[i].numpy(), ys[i].numpy(), adapters.get(i)) for i in groups}
+    if opt.alpha:
+        expected['kd'] = np_kd(opt.temperature, y.numpy(), y_t.numpy())
+    expected['ce'] = F.cross_entropy(y, labels).item()
+    assert terms == pytest.approx(expected, rel=1e-9) and min(expected.values()) > 1e-5
+    assert_gradient(lambda: sum(step(images, labels)[1].values()), [v for v in params.values() if v.requires_grad])
 
 
 def test_transfer_groups_are_chosen_by_number():
