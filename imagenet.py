@@ -21,7 +21,7 @@ from resnet import fold_batch_norm, imagenet_forward, imagenet_resnet
 
 def parse():
     parser = options.Parser(__doc__)
-    flag = parser.add_argument_group('data and teacher').add_argument
+    flag = parser.add_argument_group('data and teacher (section 4.2.2)').add_argument
     flag('--imagenetpath', default='.', help='folder that holds train/<class>/* and val/<class>/*')
     flag('--image_size', default=224, type=options.number(int, 32, 1024), help='like 64, 128, 160, 224 (default), 256')
     flag('--skip_bad_images', action='store_true', help='leave unreadable images out of the evaluation')
@@ -29,6 +29,7 @@ def parse():
     flag('--skip_teacher_check', action='store_true', help='do not evaluate the teacher first')
     options.common_flags(
         parser,
+        '4.2.2',
         depth=18,
         batch_size=256,
         epochs=100,

@@ -12,7 +12,10 @@ from schedules import BETA_DECAYS
 from stopping import Stopped
 from utils import DTYPES
 
-TRANSFERS = 'attention maps (eq. 2), all activations (F-ActT, table 1) or input gradients (eq. 5, table 3)'
+TRANSFERS = (
+    'attention maps (section 3.1, eq. 2), all activations (F-ActT, section 4.1, table 1) '
+    'or input gradients (section 3.2, eq. 5; table 3)'
+)
 LOST_PEER = 3  # exit status of a worker that stops because another one is gone
 
 
@@ -70,37 +73,37 @@ def group_list(text):
     return text
 
 
-def common_flags(parser, *, depth, batch_size, epochs, epoch_step, lr_decay_ratio, weight_decay):
-    """Add the shared flags, with a script's own defaults, under upstream's names and its early spellings."""
-    flag = parser.add_argument_group('network').add_argument
+def common_flags(parser, section, *, depth, batch_size, epochs, epoch_step, lr_decay_ratio, weight_decay):
+    """Add the shared flags, with the defaults of the paper's section, under upstream's names and early spellings."""
+    flag = parser.add_argument_group(f'network (section {section})').add_argument
     flag('--depth', default=depth, type=number(int, 1, 10_000), help='layers of the network (default: %(default)s)')
     flag('--width', default=1, type=number(float, 0, 100, above=True), help='times the base width (default: 1)')
     flag('--dtype', default='float', choices=list(DTYPES), help='compute dtype; parameters and losses stay float32')
 
-    flag = parser.add_argument_group('training').add_argument
+    flag = parser.add_argument_group(f'training (section {section})').add_argument
     flag('--epochs', default=epochs, type=number(int, 1), metavar='N', help='default: %(default)s')
-    flag('--batch_size', '--batchSize', default=batch_size, type=number(int, 2), help='of all workers together')
+    size = 'of all workers together (default: %(default)s)'
+    flag('--batch_size', '--batchSize', default=batch_size, type=number(int, 2), help=size)
     flag('--lr', default=0.1, type=number(float, 0, above=True), help='learning rate (default: 0.1)')
-    flag('--epoch_step', default=epoch_step, type=epoch_list, help='JSON list of the epochs at whose start lr drops')
-    flag('--lr_decay_ratio', default=lr_decay_ratio, type=number(float, 0), help='what lr is multiplied by there')
+    flag('--epoch_step', default=epoch_step, type=epoch_list, help='lr drops as these begin (default: %(default)s)')
+    flag('--lr_decay_ratio', default=lr_decay_ratio, type=number(float, 0), help='times lr (default: %(default)s)')
     flag('--weight_decay', '--weightDecay', default=weight_decay, type=number(float, 0), help='default: %(default)s')
     flag('--seed', default=0, type=number(int, 0, 2**63 - 1), help='of initialisation, order and augmentation')
 
     flag = parser.add_argument_group('transfer from a teacher').add_argument
     flag('--alpha', default=0, type=number(float, 0, 1), help='weight of knowledge distillation (section 4.1: 0.9)')
     flag('--temperature', default=4, type=number(float, 0, above=True), help='of distillation (section 4.1: 4)')
-    flag('--beta', default=0, type=number(float, 0), help='weight of attention transfer (section 4.1: 1e+3)')
-    flag('--beta_decay', default='none', choices=list(BETA_DECAYS), help='how beta falls to 0 (section 4.1, AT+KD)')
+    flag('--beta', default=0, type=number(float, 0), help='weight of --transfer (section 4.1: 1e+3 for attention maps)')
+    flag('--beta_decay', default='none', choices=list(BETA_DECAYS), help='how beta falls to 0 (section 4.1: AT+KD)')
     flag('--transfer', default='activation', choices=['activation', 'full', 'gradient'], help=TRANSFERS)
-    flag('--at_form', default='code', choices=['code', 'paper'], help="the loss of the authors' code, or eq. 2")
+    flag('--at_form', default='code', choices=['code', 'paper'], help="the authors' code, or eq. 2 (section 3.1)")
     flag('--mapping', default='sum', choices=['sum', 'max'], help='attention map over channels (section 3.1, table 2)')
     flag('--power', default=2, type=number(float, 0, 16, above=True), help='p of |A|^p (section 3.1, table 2)')
-    flag('--groups', default='', type=group_list, help='transfer from these alone, like 0,2 (table 2; default: all)')
+    flag('--groups', default='', type=group_list, help='only these, like 0,2 (section 4.1, table 2; default: all)')
 
     flag = parser.add_argument_group('penalty, without a teacher').add_argument
-    flag(
-        '--penalty', default='none', choices=['none', 'symmetry', 'min_l2'], help='on input gradients (eq. 6, table 3)'
-    )
+    penalties = ['none', 'symmetry', 'min_l2']
+    flag('--penalty', default='none', choices=penalties, help='on input gradients (section 3.2, eq. 6; table 3)')
     flag('--gamma', default=0, type=number(float, 0), help='weight of --penalty (section 3.2)')
 
     flag = parser.add_argument_group('run').add_argument
@@ -110,7 +113,7 @@ def common_flags(parser, *, depth, batch_size, epochs, epoch_step, lr_decay_rati
         '--save_every', default=0, type=number(float, 0), metavar='MINUTES', help='also within an epoch (default: not)'
     )
     flag('--overwrite', action='store_true', help='replace the run that --save holds')
-    flag('--nthread', default=4, type=number(int, 0, 1024), help='threads that decode images')
+    flag('--nthread', default=4, type=number(int, 0, 1024), help='threads that decode images (default: 4)')
     flag('--ngpu', default=1, type=number(int, 1, 1024), help='workers: one a GPU, or CPU processes without GPUs')
     flag('--sync_bn', action='store_true', help="batch norm over all workers' images, not each worker's share")
     flag('--max_restarts', default=0, type=number(int, 0, 1000), help='begin again so often when a worker dies')
@@ -120,18 +123,20 @@ def common_flags(parser, *, depth, batch_size, epochs, epoch_step, lr_decay_rati
 def parse_cifar(description, words=None):
     """The flags of cifar.py, from `words` or the command line, with the recipe of section 4.1 as defaults."""
     parser = Parser(description)
-    flag = parser.add_argument_group('data and teacher').add_argument
-    flag('--dataset', default='CIFAR10', help='CIFAR10, CIFAR100, folder or digits')
+    flag = parser.add_argument_group('data and teacher (section 4.1)').add_argument
+    flag('--dataset', default='CIFAR10', help='CIFAR10 (default), CIFAR100, folder or digits')
     flag('--dataroot', '--data_root', default='.', help='where the data set is, or is to be downloaded')
     flag('--image_size', default=32, type=number(int, 8, 512), help='for folder and digits (default: 32)')
-    flag('--randomcrop_pad', default=4, type=number(float, 0, 511), help='pixels around a crop (default: 4)')
+    pad = number(float, 0, 511)
+    flag('--randomcrop_pad', default=4, type=pad, help='pixels around an image to crop from (default: 4; table 3: 0)')
     flag('--holdout', default=0, type=number(int, 0), help='test on the last N training images instead')
     flag('--teacher_id', default='', help='name of the run in logs/ whose network teaches')
-    flag = parser.add_argument_group('kind of network').add_argument
+    flag = parser.add_argument_group('kind of network (section 4.1)').add_argument
     flag('--net', default='wrn', choices=['wrn', 'nin'], help='wide ResNet or Network-in-Network (table 1)')
     flag('--no_bn', action='store_true', help='a Network-in-Network with biases instead of batch norm (table 3)')
     common_flags(
         parser,
+        '4.1',
         depth=16,
         batch_size=128,
         epochs=200,

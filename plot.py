@@ -409,7 +409,7 @@ def main():
     flag('--image_size', type=size, metavar='N', help='height and width (default: 224 for ImageNet networks, else 32)')
     flag('--mapping', default='sum', choices=['sum', 'max'], help='attention map: over channels (section 3.1)')
     power = options.number(float, 0, 16, above=True)
-    flag('--power', default=2, type=power, help='attention map: p of |A|^p (default: 2)')
+    flag('--power', default=2, type=power, help='attention map: p of |A|^p (section 3.1; default: 2)')
     flag('--out', default='attention.png', type=picture, help='.png or .svg (default: %(default)s)')
     opt = parser.parse_args()
     write(draw_curves(opt.logs) if opt.command == 'curves' else attention(opt), opt.out)

@@ -89,7 +89,8 @@ def test_evaluation_counts_every_image_once_whatever_the_batches():
 
 def flags(words):
     parser = options.Parser('')
-    options.common_flags(parser, depth=10, batch_size=4, epochs=1, epoch_step='[]', lr_decay_ratio=1, weight_decay=0)
+    recipe = {'depth': 10, 'batch_size': 4, 'epochs': 1, 'epoch_step': '[]', 'lr_decay_ratio': 1, 'weight_decay': 0}
+    options.common_flags(parser, '4.1', **recipe)
     return parser.parse_args(words.split())
 
 
