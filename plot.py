@@ -178,8 +178,9 @@ def draw_curves(paths):
         row, column = divmod(i, columns)
         small = figure.add_subplot(grid[row, 1 + column], sharex=axes)
         _draw_term(small, runs, name)
-        small.set_xlabel('epochs trained' if row == rows - 1 else '')
-        small.tick_params(labelbottom=i + columns >= len(terms))
+        lowest = i + columns >= len(terms)
+        small.set_xlabel('epochs trained' if lowest else '')
+        small.tick_params(labelbottom=lowest)
     for panel in figure.axes:
         _draw_drops(panel, runs)
     if shared:
@@ -227,9 +228,10 @@ def _draw_term(axes, runs, name):
         if values:
             _draw_line(axes, number, run, values, '-')
     found = [value for values in of_run if values for value in values if value == value]
-    wide = max(found) > 4 * min(found)
+    ratio = max(found) / min(found)
+    locator = LogLocator(subs=(1,) if ratio > 100 else (1, 2, 5)) if ratio > 4 else MaxNLocator(4)
     axes.set(yscale='log', title=f'loss term {name}')
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(4))
+    axes.yaxis.set_major_locator(locator)
     axes.yaxis.set_major_formatter('{x:g}')
     axes.yaxis.set_minor_locator(NullLocator())
 

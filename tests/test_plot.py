@@ -106,6 +106,19 @@ def test_the_terms_of_an_authors_log_are_the_means_of_its_at_losses_where_they_a
     assert list(panels(plot.draw_curves([log('b', alone)]))) == ['error']
 
 
+def test_the_lowest_panel_of_each_column_names_its_axis_and_no_tick_covers_another(log):
+    """Of five terms the second column has one less; a term that falls far has a tick a decade."""
+    more = {'at0': 0.2, 'at2': 0.3}
+    figure = plot.draw_curves([log('a', [ours(e, **more, kd=10.0 ** (1 - e)) for e in range(1, 7)])])
+    named = {title for title, axes in panels(figure).items() if axes.get_xlabel()}
+    assert named == {'error', 'loss term at1', 'loss term at2'}
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        boxes = [tick.label1.get_window_extent() for tick in axes.yaxis.get_major_ticks() if tick.label1.get_text()]
+        boxes = [box for box in boxes if axes.bbox.y0 <= box.y0 + box.height / 2 <= axes.bbox.y1]
+        assert len(boxes) > 1 and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
 def test_a_run_stands_only_in_the_panels_of_its_own_terms(log):
     student = [{k: v for k, v in ours(e).items() if k not in ('kd', 'at1')} for e in (1, 2)]
     shown = panels(plot.draw_curves([log('student', student), log('at', [ours(1), ours(2)])]))
