@@ -16,6 +16,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -77,6 +78,7 @@ LABELS = {  # in the order of the tables
     'kd': 'KD',
     'at-kd': 'AT+KD',
 }
+RUNNING = []  # the processes of cifar.py that train at the moment
 UNTAUGHT = ('teacher', 'student', 'min-l2', 'symmetry')
 # What a line of a log has to say to stand in a table.
 PROTOCOL = set('epoch test_acc dataset train_images test_images holdout epochs epoch_step'.split())
@@ -278,12 +280,15 @@ def run(opt, name, arguments, job):
     elif not alone:
         environment.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // opt.jobs)))
     pipes = {} if alone else {'stdout': subprocess.DEVNULL, 'stderr': subprocess.PIPE, 'text': True}
-    ended = subprocess.run(command, env=environment, **pipes)
-    if ended.returncode == 130:
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        RUNNING.append(process)
+        _, error = process.communicate()
+        RUNNING.remove(process)
+    if process.returncode in (130, 143):
         raise KeyboardInterrupt
-    if ended.returncode:
-        reason = (ended.stderr or '').strip().splitlines()[-1:]
-        raise ValueError(': '.join([f'exit status {ended.returncode}', *reason]))
+    if process.returncode:
+        reason = (error or '').strip().splitlines()[-1:]
+        raise ValueError(': '.join([f'exit status {process.returncode}', *reason]))
     if not last_epoch(opt, name):
         raise ValueError('it was stopped')
     return f'{100 - last_epoch(opt, name)["test_acc"]:.2f}% test error'
@@ -292,11 +297,12 @@ def run(opt, name, arguments, job):
 def train(opt, runs):
     """Run what is not finished, opt.jobs at a time: in order, but a taught run not before its teacher has ended.
 
-    Returns the names of those that failed.
+    Returns the names of those that failed. Raises KeyboardInterrupt where a run was stopped.
     """
     title = {name: f'[{number}/{len(runs)}] {name}' for number, name in enumerate(runs, 1)}
     left, jobs, running, failed = list(runs), list(range(opt.jobs)), {}, []
     pool = ThreadPoolExecutor(opt.jobs)
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         while left or running:
             unready = {*left, *(name for name, _ in running.values())}
@@ -317,7 +323,15 @@ def train(opt, runs):
                 print(f'{title[name]}: {outcome}', flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
     return failed
+
+
+def stop(*_):
+    """Ask the runs that train to save and to end: alone they would go on, and hold their folders."""
+    for process in list(RUNNING):
+        process.terminate()
 
 
 # ---------------------------------------------------------------------------------------------------------- the table

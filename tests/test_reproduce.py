@@ -5,7 +5,7 @@ import os
 import pathlib
 import re
 import shlex
-import subprocess
+import signal
 import threading
 import time
 from argparse import Namespace
@@ -202,10 +202,38 @@ def test_a_failed_run_is_reported_and_the_others_go_on(script):
     assert re.search(r'\| student alone \| \d+\.\d\d \|  \| 1 \|', out)
 
 
-def test_a_run_that_ends_well_before_its_last_epoch_was_stopped(script, monkeypatch):
-    monkeypatch.setattr(subprocess, 'run', lambda command, **_: subprocess.CompletedProcess(command, 0))
+@pytest.fixture
+def instead(monkeypatch, tmp_path):
+    """Let a shell script stand for cifar.py: instead('commands')."""
+
+    def write(commands):
+        path = tmp_path / 'instead'
+        path.write_text(f'#!/bin/sh\n{commands}\n')
+        path.chmod(0o700)
+        monkeypatch.setattr('sys.executable', str(path))
+
+    return write
+
+
+def test_a_run_that_ends_well_before_its_last_epoch_was_stopped(script, instead):
+    instead('exit 0')
     status, out, _ = script(reproduce, 'demo --methods student')
     assert status == 1 and ': failed: it was stopped\n' in out
+
+
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_passed_on_to_the_runs_and_no_other_begins(script, instead, tmp_path, signum):
+    instead('trap "touch asked-$$; exit 143" TERM; touch began-$$; while :; do sleep 0.01; done')
+
+    def ask():
+        while len(list(tmp_path.glob('began-*'))) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signum)
+
+    threading.Thread(target=ask, daemon=True).start()
+    status, out, err = script(reproduce, 'demo --methods teacher,student,kd --jobs 2')
+    assert (status, err) == (130, 'reproduce.py: error: interrupted\n') and '[3/3]' not in out
+    assert len(list(tmp_path.glob('asked-*'))) == len(list(tmp_path.glob('began-*'))) == 2
 
 
 def test_a_broken_run_goes_on_and_several_at_a_time_end_as_one_after_the_other(script, fast, monkeypatch):
