@@ -18,7 +18,7 @@ import torch
 import formats
 import options
 import resnet
-from nin import nin, nin_shape
+from nin import fold_nin, nin, nin_shape
 from utils import STATISTICS, num_trained, without_adapters
 
 
@@ -151,6 +151,12 @@ def build(loaded, path, shape=None):
     if wrong:
         raise ValueError(f'{path}: {_some(wrong)}')
     return f, params
+
+
+def fold(params):
+    """A network's params, as `build` returns them, with batch norm folded where a convolution is before it."""
+    folders = {'NIN': fold_nin, 'ResNet': resnet.fold_batch_norm, 'WRN': resnet.fold_wide_resnet}
+    return folders[_kind(params)](params)
 
 
 def _name(kind_depth_width):

@@ -11,6 +11,7 @@ WRN-16-1 alone errs on 8.77% of CIFAR-10's test images in the paper, with attent
 
 from functools import partial
 
+import checkpoint
 import data
 import engine
 import options
@@ -47,12 +48,12 @@ def build_data(opt, device):
 
 
 def build_teacher(opt, dataset, test_batches, device):
-    """The teacher as x -> (logits, groups), checked against its own log; None where no teacher is named."""
+    """The teacher as x -> (logits, groups), folded and checked against its own log; None where none is named."""
     if not opt.teacher_id:
         return None
     f, params, record = engine.find_teacher(opt.teacher_id)
     engine.check_classes(f'--teacher_id {opt.teacher_id}', params, dataset.num_classes)
-    params = engine.place(params, opt.dtype, device)
+    params = engine.freeze(checkpoint.fold(params), opt.dtype, device)
     _, (accuracy,) = engine.evaluate(f, params, test_batches(), device, opt.dtype)
     same = all(record.get(flag, default) == getattr(opt, flag) for flag, default in TEST_SET.items())
     engine.check_teacher(record, accuracy, same)

@@ -30,12 +30,13 @@ from utils import (
     STATISTICS,
     adapt,
     adapter_params,
-    at_loss,
+    attention_map,
     cast,
     full_activation_loss,
     gradient_loss,
     input_gradient,
     kd_loss,
+    map_loss,
     num_trained,
     print_tensor_dict,
     set_requires_grad_except_bn_,
@@ -77,31 +78,36 @@ def make_step(opt, student, teacher, device):
 
     student and teacher are x -> (logits, groups); teacher is None where there is none. Losses are `ce`, with alpha
     `kd`, with beta `at0`, `at1`, ... or `full0`, `full1`, ... by number of the group, or `grad`; and with gamma that of
-    the penalty, by its name.
+    the penalty, by its name. With --compile, whole batches take a compiled form of the student and its losses.
     """
     learns_gradient = opt.beta > 0 and opt.transfer == 'gradient'
     needs_gradient = learns_gradient or opt.gamma > 0
+    compare = full_activation_loss if opt.transfer == 'full' else partial(map_loss, form=opt.at_form)
 
     def run(network, images):
         with autocast(device, opt.dtype):
             logits, groups = network(images)
         return full(logits), groups
 
-    def step(images, labels):
-        images = images.detach().requires_grad_(needs_gradient)
-        if teacher is not None:
-            with torch.set_grad_enabled(learns_gradient):
-                y_t, groups_t = run(teacher, images)
+    def teach(images, labels):
+        """What the losses take of the teacher, and no more: logits, what is compared of its groups, input gradient."""
+        if teacher is None:
+            return None, {}, None
+        with torch.set_grad_enabled(learns_gradient):
+            logits, groups = run(teacher, images)
+            gradient = input_gradient(logits, images, labels) if learns_gradient else None
+            return logits.detach(), _compared(opt, groups), gradient
+
+    def learn(images, labels, taught_logits, taught, taught_gradient):
         logits, groups = run(student, images)
         terms = {'ce': F.cross_entropy(logits, labels)}
         if opt.alpha:
-            terms['kd'] = kd_loss(logits, y_t.detach(), opt.temperature)
+            terms['kd'] = kd_loss(logits, taught_logits, opt.temperature)
         if needs_gradient:
             j = input_gradient(logits, images, labels, create_graph=True)
         if learns_gradient:
-            terms['grad'] = gradient_loss(j, input_gradient(y_t, images, labels))
-        elif opt.beta:
-            terms |= _group_losses(opt, groups, groups_t)
+            terms['grad'] = gradient_loss(j, taught_gradient)
+        terms |= {name: compare(own, taught[name]) for name, own in _compared(opt, groups).items()}
         if opt.penalty == 'min_l2':
             terms['min_l2'] = gradient_loss(j)
         elif opt.penalty == 'symmetry':
@@ -110,14 +116,24 @@ def make_step(opt, student, teacher, device):
             terms['symmetry'] = gradient_loss(j, j_mirrored.flip(3))
         return logits, terms
 
+    learn_whole = torch.compile(learn, dynamic=False) if opt.compile else learn
+
+    def step(images, labels):
+        images = images.detach().requires_grad_(needs_gradient)
+        whole = len(images) == opt.batch_size // world()  # another size would have to be compiled for itself
+        return (learn_whole if whole else learn)(images, labels, *teach(images, labels))
+
     return step
 
 
-def _group_losses(opt, groups, groups_t):
+def _compared(opt, groups):
+    """What is compared of a network's groups, by the name of the loss: attention maps, or activations (F-ActT)."""
+    if not opt.beta or opt.transfer == 'gradient':
+        return {}
     chosen = transfer_groups(opt.groups, len(groups))
     if opt.transfer == 'full':
-        return {f'full{i}': full_activation_loss(groups[i], groups_t[i]) for i in chosen}
-    return {f'at{i}': at_loss(groups[i], groups_t[i], opt.power, opt.mapping, opt.at_form) for i in chosen}
+        return {f'full{i}': groups[i] for i in chosen}
+    return {f'at{i}': attention_map(groups[i], opt.power, opt.mapping) for i in chosen}
 
 
 def transfer_groups(groups, number):
@@ -176,22 +192,38 @@ def _adapted(f):
     return network
 
 
-def seconds_a_step(opt, f, params, teacher, images, steps=3):
-    """How long a training step takes: the median of `steps` after one to warm up.
+def sgd(opt, trained):
+    """The optimizer of the paper's recipes: momentum 0.9, weight decay on everything that is trained."""
+    return torch.optim.SGD(trained, opt.lr, momentum=0.9, weight_decay=opt.weight_decay, fused=True)
 
-    f, params: the student. teacher: x -> (logits, groups), or None. images: the batch (N, 3, H, W) to train on.
+
+def make_update(opt, f, params, teacher, image):
+    """A whole training step as `fit` takes it, as a function: update(images, labels), without log and checkpoint.
+
+    f, params: the student. teacher: x -> (logits, groups), or None. image: one such as is trained on, (1, 3, H, W).
     """
     with contextlib.redirect_stdout(None):
-        network = partial(prepare(opt, f, params, teacher, images[:1]), params=params, mode=True)
-    step, meters, times = make_step(opt, network, teacher, images.device), _Meters(images.device, (1,)), []
-    trained = [v for v in params.values() if v.requires_grad]
-    optimizer = torch.optim.SGD(trained, opt.lr, momentum=0.9, weight_decay=opt.weight_decay)
-    for _ in range(1 + steps):
-        start = time.perf_counter()
-        labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        network = partial(prepare(opt, f, params, teacher, image), params=params, mode=True)
+    step, meters = make_step(opt, network, teacher, image.device), _Meters(image.device, (1,))
+    optimizer = sgd(opt, [v for v in params.values() if v.requires_grad])
+
+    def update(images, labels):
         optimizer.zero_grad()
         _weighted_loss(opt, step, (images, labels, len(images)), 1, meters)[0].backward()
         optimizer.step()
+        if len(meters.pending) == FLUSH:
+            meters.flush(1)
+
+    return update
+
+
+def seconds_a_step(opt, f, params, teacher, images, steps=3):
+    """How long a training step on images (N, 3, H, W) takes: the median of `steps` after one to warm up."""
+    update, times = make_update(opt, f, params, teacher, images[:1]), []
+    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    for _ in range(1 + steps):
+        start = time.perf_counter()
+        update(images, labels)
         if images.device.type == 'cuda':
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
@@ -229,6 +261,13 @@ def evaluate(f, params, batches, device, dtype='float', topk=(1,), on_batch=lamb
 def place(params, dtype, device):
     """A network's parameters on the device: float64 for --dtype double, float32 for every other."""
     return cast(params, 'double' if DTYPES[dtype] == torch.float64 else 'float', device)
+
+
+def freeze(params, dtype, device):
+    """A teacher's parameters on the device, all but batch norm's in the compute dtype once and for all."""
+    params = place(params, dtype, device)
+    norms = {k.removesuffix('.running_mean') for k in params if k.endswith('.running_mean')}
+    return {k: v if k.rpartition('.')[0] in norms else v.to(DTYPES[dtype]) for k, v in params.items()}
 
 
 def draw(network, opt, num_classes, device):
@@ -425,7 +464,7 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(
     """
     with runs.locked(opt), Requests() as requests:
         trained = {k: v for k, v in params.items() if v.requires_grad}
-        optimizer = torch.optim.SGD(trained.values(), opt.lr, momentum=0.9, weight_decay=opt.weight_decay)
+        optimizer = sgd(opt, trained.values())
         done, progress = _resume_(opt, params, trained, optimizer)
         if done >= opt.epochs:
             return say(f'nothing to do: {done} of {opt.epochs} epochs are done')

@@ -16,7 +16,7 @@ import engine
 import imagefolder
 import options
 import workers
-from resnet import fold_batch_norm, imagenet_forward, imagenet_resnet
+from resnet import imagenet_resnet
 
 
 def parse():
@@ -60,9 +60,7 @@ def build_teacher(opt, num_classes, test_batches, topk, device):
         return None
     f, params = checkpoint.load_teacher(opt.teacher_params)
     engine.check_classes(opt.teacher_params, params, num_classes)
-    params = engine.place(params, opt.dtype, device)
-    if f is imagenet_forward:
-        params = fold_batch_norm(params)
+    params = engine.freeze(checkpoint.fold(params), opt.dtype, device)
     if not opt.skip_teacher_check:
         _, accuracies = engine.evaluate(f, params, test_batches(), device, opt.dtype, topk)
         workers.say('teacher:', ', '.join(f'top-{k} {a:.2f}%' for k, a in zip(topk, accuracies)))

@@ -76,6 +76,7 @@ def common_flags(parser, *, depth, batch_size, epochs, epoch_step, lr_decay_rati
     flag('--depth', default=depth, type=number(int, 1, 10_000), help='layers of the network (default: %(default)s)')
     flag('--width', default=1, type=number(float, 0, 100, above=True), help='times the base width (default: 1)')
     flag('--dtype', default='float', choices=list(DTYPES), help='compute dtype; parameters and losses stay float32')
+    flag('--compile', action='store_true', help='compile the student and its losses with torch.compile at the start')
 
     flag = parser.add_argument_group('training').add_argument
     flag('--epochs', default=epochs, type=number(int, 1), metavar='N', help='default: %(default)s')
@@ -162,6 +163,8 @@ def check(opt, teacher, flag):
         raise ValueError(f'--mapping, --power and --at_form are of attention maps, not of --transfer {opt.transfer}')
     if opt.transfer == 'gradient' and opt.groups:
         raise ValueError('--groups: gradients are transferred at the image, not from groups')
+    if opt.compile and (opt.penalty != 'none' or opt.transfer == 'gradient'):
+        raise ValueError('--compile: torch.compile cannot differentiate twice, as input gradients need')
     if opt.resume and opt.overwrite:
         raise ValueError('--resume and --overwrite contradict each other')
     if opt.resume == 'auto' and not opt.save:
