@@ -204,12 +204,12 @@ def make_update(opt, f, params, teacher, image):
     """
     with contextlib.redirect_stdout(None):
         network = partial(prepare(opt, f, params, teacher, image), params=params, mode=True)
-    step, meters = make_step(opt, network, teacher, image.device), _Meters(image.device, (1,))
+    step, meters = make_step(opt, network, teacher, image.device), Meters(image.device, (1,))
     optimizer = sgd(opt, [v for v in params.values() if v.requires_grad])
 
     def update(images, labels):
         optimizer.zero_grad()
-        _weighted_loss(opt, step, (images, labels, len(images)), 1, meters)[0].backward()
+        weighted_loss(opt, step, (images, labels, len(images)), 1, meters)[0].backward()
         optimizer.step()
         if len(meters.pending) == FLUSH:
             meters.flush(1)
@@ -324,7 +324,7 @@ def check_teacher(record, accuracy, same_test_set):
         say(f'teacher: {accuracy:.2f}% on the test images, {logged:.2f}% by its log')
 
 
-class _Meters:
+class Meters:
     """Losses and accuracy of a training epoch; they stay on the device until `flush`."""
 
     def __init__(self, device, topk):
@@ -431,7 +431,7 @@ def _load_run_(opt, params, trained, optimizer):
 
 def _check_progress(progress, opt, params, path):
     """Refuse a position in an epoch that is damaged, or of other batches or another number of workers."""
-    meters, shapes = _Meters(torch.device('cpu'), (1,)), {k: v.shape for k, v in _statistics(params).items()}
+    meters, shapes = Meters(torch.device('cpu'), (1,)), {k: v.shape for k, v in _statistics(params).items()}
     try:
         found = [progress['batch_size'], progress['seed'], len(progress['workers'])]
         if found != [opt.batch_size, opt.seed, world()]:
@@ -470,11 +470,11 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(
             return say(f'nothing to do: {done} of {opt.epochs} epochs are done')
         runs.open_run(opt, done)
         facts = {**vars(opt), **facts, 'n_parameters': num_trained(params), **environment(device)}
-        run = _Run(opt, params, trained, optimizer, requests, _Meters(device, topk), done, progress)
+        run = _Run(opt, params, trained, optimizer, requests, Meters(device, topk), done, progress)
         engine = Engine()
         engine.hooks = _hooks(run, f, train_batches, test_batches, device, facts, topk)
         engine.train(
-            lambda sample: _weighted_loss(opt, step, sample, run.epoch, run.meters), None, opt.epochs, optimizer
+            lambda sample: weighted_loss(opt, step, sample, run.epoch, run.meters), None, opt.epochs, optimizer
         )
     if opt.save:
         say(f'log: {os.path.join(opt.save, "log.txt")}\nmodel: {os.path.join(opt.save, "model.pt7")}')
@@ -593,7 +593,7 @@ def _bar(batches, name, start):
     return tqdm(batches, name, total, initial=start, unit='step', leave=False, disable=True if rank() else None)
 
 
-def _weighted_loss(opt, step, sample, epoch, meters):
+def weighted_loss(opt, step, sample, epoch, meters):
     """What this worker differentiates, and the logits; the named terms go to the meters.
 
     Gradients are averaged over workers, so the loss of a share counts by its part of the global batch.
