@@ -4,8 +4,8 @@
     python benchmarks/epoch.py --dataroot data        # of CIFAR-10
     python benchmarks/epoch.py --compile --json
 
-WRN-16-1 learns from WRN-16-2 by attention transfer. Ours goes through `engine.fit` and `data` with --dtype. The plain
-loop reads PIL images from a torchvision dataset through its transforms and a DataLoader, takes the plain step of step.py
+WRN-16-1 learns from WRN-16-2 by attention transfer. Ours goes through `engine.fit` and `data` with --dtype. The other
+reads PIL images from a torchvision dataset through its transforms and a DataLoader, takes the plain step of step.py
 and evaluates in float32. They run in turns; each ratio is that of a pair.
 """
 
