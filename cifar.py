@@ -37,7 +37,8 @@ def network(opt):
 
 def build_data(opt, device):
     """The data set, and train_batches(epoch) and test_batches() on the device."""
-    dataset = data.load(opt.dataset, opt.dataroot, opt.image_size, opt.holdout, opt.nthread, workers.say)
+    source = opt.dataset, opt.dataroot, opt.image_size, opt.holdout, opt.nthread
+    dataset = data.load(*source, workers.say, opt.follow_links)
     workers.say(f'{opt.dataset}: {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images')
     train, test = dataset.train.to(device), dataset.test.to(device)
     augment = int(opt.randomcrop_pad), dataset.flip, opt.seed

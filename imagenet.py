@@ -23,6 +23,7 @@ def parse():
     parser = options.Parser(__doc__)
     flag = parser.add_argument_group('data and teacher').add_argument
     flag('--imagenetpath', default='.', help='folder that holds train/<class>/* and val/<class>/*')
+    flag('--follow_links', action='store_true', help='read images that links out of that folder lead to')
     flag('--image_size', default=224, type=options.number(int, 32, 1024), help='like 64, 128, 160, 224 (default), 256')
     flag('--skip_bad_images', action='store_true', help='leave unreadable images out of the evaluation')
     flag('--teacher_params', default='', help='file with the teacher, or torchvision:resnet34; none trains a baseline')
@@ -44,7 +45,7 @@ def parse():
 
 def build_data(opt, device):
     """The data set, and train_batches(epoch) and test_batches() on the device."""
-    dataset = imagefolder.load(opt.imagenetpath)
+    dataset = imagefolder.load(opt.imagenetpath, opt.follow_links)
     workers.say(f'{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} validation images')
     share = workers.rank(), workers.world(), opt.nthread, device
     train_batches = partial(imagefolder.TrainBatches, dataset.train, opt.batch_size, opt.image_size, opt.seed, *share)

@@ -123,6 +123,7 @@ def parse_cifar(description, words=None):
     flag = parser.add_argument_group('data and teacher').add_argument
     flag('--dataset', default='CIFAR10', help='CIFAR10, CIFAR100, folder or digits')
     flag('--dataroot', '--data_root', default='.', help='where the data set is, or is to be downloaded')
+    flag('--follow_links', action='store_true', help='of a folder, read images that links out of it lead to')
     flag('--image_size', default=32, type=number(int, 8, 512), help='for folder and digits (default: 32)')
     flag('--randomcrop_pad', default=4, type=number(float, 0, 511), help='pixels around a crop (default: 4)')
     flag('--holdout', default=0, type=number(int, 0), help='test on the last N training images instead')

@@ -12,7 +12,9 @@ from schedules import lr_at
 from workers import rank, say
 
 MAX_LOG = 2**28  # characters; an epoch takes 2,000
-NOT_SETTINGS = set('save resume overwrite save_every nthread gpu_id dataroot imagenetpath max_restarts'.split())
+NOT_SETTINGS = set(
+    'save resume overwrite save_every nthread gpu_id dataroot imagenetpath follow_links max_restarts'.split()
+)
 
 
 def read_log(path):
@@ -54,12 +56,16 @@ def line_of(record):
 def append_line(path, line):
     """Add a line to a log and flush it to the disk; OSError where that fails."""
     try:
-        with open(path, 'a') as file:
+        with open(path, 'a', opener=_open_no_link) as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(f'{path} could not be written: {error.strerror}') from None
+
+
+def _open_no_link(path, flags):
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def commit():

@@ -20,6 +20,7 @@ WRONG = {  # flag: values that it has to refuse
     'image_size': ['0', '7', '1000000', '32.5'],
     'randomcrop_pad': ['-1', '2.5', '32', 'nan', 'four'],
     'dataroot': [],  # read for folder and CIFAR alone
+    'follow_links': ['yes'],
     'holdout': ['-1', '0.5', 'many', '1000'],
     'teacher_id': ['nobody', '../..'],
     'depth': ['0', '-16', '15', '16.0', 'deep', '9' * 30],
