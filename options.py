@@ -4,7 +4,9 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
+import time
 
 import torch
 
@@ -13,6 +15,7 @@ from stopping import Stopped
 from utils import DTYPES
 
 TRANSFERS = 'attention maps (eq. 2), all activations (F-ActT, table 1) or input gradients (eq. 5, table 3)'
+OUT_OF_MEMORY = 'out of memory', "can't allocate memory"  # in what torch says on GPUs and on CPUs
 LOST_PEER = 3  # exit status of a worker that stops because another one is gone
 
 
@@ -70,6 +73,13 @@ def group_list(text):
     return text
 
 
+def gpu_list(text):
+    """An argparse type: what CUDA_VISIBLE_DEVICES takes, numbers or identifiers separated by commas."""
+    if not re.fullmatch(r'((\d+|(GPU|MIG)-[\w/-]+)(,|$))*(?<!,)', text):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a list of GPUs like 0,1')
+    return text
+
+
 def common_flags(parser, *, depth, batch_size, epochs, epoch_step, lr_decay_ratio, weight_decay):
     """Add the shared flags, with a script's own defaults, under upstream's names and its early spellings."""
     flag = parser.add_argument_group('network').add_argument
@@ -114,7 +124,7 @@ def common_flags(parser, *, depth, batch_size, epochs, epoch_step, lr_decay_rati
     flag('--ngpu', default=1, type=number(int, 1, 1024), help='workers: one a GPU, or CPU processes without GPUs')
     flag('--sync_bn', action='store_true', help="batch norm over all workers' images, not each worker's share")
     flag('--max_restarts', default=0, type=number(int, 0, 1000), help='begin again so often when a worker dies')
-    flag('--gpu_id', default='', help='GPUs to use, like 0,1 (default: all that CUDA_VISIBLE_DEVICES allows)')
+    flag('--gpu_id', default='', type=gpu_list, help='like 0,1 (default: all that CUDA_VISIBLE_DEVICES allows)')
 
 
 def parse_cifar(description, words=None):
@@ -175,25 +185,35 @@ def run(main):
     A run that a signal stopped says how to go on and exits with 143 (SIGTERM), 130 (SIGINT) or 0 (SIGUSR1).
     With AT_TRACEBACK=1 in the environment the traceback is shown instead.
     """
+    first = int(os.environ.get('RANK', 0)) == 0
     try:
-        try:
-            main()
-        finally:
-            if torch.distributed.is_initialized():  # or a thread of its may crash the interpreter as that ends
-                torch.distributed.destroy_process_group()
+        main()
     except Stopped as stop:
-        if int(os.environ.get('RANK', 0)) == 0:
+        if first:
             print(f'{os.path.basename(sys.argv[0])}: {stop}', file=sys.stderr)
         sys.exit(stop.status)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if isinstance(error, torch.distributed.DistError) or '/gloo/' in str(error):
             sys.exit(LOST_PEER)  # another worker is gone, of which the launcher tells
-        raise
+        full = isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+        if not full or os.environ.get('AT_TRACEBACK'):
+            raise
+        _report(f'out of memory ({error}); try a smaller --batch_size, --image_size or network', first)
+        sys.exit(1)
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
         if os.environ.get('AT_TRACEBACK'):
             raise
-        if int(os.environ.get('RANK', 0)) == 0:
-            message = ' '.join(str(error).split()) or 'interrupted'
-            print(f'{os.path.basename(sys.argv[0])}: error: {message}', file=sys.stderr)
+        if first or not isinstance(error, KeyboardInterrupt):
+            _report(str(error) or 'interrupted', first)
         status = {FloatingPointError: 1, KeyboardInterrupt: 130}
         sys.exit(status.get(type(error), 2))
+    finally:
+        if torch.distributed.is_initialized():  # or a thread of its may crash the interpreter as that ends
+            torch.distributed.destroy_process_group()
+
+
+def _report(message, first):
+    """Print an error in one line; what all workers run into the first tells alone, and the launcher ends the others."""
+    if not first:
+        time.sleep(5)  # still here: it is this worker's own
+    print(f'{os.path.basename(sys.argv[0])}: error: {" ".join(message.split())}', file=sys.stderr)

@@ -5,8 +5,11 @@ import inspect
 import pathlib
 import re
 import sys
+import time
+import types
 
 import pytest
+import torch
 from conftest import refused
 
 import cifar
@@ -52,7 +55,7 @@ WRONG = {  # flag: values that it has to refuse
     'overwrite': ['yes'],
     'nthread': ['-1', '1.5', '1000000'],
     'ngpu': ['0', '-1', '1.5', '999', '1000000'],
-    'gpu_id': [],
+    'gpu_id': ['0;1', 'a', '0,', '-1'],
     'sync_bn': ['yes'],
     'max_restarts': ['-1', '1.5'],
 }
@@ -207,6 +210,18 @@ def test_flags_that_contradict_each_other_are_refused(script):
     assert refused(script(cifar, '--resume auto'), '--save, which is not given')
     assert refused(script(cifar, '--resume auto --save x --overwrite'), 'contradict')
     assert refused(script(cifar, '--ngpu 2 --batch_size 3'), '--batch_size 3 is not a multiple of the 2 workers')
+
+
+def test_running_out_of_memory_is_told_in_one_line(script):
+    greedy = types.SimpleNamespace(__name__='greedy', main=lambda: torch.empty(2**50))
+    status, _, err = script(greedy)
+    assert status == 1 and err.count('\n') == 1 and err.startswith('greedy.py: error: out of memory'), err
+
+
+def test_a_network_that_no_memory_holds_takes_none_before_the_rest_is_checked(script):
+    since = time.monotonic()
+    assert refused(script(cifar, '--dataset folder --dataroot nowhere --width 100 --depth 100'), 'nowhere')
+    assert time.monotonic() - since < 30  # it has 15 billion parameters
 
 
 def test_main_is_a_table_of_contents():
