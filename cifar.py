@@ -11,6 +11,8 @@ WRN-16-1 alone errs on 8.77% of CIFAR-10's test images in the paper, with attent
 
 from functools import partial
 
+import torch
+
 import data
 import engine
 import options
@@ -24,7 +26,8 @@ TEST_SET = {'dataset': 'CIFAR10', 'holdout': 0, 'image_size': 32}
 
 def parse():
     opt = options.parse_cifar(__doc__)
-    network(opt)(2)  # a shape that is none is told before anything else begins
+    with torch.device('meta'):  # no memory: a shape that is none is told before anything else begins
+        network(opt)(2)
     return opt
 
 
@@ -54,7 +57,8 @@ def build_teacher(opt, dataset, test_batches, device):
     f, params, record = engine.find_teacher(opt.teacher_id)
     engine.check_classes(f'--teacher_id {opt.teacher_id}', params, dataset.num_classes)
     params = engine.place(params, opt.dtype, device)
-    _, (accuracy,) = engine.evaluate(f, params, test_batches(), device, opt.dtype)
+    evaluated = f, params, test_batches(), device, opt.dtype
+    (accuracy,) = engine.evaluate_teacher(f'--teacher_id {opt.teacher_id}', *evaluated)
     same = all(record.get(flag, default) == getattr(opt, flag) for flag, default in TEST_SET.items())
     engine.check_teacher(record, accuracy, same)
     return partial(f, params=params, mode=False)

@@ -39,7 +39,8 @@ def parse():
     )
     opt = parser.parse_args()
     options.check(opt, opt.teacher_params, '--teacher_params')
-    imagenet_resnet(opt.depth, opt.width, 2)  # a shape that is none is told before anything else begins
+    with torch.device('meta'):  # no memory: a shape that is none is told before anything else begins
+        imagenet_resnet(opt.depth, opt.width, 2)
     return opt
 
 
@@ -65,7 +66,7 @@ def build_teacher(opt, num_classes, test_batches, topk, device):
     if f is imagenet_forward:
         params = fold_batch_norm(params)
     if not opt.skip_teacher_check:
-        _, accuracies = engine.evaluate(f, params, test_batches(), device, opt.dtype, topk)
+        accuracies = engine.evaluate_teacher(opt.teacher_params, f, params, test_batches(), device, opt.dtype, topk)
         workers.say('teacher:', ', '.join(f'top-{k} {a:.2f}%' for k, a in zip(topk, accuracies)))
     return partial(f, params=params, mode=False)
 

@@ -105,10 +105,14 @@ def changed_settings(opt, records):
         return []
     before = dict(records[-1])
     if before.get('lr') and before.get('lr_decay_ratio'):  # the log has the rate of the epoch, not the flag
-        steps = json.loads(before.get('epoch_step', '[]'))
-        before['lr'] = float(f'{before["lr"] / lr_at(before.get("epoch", 1), 1, steps, before["lr_decay_ratio"]):.12g}')
+        try:
+            steps = json.loads(before.get('epoch_step', '[]'))
+            lr = before['lr'] / lr_at(before.get('epoch', 1), 1, steps, before['lr_decay_ratio'])
+            before['lr'] = float(f'{lr:.12g}')
+        except (ArithmeticError, TypeError, ValueError):
+            del before['lr']  # a log that no run wrote
     now = {k: v for k, v in vars(opt).items() if k not in NOT_SETTINGS}
-    return [f'{k} {before[k]}, not {v}' for k, v in now.items() if k in before and before[k] != v]
+    return [f'{k} {before[k]!r:.99}, not {v!r:.99}' for k, v in now.items() if k in before and before[k] != v]
 
 
 def _resumes_own(opt):
@@ -146,6 +150,17 @@ def open_run(opt, done):
     log, model = (os.path.join(opt.save, name) for name in ('log.txt', 'model.pt7'))
     if opt.overwrite and os.path.exists(model):
         os.unlink(model)
-    if os.path.exists(log):
-        kept = [] if opt.overwrite else [r for r in read_log(log) if r.get('epoch', 0) <= done]
+    if os.path.lexists(log):
+        epochs = [(_epoch(record), record) for record in ([] if opt.overwrite else read_log(log))]
+        last = max((epoch for epoch, _ in epochs), default=0)
+        if last > done + 1:  # a run that is killed logs one epoch more than it saves
+            raise ValueError(
+                f'{log} tells of {last} epochs, but {done} are in the checkpoint: '
+                'put the right model.pt7 beside it, or begin anew with --overwrite'
+            )
+        kept = [record for epoch, record in epochs if epoch <= done]
         checkpoint.write_whole(log, ''.join(map(line_of, kept)).encode())
+
+
+def _epoch(record):
+    return record['epoch'] if isinstance(record.get('epoch'), int) else 0
