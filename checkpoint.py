@@ -164,7 +164,7 @@ def _has_shape(shape, found):
     """Whether (depth, width) is that of (kind, depth, width), to the channel."""
     kind, depth, width = found
     unit = 32 if kind == 'NIN' else 64
-    return shape[0] == depth and isinstance(shape[1], int | float) and int(unit * shape[1]) == int(unit * width)
+    return shape[0] == depth and isinstance(shape[1], int | float) and 0 <= unit * shape[1] - int(unit * width) < 1
 
 
 def _kind(params):

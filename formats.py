@@ -388,6 +388,10 @@ def _onnx(params, f, size):
         raise ValueError(f'--to onnx needs {error.name}: pip install -r requirements-dev.txt') from None
     network = torch.nn.Module()
     network.forward = lambda images: f(images, params, False)[0]
+    try:
+        network(torch.zeros(2, 3, size, size))
+    except RuntimeError:
+        raise ValueError(f'--image_size {size} is too small for the network') from None
     batch = {'images': {0: torch.export.Dim('N', min=1)}}
     program = torch.onnx.export(
         network.eval(),

@@ -15,6 +15,7 @@ from stopping import Stopped
 from utils import DTYPES
 
 TRANSFERS = 'attention maps (eq. 2), all activations (F-ActT, table 1) or input gradients (eq. 5, table 3)'
+MOST = 1e30  # of a rate or a weight: products of two stay below what float32 holds, or are seen as not finite
 OUT_OF_MEMORY = 'out of memory', "can't allocate memory"  # in what torch says on GPUs and on CPUs
 LOST_PEER = 3  # exit status of a worker that stops because another one is gone
 
@@ -89,17 +90,23 @@ def common_flags(parser, *, depth, batch_size, epochs, epoch_step, lr_decay_rati
 
     flag = parser.add_argument_group('training').add_argument
     flag('--epochs', default=epochs, type=number(int, 1), metavar='N', help='default: %(default)s')
-    flag('--batch_size', '--batchSize', default=batch_size, type=number(int, 2), help='of all workers together')
-    flag('--lr', default=0.1, type=number(float, 0, above=True), help='learning rate (default: 0.1)')
+    flag('--batch_size', '--batchSize', default=batch_size, type=number(int, 2, 2**31), help='of all workers together')
+    flag('--lr', default=0.1, type=number(float, 0, MOST, above=True), help='learning rate (default: 0.1)')
     flag('--epoch_step', default=epoch_step, type=epoch_list, help='JSON list of the epochs at whose start lr drops')
-    flag('--lr_decay_ratio', default=lr_decay_ratio, type=number(float, 0), help='what lr is multiplied by there')
-    flag('--weight_decay', '--weightDecay', default=weight_decay, type=number(float, 0), help='default: %(default)s')
+    flag('--lr_decay_ratio', default=lr_decay_ratio, type=number(float, 0, 1), help='what lr is multiplied by there')
+    flag(
+        '--weight_decay',
+        '--weightDecay',
+        default=weight_decay,
+        type=number(float, 0, MOST),
+        help='default: %(default)s',
+    )
     flag('--seed', default=0, type=number(int, 0, 2**63 - 1), help='of initialisation, order and augmentation')
 
     flag = parser.add_argument_group('transfer from a teacher').add_argument
     flag('--alpha', default=0, type=number(float, 0, 1), help='weight of knowledge distillation (section 4.1: 0.9)')
-    flag('--temperature', default=4, type=number(float, 0, above=True), help='of distillation (section 4.1: 4)')
-    flag('--beta', default=0, type=number(float, 0), help='weight of attention transfer (section 4.1: 1e+3)')
+    flag('--temperature', default=4, type=number(float, 1e-6, 1e6), help='of distillation (section 4.1: 4)')
+    flag('--beta', default=0, type=number(float, 0, MOST), help='weight of attention transfer (section 4.1: 1e+3)')
     flag('--beta_decay', default='none', choices=list(BETA_DECAYS), help='how beta falls to 0 (section 4.1, AT+KD)')
     flag('--transfer', default='activation', choices=['activation', 'full', 'gradient'], help=TRANSFERS)
     flag('--at_form', default='code', choices=['code', 'paper'], help="the loss of the authors' code, or eq. 2")
@@ -111,7 +118,7 @@ def common_flags(parser, *, depth, batch_size, epochs, epoch_step, lr_decay_rati
     flag(
         '--penalty', default='none', choices=['none', 'symmetry', 'min_l2'], help='on input gradients (eq. 6, table 3)'
     )
-    flag('--gamma', default=0, type=number(float, 0), help='weight of --penalty (section 3.2)')
+    flag('--gamma', default=0, type=number(float, 0, MOST), help='weight of --penalty (section 3.2)')
 
     flag = parser.add_argument_group('run').add_argument
     flag('--save', default='', help='folder for log.txt and model.pt7; without it, nothing is kept')
@@ -216,4 +223,5 @@ def _report(message, first):
     """Print an error in one line; what all workers run into the first tells alone, and the launcher ends the others."""
     if not first:
         time.sleep(5)  # still here: it is this worker's own
-    print(f'{os.path.basename(sys.argv[0])}: error: {" ".join(message.split())}', file=sys.stderr)
+    line = ''.join(c if c.isprintable() else '?' for c in ' '.join(message.split()))  # it may quote a hostile file
+    print(f'{os.path.basename(sys.argv[0])}: error: {line}', file=sys.stderr)

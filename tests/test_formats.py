@@ -22,6 +22,7 @@ from conftest import refused
 
 import checkpoint
 import formats
+import nin
 import resnet
 
 
@@ -314,6 +315,9 @@ def test_what_cannot_be_exported_leaves_no_file(script, tmp_path, monkeypatch):
     assert refused(script(checkpoint, 'export', [tmp_path / 'none', out], '--to hkl'), 'no such checkpoint')
     assert refused(script(checkpoint, 'export', [tmp_path, out], '--to pickle'), 'invalid choice')
     checkpoint.save(tmp_path / 'model.pt7', {'params': wide_resnet()[1]})
+    checkpoint.save(tmp_path / 'nin.pt7', {'params': nin.nin(1 / 32, 4)[1]})
+    small = script(checkpoint, 'export', [tmp_path / 'nin.pt7', out], '--to onnx --image_size 1')
+    assert refused(small, '--image_size 1 is too small for the network')
     monkeypatch.setitem(sys.modules, 'onnxscript', None)  # as if it were not installed
     assert refused(script(checkpoint, 'export', [tmp_path, out], '--to onnx'), 'needs onnxscript: pip install')
     assert not out.exists()

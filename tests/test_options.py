@@ -30,19 +30,19 @@ WRONG = {  # flag: values that it has to refuse
     'width': ['0', '-1', 'nan', 'inf', '1e9', 'wide'],
     'dtype': ['float8', ''],
     'epochs': ['0', '-1', '1.5', '1e3'],
-    'batch_size': ['0', '1', '-128', '1e2'],
-    'lr': ['0', '-0.1', 'nan', 'inf', 'fast'],
+    'batch_size': ['0', '1', '-128', '1e2', '9' * 30],
+    'lr': ['0', '-0.1', 'nan', 'inf', '1e300', 'fast'],
     'epoch_step': ['60', '[60', '[2,1]', '[1,1]', '[0]', '[1.5]', '["1"]', '[true]', '{}', '[' * 100_000, 'null'],
-    'lr_decay_ratio': ['-1', 'nan', 'inf'],
-    'weight_decay': ['-1', 'nan', 'inf'],
+    'lr_decay_ratio': ['-1', '1.1', 'nan', 'inf'],
+    'weight_decay': ['-1', 'nan', 'inf', '1e300'],
     'seed': ['-1', '1.5', str(2**63)],
     'alpha': ['-0.1', '1.1', 'nan', '0.5'],  # the last for want of a teacher
-    'temperature': ['0', '-4', 'nan', 'inf'],
-    'beta': ['-1', 'nan', 'inf', '1000'],
+    'temperature': ['0', '-4', 'nan', 'inf', '1e300', '1e-300'],
+    'beta': ['-1', 'nan', 'inf', '1e300', '1000'],
     'beta_decay': ['cubic'],
     'transfer': ['attention', 'full', 'gradient'],  # the last two for want of --beta
     'penalty': ['l2', 'symmetry'],  # for want of --gamma
-    'gamma': ['-1', 'nan', 'inf', '1'],  # for want of --penalty
+    'gamma': ['-1', 'nan', 'inf', '1e300', '1'],  # for want of --penalty
     'net': ['resnet', ''],
     'no_bn': ['yes'],
     'at_form': ['sum'],
