@@ -36,13 +36,15 @@ def write_whole(path, content):
     """Replace a file's content (bytes) so that a reader, or a crash, sees the old or the new, never a part."""
     temporary = f'{path}.tmp'
     try:
-        with open(temporary, 'wb') as file:
+        if os.path.lexists(temporary):
+            os.unlink(temporary)  # of a killed run, or a link that somebody laid there to be written through
+        with open(temporary, 'xb') as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if os.path.exists(temporary):
+        if os.path.lexists(temporary):
             os.unlink(temporary)
         raise OSError(f'{path} could not be written: {error.strerror}; what was there before is whole') from None
 
@@ -168,7 +170,7 @@ def _has_shape(shape, found):
     """Whether (depth, width) is that of (kind, depth, width), to the channel."""
     kind, depth, width = found
     unit = 32 if kind == 'NIN' else 64
-    return shape[0] == depth and isinstance(shape[1], int | float) and int(unit * shape[1]) == int(unit * width)
+    return shape[0] == depth and isinstance(shape[1], int | float) and 0 <= unit * shape[1] - int(unit * width) < 1
 
 
 def _kind(params):

@@ -258,6 +258,14 @@ def evaluate(f, params, batches, device, dtype='float', topk=(1,), on_batch=lamb
     return loss / n, [100 * (1 - w / n) for w in wrong]
 
 
+def evaluate_teacher(name, *network_and_batches):
+    """The accuracies that `evaluate` finds; ValueError where the logits of the teacher of that name are not finite."""
+    loss, accuracies = evaluate(*network_and_batches)
+    if not math.isfinite(loss):
+        raise ValueError(f'{name} cannot teach: its logits on the test images are not finite (cross entropy {loss})')
+    return accuracies
+
+
 def place(params, dtype, device):
     """A network's parameters on the device: float64 for --dtype double, float32 for every other."""
     return cast(params, 'double' if DTYPES[dtype] == torch.float64 else 'float', device)
@@ -312,7 +320,7 @@ def find_teacher(teacher_id):
 def check_teacher(record, accuracy, same_test_set):
     """Refuse a teacher whose accuracy is not what the last line of its own log says, to half a point."""
     logged = record.get('test_acc')
-    logged = logged[0] if isinstance(logged, list) else logged
+    logged = logged[0] if isinstance(logged, list) and logged else logged
     if not isinstance(logged, (int, float)) or not same_test_set:
         say(f'teacher: {accuracy:.2f}% on these test images; its log has no figure to compare that with')
     elif not abs(logged - accuracy) <= 0.5:
@@ -389,13 +397,13 @@ class Meters:
         return [100 * (1 - w / n) for w in wrong]
 
 
-def _resume_(opt, params, trained, optimizer):
+def _resume_(opt, params, trained, optimizer, topk):
     """Load the checkpoint that --resume names into params and optimizer; returns its epoch and progress.
 
     The epoch is the number of whole ones; progress is what the one that was interrupted had come to, or None. The first
     worker alone reads the file and tells the others, who may be on machines that do not see it.
     """
-    told = list(_load_run_(opt, params, trained, optimizer)) if rank() == 0 else [0, None]
+    told = list(_load_run_(opt, params, trained, optimizer, topk)) if rank() == 0 else [0, None]
     if world() > 1:
         dist.broadcast_object_list(told, 0)
         for value in params.values():
@@ -409,7 +417,7 @@ def _resume_(opt, params, trained, optimizer):
     return epoch, progress
 
 
-def _load_run_(opt, params, trained, optimizer):
+def _load_run_(opt, params, trained, optimizer, topk):
     path = os.path.join(opt.save, 'model.pt7') if opt.resume == 'auto' else opt.resume
     if not path or (opt.resume == 'auto' and not os.path.exists(path)):
         return 0, None
@@ -417,35 +425,40 @@ def _load_run_(opt, params, trained, optimizer):
     momentum, epoch, progress = (state.get(key) for key in ('optimizer', 'epoch', 'progress'))
     if not isinstance(momentum, dict) or type(epoch) is not int or not isinstance(progress, dict | None):
         raise ValueError(f'{path} holds parameters alone, without momentum and epoch: it can teach, but not be resumed')
-    if set(momentum) != set(trained) or any(momentum[k].shape != v.shape for k, v in trained.items()):
-        raise ValueError(f'{path}: its momentum does not fit the network')
+    shapes = {k: getattr(v, 'shape', None) for k, v in momentum.items()}
+    if epoch < 0 or shapes != {k: v.shape for k, v in trained.items()}:
+        raise ValueError(f'{path}: its momentum or epoch does not fit the network')
     if progress is not None:
-        _check_progress(progress, opt, params, path)
+        _check_progress(progress, opt, params, path, topk)
     checkpoint.restore_(params, state['params'], path)
     for key, value in trained.items():
-        optimizer.state[value]['momentum_buffer'] = momentum[key].to(value)
+        optimizer.state[value]['momentum_buffer'] = momentum[key].to(value, copy=True)
     place = f'step {progress["steps"]} of epoch {epoch + 1}' if progress else f'epoch {epoch}'
     say(f'resumed from {path} after {place}')
     return epoch, progress
 
 
-def _check_progress(progress, opt, params, path):
+def _check_progress(progress, opt, params, path, topk):
     """Refuse a position in an epoch that is damaged, or of other batches or another number of workers."""
-    meters, shapes = Meters(torch.device('cpu'), (1,)), {k: v.shape for k, v in _statistics(params).items()}
+    meters, shapes = Meters(torch.device('cpu'), topk), {k: v.shape for k, v in _statistics(params).items()}
     try:
         found = [progress['batch_size'], progress['seed'], len(progress['workers'])]
-        if found != [opt.batch_size, opt.seed, world()]:
+        whole = all(type(v) is int for v in [*found, progress['steps'], progress['images']]) and progress['steps'] >= 0
+        if whole and found != [opt.batch_size, opt.seed, world()]:
             flags = '--batch_size {}, --seed {} and {} workers'.format(*found)
             raise ValueError(f'{path} was saved in the middle of an epoch with {flags}: go on with the same')
         for mine in progress['workers']:
             meters.restore(progress, mine)
             if world() > 1:
                 checkpoint.check_fit(shapes, mine['statistics'], path)
-        meters.images += meters.seconds + meters.bad + meters.steps + meters.errors.n + sum(meters.errors.sum.values())
-        whole = all(type(v) is float for value in progress['values'].values() for v in value.values())
+            whole &= type(meters.bad) is type(meters.errors.n) is int and isinstance(meters.seconds, float)
+            whole &= set(meters.errors.sum) == set(topk) and all(type(n) is int for n in meters.errors.sum.values())
+        fields, values = set(vars(AverageValueMeter())), progress['values']
+        whole &= not progress['steps'] or 'loss' in values
+        whole &= all(set(v) == fields and all(type(n) is float for n in v.values()) for v in values.values())
     except (AttributeError, KeyError, TypeError):
         whole = False
-    if not whole or type(progress['steps']) is not int:
+    if not whole:
         raise ValueError(f'{path}: its position in the epoch cannot be read')
 
 
@@ -465,7 +478,7 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(
     with runs.locked(opt), Requests() as requests:
         trained = {k: v for k, v in params.items() if v.requires_grad}
         optimizer = sgd(opt, trained.values())
-        done, progress = _resume_(opt, params, trained, optimizer)
+        done, progress = _resume_(opt, params, trained, optimizer, topk)
         if done >= opt.epochs:
             return say(f'nothing to do: {done} of {opt.epochs} epochs are done')
         runs.open_run(opt, done)
