@@ -18,7 +18,7 @@ import torch
 import formats
 import options
 import resnet
-from nin import nin, nin_shape
+from nin import fold_nin, nin, nin_shape
 from utils import STATISTICS, num_trained, without_adapters
 
 
@@ -36,13 +36,15 @@ def write_whole(path, content):
     """Replace a file's content (bytes) so that a reader, or a crash, sees the old or the new, never a part."""
     temporary = f'{path}.tmp'
     try:
-        with open(temporary, 'wb') as file:
+        if os.path.lexists(temporary):
+            os.unlink(temporary)  # of a killed run, or a link that somebody laid there to be written through
+        with open(temporary, 'xb') as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if os.path.exists(temporary):
+        if os.path.lexists(temporary):
             os.unlink(temporary)
         raise OSError(f'{path} could not be written: {error.strerror}; what was there before is whole') from None
 
@@ -153,6 +155,12 @@ def build(loaded, path, shape=None):
     return f, params
 
 
+def fold(params):
+    """A network's params, as `build` returns them, with batch norm folded where a convolution is before it."""
+    folders = {'NIN': fold_nin, 'ResNet': resnet.fold_batch_norm, 'WRN': resnet.fold_wide_resnet}
+    return folders[_kind(params)](params)
+
+
 def _name(kind_depth_width):
     parts = (part for part in kind_depth_width if part is not None)
     return '-'.join(f'{part:g}' if isinstance(part, float) else str(part) for part in parts)
@@ -162,7 +170,7 @@ def _has_shape(shape, found):
     """Whether (depth, width) is that of (kind, depth, width), to the channel."""
     kind, depth, width = found
     unit = 32 if kind == 'NIN' else 64
-    return shape[0] == depth and isinstance(shape[1], int | float) and int(unit * shape[1]) == int(unit * width)
+    return shape[0] == depth and isinstance(shape[1], int | float) and 0 <= unit * shape[1] - int(unit * width) < 1
 
 
 def _kind(params):

@@ -11,6 +11,9 @@ WRN-16-1 alone errs on 8.77% of CIFAR-10's test images in the paper, with attent
 
 from functools import partial
 
+import torch
+
+import checkpoint
 import data
 import engine
 import options
@@ -24,7 +27,8 @@ TEST_SET = {'dataset': 'CIFAR10', 'holdout': 0, 'image_size': 32}
 
 def parse():
     opt = options.parse_cifar(__doc__)
-    network(opt)(2)  # a shape that is none is told before anything else begins
+    with torch.device('meta'):  # no memory: a shape that is none is told before anything else begins
+        network(opt)(2)
     return opt
 
 
@@ -37,7 +41,8 @@ def network(opt):
 
 def build_data(opt, device):
     """The data set, and train_batches(epoch) and test_batches() on the device."""
-    dataset = data.load(opt.dataset, opt.dataroot, opt.image_size, opt.holdout, opt.nthread, workers.say)
+    source = opt.dataset, opt.dataroot, opt.image_size, opt.holdout, opt.nthread
+    dataset = data.load(*source, workers.say, opt.follow_links)
     workers.say(f'{opt.dataset}: {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images')
     train, test = dataset.train.to(device), dataset.test.to(device)
     augment = int(opt.randomcrop_pad), dataset.flip, opt.seed
@@ -47,13 +52,14 @@ def build_data(opt, device):
 
 
 def build_teacher(opt, dataset, test_batches, device):
-    """The teacher as x -> (logits, groups), checked against its own log; None where no teacher is named."""
+    """The teacher as x -> (logits, groups), folded and checked against its own log; None where none is named."""
     if not opt.teacher_id:
         return None
     f, params, record = engine.find_teacher(opt.teacher_id)
     engine.check_classes(f'--teacher_id {opt.teacher_id}', params, dataset.num_classes)
-    params = engine.place(params, opt.dtype, device)
-    _, (accuracy,) = engine.evaluate(f, params, test_batches(), device, opt.dtype)
+    params = engine.freeze(checkpoint.fold(params), opt.dtype, device)
+    evaluated = f, params, test_batches(), device, opt.dtype
+    (accuracy,) = engine.evaluate_teacher(f'--teacher_id {opt.teacher_id}', *evaluated)
     same = all(record.get(flag, default) == getattr(opt, flag) for flag, default in TEST_SET.items())
     engine.check_teacher(record, accuracy, same)
     return partial(f, params=params, mode=False)

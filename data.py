@@ -6,6 +6,7 @@ workers nor on where a run was resumed.
 
 import functools
 import os
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from typing import NamedTuple
@@ -17,7 +18,6 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torchvision  # noqa: E402
-from torchvision.datasets.folder import find_classes, make_dataset  # noqa: E402
 
 cv2.setNumThreads(0)
 
@@ -52,16 +52,17 @@ class Dataset(NamedTuple):
 # ------------------------------------------------------------------------------------------------------ data sets
 
 
-def load(dataset, root='.', image_size=32, holdout=0, nthread=4, note=print):
+def load(dataset, root='.', image_size=32, holdout=0, nthread=4, note=print, follow_links=False):
     """Load a data set: 'CIFAR10', 'CIFAR100', 'folder' or 'digits'.
 
     With `holdout`, the last that many training images take the place of the test set. `note` is told what the reader
-    should know. Raises ValueError or OSError, with a message for the user, where data is missing or damaged.
+    should know; `follow_links` is as of `find_images`. Raises ValueError or OSError, with a message for the user, where
+    data is missing or damaged.
     """
     if dataset == 'digits':
         loaded = _digits(image_size)
     elif dataset == 'folder':
-        loaded = _folder(root, image_size, nthread)
+        loaded = _folder(root, image_size, nthread, follow_links)
     elif dataset == 'CIFAR10' and os.path.isdir(os.path.join(root, BINARY_FOLDER)):
         loaded = _cifar10_binary(os.path.join(root, BINARY_FOLDER), note)
     elif dataset in ('CIFAR10', 'CIFAR100'):
@@ -137,18 +138,12 @@ def _digits(image_size):
     return Dataset(_images(pixels[:1000], labels[:1000]), _images(pixels[1000:], labels[1000:]), 10, flip=False)
 
 
-def _folder(root, image_size, nthread):
+def _folder(root, image_size, nthread, follow_links):
     if not os.path.isdir(root):
         raise OSError(f'{root}: no such folder')
     parts, names = [], []
     for part in ('train', 'test'):
-        folder = os.path.join(root, part)
-        if not os.path.isdir(folder):
-            raise OSError(f'{root} has no folder {part!r}: --dataset folder reads train/<class>/* and test/<class>/*')
-        classes, index = find_classes(folder)
-        if len(classes) < 2:
-            raise ValueError(f'{folder} has only one class, {classes[0]!r}: nothing to learn')
-        files = make_dataset(folder, index, IMAGE_SUFFIXES)
+        classes, files = find_images(root, part, follow_links)
         with ThreadPoolExecutor(max(1, nthread)) as pool:
             pixels = list(pool.map(lambda file: _square(read_image(file[0]), image_size), files))
         names.append(classes)
@@ -157,6 +152,54 @@ def _folder(root, image_size, nthread):
         odd = sorted(set(names[0]) ^ set(names[1]))
         raise ValueError(f'{root}: train and test have different classes; in one only: {", ".join(odd[:5])}')
     return Dataset(*parts, len(names[0]), flip=True)
+
+
+def find_images(root, part, follow_links=False):
+    """The files root/part/<class>/...: (names of the classes, [(path, number of the class), ...]), in order of names.
+
+    Raises OSError and ValueError, with a message for the user, where there are none, and ValueError for a link that
+    leads out of `root`, unless `follow_links` allows it. No link to a folder inside a class is followed: it may loop.
+    """
+    folder = os.path.join(root, part)
+    if not os.path.isdir(folder):
+        raise OSError(f'{root} has no folder {part!r}: expected {part}/<class>/*')
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not classes:
+        raise ValueError(f'{folder} has no folders of classes: expected {part}/<class>/*')
+    tops, allowed = [os.path.join(folder, name) for name in classes], None if follow_links else root
+    for path in (folder, *tops):
+        _check_link(path, allowed)
+    files = [(path, label) for label, top in enumerate(tops) for path in _images_below(top, allowed)]
+    if not files:
+        raise ValueError(f'{folder} holds no images: expected {part}/<class>/* of {" ".join(IMAGE_SUFFIXES)}')
+    if len(classes) < 2:
+        raise ValueError(f'{folder} has only one class, {classes[0]!r}: nothing to learn')
+    empty = set(range(len(classes))) - {label for _, label in files}
+    if empty:
+        raise ValueError(f'{tops[min(empty)]} holds no images')
+    return classes, files
+
+
+def _images_below(folder, allowed):
+    left = [folder]
+    while left:
+        entries = sorted(os.scandir(left.pop()), key=lambda entry: entry.name)
+        for entry in entries:
+            if entry.is_symlink():  # known from the listing: no look at each of a million files
+                _check_link(entry.path, allowed)
+                if entry.is_dir():
+                    raise ValueError(f'{entry.path} is a link to a folder inside a class: it is not followed')
+        folders = {entry.path for entry in entries if entry.is_dir()}
+        left += sorted(folders, reverse=True)
+        yield from (e.path for e in entries if e.path not in folders and e.name.lower().endswith(IMAGE_SUFFIXES))
+
+
+def _check_link(path, allowed):
+    """Refuse a link that leads out of the folder `allowed`; None allows all."""
+    if allowed is not None and os.path.islink(path):
+        tree = os.path.realpath(allowed)
+        if os.path.commonpath([tree, os.path.realpath(path)]) != tree:
+            raise ValueError(f'{path} is a link that leads out of {allowed}: --follow_links reads what is there')
 
 
 def _square(image, size):
@@ -171,9 +214,10 @@ def read_image(path, box=None):
     not decoded. Raises ValueError naming the file when it is unreadable or cut short (which OpenCV alone would pass
     over).
     """
-    with open(path, 'rb', buffering=0) as file:  # a buffer would only be one more copy
-        if os.fstat(file.fileno()).st_size > MAX_BYTES:
-            raise ValueError(f'{path} has more than {MAX_BYTES:,} bytes: it is not read')
+    with open(path, 'rb', buffering=0, opener=_open_at_once) as file:  # a buffer would only be one more copy
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:
+            raise ValueError(f'{path} is no file of at most {MAX_BYTES:,} bytes: it is not read')
         content = file.read()
     whole, frame = _scan_jpeg(content) if content.startswith(b'\xff\xd8') else (bool(content), None)
     image = None
@@ -186,6 +230,10 @@ def read_image(path, box=None):
     if image is None:
         raise ValueError(f'{path} is not a readable image{"" if whole else ": it is empty or cut short"}')
     return _part(image, box(*image.shape[:2])) if box else image
+
+
+def _open_at_once(path, flags):
+    return os.open(path, flags | os.O_NONBLOCK)  # or a named pipe would wait for a writer
 
 
 def _decode(content):

@@ -30,12 +30,13 @@ from utils import (
     STATISTICS,
     adapt,
     adapter_params,
-    at_loss,
+    attention_map,
     cast,
     full_activation_loss,
     gradient_loss,
     input_gradient,
     kd_loss,
+    map_loss,
     num_trained,
     print_tensor_dict,
     set_requires_grad_except_bn_,
@@ -77,31 +78,36 @@ def make_step(opt, student, teacher, device):
 
     student and teacher are x -> (logits, groups); teacher is None where there is none. Losses are `ce`, with alpha
     `kd`, with beta `at0`, `at1`, ... or `full0`, `full1`, ... by number of the group, or `grad`; and with gamma that of
-    the penalty, by its name.
+    the penalty, by its name. With --compile, whole batches take a compiled form of the student and its losses.
     """
     learns_gradient = opt.beta > 0 and opt.transfer == 'gradient'
     needs_gradient = learns_gradient or opt.gamma > 0
+    compare = full_activation_loss if opt.transfer == 'full' else partial(map_loss, form=opt.at_form)
 
     def run(network, images):
         with autocast(device, opt.dtype):
             logits, groups = network(images)
         return full(logits), groups
 
-    def step(images, labels):
-        images = images.detach().requires_grad_(needs_gradient)
-        if teacher is not None:
-            with torch.set_grad_enabled(learns_gradient):
-                y_t, groups_t = run(teacher, images)
+    def teach(images, labels):
+        """What the losses take of the teacher, and no more: logits, what is compared of its groups, input gradient."""
+        if teacher is None:
+            return None, {}, None
+        with torch.set_grad_enabled(learns_gradient):
+            logits, groups = run(teacher, images)
+            gradient = input_gradient(logits, images, labels) if learns_gradient else None
+            return logits.detach(), _compared(opt, groups), gradient
+
+    def learn(images, labels, taught_logits, taught, taught_gradient):
         logits, groups = run(student, images)
         terms = {'ce': F.cross_entropy(logits, labels)}
         if opt.alpha:
-            terms['kd'] = kd_loss(logits, y_t.detach(), opt.temperature)
+            terms['kd'] = kd_loss(logits, taught_logits, opt.temperature)
         if needs_gradient:
             j = input_gradient(logits, images, labels, create_graph=True)
         if learns_gradient:
-            terms['grad'] = gradient_loss(j, input_gradient(y_t, images, labels))
-        elif opt.beta:
-            terms |= _group_losses(opt, groups, groups_t)
+            terms['grad'] = gradient_loss(j, taught_gradient)
+        terms |= {name: compare(own, taught[name]) for name, own in _compared(opt, groups).items()}
         if opt.penalty == 'min_l2':
             terms['min_l2'] = gradient_loss(j)
         elif opt.penalty == 'symmetry':
@@ -110,14 +116,24 @@ def make_step(opt, student, teacher, device):
             terms['symmetry'] = gradient_loss(j, j_mirrored.flip(3))
         return logits, terms
 
+    learn_whole = torch.compile(learn, dynamic=False) if opt.compile else learn
+
+    def step(images, labels):
+        images = images.detach().requires_grad_(needs_gradient)
+        whole = len(images) == opt.batch_size // world()  # another size would have to be compiled for itself
+        return (learn_whole if whole else learn)(images, labels, *teach(images, labels))
+
     return step
 
 
-def _group_losses(opt, groups, groups_t):
+def _compared(opt, groups):
+    """What is compared of a network's groups, by the name of the loss: attention maps, or activations (F-ActT)."""
+    if not opt.beta or opt.transfer == 'gradient':
+        return {}
     chosen = transfer_groups(opt.groups, len(groups))
     if opt.transfer == 'full':
-        return {f'full{i}': full_activation_loss(groups[i], groups_t[i]) for i in chosen}
-    return {f'at{i}': at_loss(groups[i], groups_t[i], opt.power, opt.mapping, opt.at_form) for i in chosen}
+        return {f'full{i}': groups[i] for i in chosen}
+    return {f'at{i}': attention_map(groups[i], opt.power, opt.mapping) for i in chosen}
 
 
 def transfer_groups(groups, number):
@@ -176,22 +192,38 @@ def _adapted(f):
     return network
 
 
-def seconds_a_step(opt, f, params, teacher, images, steps=3):
-    """How long a training step takes: the median of `steps` after one to warm up.
+def sgd(opt, trained):
+    """The optimizer of the paper's recipes: momentum 0.9, weight decay on everything that is trained."""
+    return torch.optim.SGD(trained, opt.lr, momentum=0.9, weight_decay=opt.weight_decay, fused=True)
 
-    f, params: the student. teacher: x -> (logits, groups), or None. images: the batch (N, 3, H, W) to train on.
+
+def make_update(opt, f, params, teacher, image):
+    """A whole training step as `fit` takes it, as a function: update(images, labels), without log and checkpoint.
+
+    f, params: the student. teacher: x -> (logits, groups), or None. image: one such as is trained on, (1, 3, H, W).
     """
     with contextlib.redirect_stdout(None):
-        network = partial(prepare(opt, f, params, teacher, images[:1]), params=params, mode=True)
-    step, meters, times = make_step(opt, network, teacher, images.device), _Meters(images.device, (1,)), []
-    trained = [v for v in params.values() if v.requires_grad]
-    optimizer = torch.optim.SGD(trained, opt.lr, momentum=0.9, weight_decay=opt.weight_decay)
+        network = partial(prepare(opt, f, params, teacher, image), params=params, mode=True)
+    step, meters = make_step(opt, network, teacher, image.device), Meters(image.device, (1,))
+    optimizer = sgd(opt, [v for v in params.values() if v.requires_grad])
+
+    def update(images, labels):
+        optimizer.zero_grad()
+        weighted_loss(opt, step, (images, labels, len(images)), 1, meters)[0].backward()
+        optimizer.step()
+        if len(meters.pending) == FLUSH:
+            meters.flush(1)
+
+    return update
+
+
+def seconds_a_step(opt, f, params, teacher, images, steps=3):
+    """How long a training step on images (N, 3, H, W) takes: the median of `steps` after one to warm up."""
+    update, times = make_update(opt, f, params, teacher, images[:1]), []
+    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     for _ in range(1 + steps):
         start = time.perf_counter()
-        labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        optimizer.zero_grad()
-        _weighted_loss(opt, step, (images, labels, len(images)), 1, meters)[0].backward()
-        optimizer.step()
+        update(images, labels)
         if images.device.type == 'cuda':
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
@@ -226,9 +258,24 @@ def evaluate(f, params, batches, device, dtype='float', topk=(1,), on_batch=lamb
     return loss / n, [100 * (1 - w / n) for w in wrong]
 
 
+def evaluate_teacher(name, *network_and_batches):
+    """The accuracies that `evaluate` finds; ValueError where the logits of the teacher of that name are not finite."""
+    loss, accuracies = evaluate(*network_and_batches)
+    if not math.isfinite(loss):
+        raise ValueError(f'{name} cannot teach: its logits on the test images are not finite (cross entropy {loss})')
+    return accuracies
+
+
 def place(params, dtype, device):
     """A network's parameters on the device: float64 for --dtype double, float32 for every other."""
     return cast(params, 'double' if DTYPES[dtype] == torch.float64 else 'float', device)
+
+
+def freeze(params, dtype, device):
+    """A teacher's parameters on the device, all but batch norm's in the compute dtype once and for all."""
+    params = place(params, dtype, device)
+    norms = {k.removesuffix('.running_mean') for k in params if k.endswith('.running_mean')}
+    return {k: v if k.rpartition('.')[0] in norms else v.to(DTYPES[dtype]) for k, v in params.items()}
 
 
 def draw(network, opt, num_classes, device):
@@ -273,7 +320,7 @@ def find_teacher(teacher_id):
 def check_teacher(record, accuracy, same_test_set):
     """Refuse a teacher whose accuracy is not what the last line of its own log says, to half a point."""
     logged = record.get('test_acc')
-    logged = logged[0] if isinstance(logged, list) else logged
+    logged = logged[0] if isinstance(logged, list) and logged else logged
     if not isinstance(logged, (int, float)) or not same_test_set:
         say(f'teacher: {accuracy:.2f}% on these test images; its log has no figure to compare that with')
     elif not abs(logged - accuracy) <= 0.5:
@@ -285,7 +332,7 @@ def check_teacher(record, accuracy, same_test_set):
         say(f'teacher: {accuracy:.2f}% on the test images, {logged:.2f}% by its log')
 
 
-class _Meters:
+class Meters:
     """Losses and accuracy of a training epoch; they stay on the device until `flush`."""
 
     def __init__(self, device, topk):
@@ -350,13 +397,13 @@ class _Meters:
         return [100 * (1 - w / n) for w in wrong]
 
 
-def _resume_(opt, params, trained, optimizer):
+def _resume_(opt, params, trained, optimizer, topk):
     """Load the checkpoint that --resume names into params and optimizer; returns its epoch and progress.
 
     The epoch is the number of whole ones; progress is what the one that was interrupted had come to, or None. The first
     worker alone reads the file and tells the others, who may be on machines that do not see it.
     """
-    told = list(_load_run_(opt, params, trained, optimizer)) if rank() == 0 else [0, None]
+    told = list(_load_run_(opt, params, trained, optimizer, topk)) if rank() == 0 else [0, None]
     if world() > 1:
         dist.broadcast_object_list(told, 0)
         for value in params.values():
@@ -370,7 +417,7 @@ def _resume_(opt, params, trained, optimizer):
     return epoch, progress
 
 
-def _load_run_(opt, params, trained, optimizer):
+def _load_run_(opt, params, trained, optimizer, topk):
     path = os.path.join(opt.save, 'model.pt7') if opt.resume == 'auto' else opt.resume
     if not path or (opt.resume == 'auto' and not os.path.exists(path)):
         return 0, None
@@ -378,35 +425,40 @@ def _load_run_(opt, params, trained, optimizer):
     momentum, epoch, progress = (state.get(key) for key in ('optimizer', 'epoch', 'progress'))
     if not isinstance(momentum, dict) or type(epoch) is not int or not isinstance(progress, dict | None):
         raise ValueError(f'{path} holds parameters alone, without momentum and epoch: it can teach, but not be resumed')
-    if set(momentum) != set(trained) or any(momentum[k].shape != v.shape for k, v in trained.items()):
-        raise ValueError(f'{path}: its momentum does not fit the network')
+    shapes = {k: getattr(v, 'shape', None) for k, v in momentum.items()}
+    if epoch < 0 or shapes != {k: v.shape for k, v in trained.items()}:
+        raise ValueError(f'{path}: its momentum or epoch does not fit the network')
     if progress is not None:
-        _check_progress(progress, opt, params, path)
+        _check_progress(progress, opt, params, path, topk)
     checkpoint.restore_(params, state['params'], path)
     for key, value in trained.items():
-        optimizer.state[value]['momentum_buffer'] = momentum[key].to(value)
+        optimizer.state[value]['momentum_buffer'] = momentum[key].to(value, copy=True)
     place = f'step {progress["steps"]} of epoch {epoch + 1}' if progress else f'epoch {epoch}'
     say(f'resumed from {path} after {place}')
     return epoch, progress
 
 
-def _check_progress(progress, opt, params, path):
+def _check_progress(progress, opt, params, path, topk):
     """Refuse a position in an epoch that is damaged, or of other batches or another number of workers."""
-    meters, shapes = _Meters(torch.device('cpu'), (1,)), {k: v.shape for k, v in _statistics(params).items()}
+    meters, shapes = Meters(torch.device('cpu'), topk), {k: v.shape for k, v in _statistics(params).items()}
     try:
         found = [progress['batch_size'], progress['seed'], len(progress['workers'])]
-        if found != [opt.batch_size, opt.seed, world()]:
+        whole = all(type(v) is int for v in [*found, progress['steps'], progress['images']]) and progress['steps'] >= 0
+        if whole and found != [opt.batch_size, opt.seed, world()]:
             flags = '--batch_size {}, --seed {} and {} workers'.format(*found)
             raise ValueError(f'{path} was saved in the middle of an epoch with {flags}: go on with the same')
         for mine in progress['workers']:
             meters.restore(progress, mine)
             if world() > 1:
                 checkpoint.check_fit(shapes, mine['statistics'], path)
-        meters.images += meters.seconds + meters.bad + meters.steps + meters.errors.n + sum(meters.errors.sum.values())
-        whole = all(type(v) is float for value in progress['values'].values() for v in value.values())
+            whole &= type(meters.bad) is type(meters.errors.n) is int and isinstance(meters.seconds, float)
+            whole &= set(meters.errors.sum) == set(topk) and all(type(n) is int for n in meters.errors.sum.values())
+        fields, values = set(vars(AverageValueMeter())), progress['values']
+        whole &= not progress['steps'] or 'loss' in values
+        whole &= all(set(v) == fields and all(type(n) is float for n in v.values()) for v in values.values())
     except (AttributeError, KeyError, TypeError):
         whole = False
-    if not whole or type(progress['steps']) is not int:
+    if not whole:
         raise ValueError(f'{path}: its position in the epoch cannot be read')
 
 
@@ -425,17 +477,17 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(
     """
     with runs.locked(opt), Requests() as requests:
         trained = {k: v for k, v in params.items() if v.requires_grad}
-        optimizer = torch.optim.SGD(trained.values(), opt.lr, momentum=0.9, weight_decay=opt.weight_decay)
-        done, progress = _resume_(opt, params, trained, optimizer)
+        optimizer = sgd(opt, trained.values())
+        done, progress = _resume_(opt, params, trained, optimizer, topk)
         if done >= opt.epochs:
             return say(f'nothing to do: {done} of {opt.epochs} epochs are done')
         runs.open_run(opt, done)
         facts = {**vars(opt), **facts, 'n_parameters': num_trained(params), **environment(device)}
-        run = _Run(opt, params, trained, optimizer, requests, _Meters(device, topk), done, progress)
+        run = _Run(opt, params, trained, optimizer, requests, Meters(device, topk), done, progress)
         engine = Engine()
         engine.hooks = _hooks(run, f, train_batches, test_batches, device, facts, topk)
         engine.train(
-            lambda sample: _weighted_loss(opt, step, sample, run.epoch, run.meters), None, opt.epochs, optimizer
+            lambda sample: weighted_loss(opt, step, sample, run.epoch, run.meters), None, opt.epochs, optimizer
         )
     if opt.save:
         say(f'log: {os.path.join(opt.save, "log.txt")}\nmodel: {os.path.join(opt.save, "model.pt7")}')
@@ -554,7 +606,7 @@ def _bar(batches, name, start):
     return tqdm(batches, name, total, initial=start, unit='step', leave=False, disable=True if rank() else None)
 
 
-def _weighted_loss(opt, step, sample, epoch, meters):
+def weighted_loss(opt, step, sample, epoch, meters):
     """What this worker differentiates, and the logits; the named terms go to the meters.
 
     Gradients are averaged over workers, so the loss of a share counts by its part of the global batch.

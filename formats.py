@@ -7,6 +7,7 @@ A file is told apart by its content, and is data: nothing in it runs, opens anot
 import io
 import math
 import os
+import pickletools
 import re
 import warnings
 import zipfile
@@ -23,6 +24,11 @@ from utils import STATISTICS
 MAX_BYTES = 4 * 2**30  # of a file, and of all arrays in it
 MAX_NODES = 10_000  # in one group of an HDF5 file; a ResNet-152 has fewer than 1,000 arrays
 MAX_CHUNKS = 100_000  # of one HDF5 dataset
+MAX_UNFOLDED = 10_000_000  # objects of a pickle, each counted as often as others hold it
+PICKLED = re.compile(  # all that the pickle of a checkpoint has to name; bytearray(2**34) is short, but not small
+    r'collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch\.nn\.parameter Parameter'
+    r'|torch (\w+Storage|Size|device|bool|[a-z]+\d+)'
+)
 DEFLATE_RATIO = 1032  # no deflate stream unpacks to more bytes for each of its own (zlib.net/zlib_tech.html)
 NORM = ('weight', 'bias', *STATISTICS)
 
@@ -57,15 +63,61 @@ def _first_line(error):
 
 
 def read_torch(path):
-    """What torch.save wrote, read with weights_only=True, after a look at what its zip archive unpacks to."""
+    """What torch.save wrote, read with weights_only=True, after a look at its zip archive and its pickles."""
     with open(path, 'rb') as file:
         content = io.BytesIO(file.read())
-    if zipfile.is_zipfile(content):
-        unpacked = sum(info.file_size for info in zipfile.ZipFile(content).infolist())
-        if unpacked > len(content.getbuffer()):  # torch.save does not compress
-            raise ValueError(f'a zip archive that unpacks to {unpacked:,} bytes, more than it has itself')
+    if content.getbuffer()[:2] == b'PK':  # as torch does, which takes for an archive what zipfile may not
+        content = _plain_archive(content)
+    else:
+        for _ in range(5):  # before there were archives: magic number, version, system, objects, names of storages
+            _check_pickle(content)
     content.seek(0)
     return torch.load(content, map_location='cpu', weights_only=True)
+
+
+def _plain_archive(content):
+    """A zip archive written again as zipfile understands it: torch could find another directory in the same bytes."""
+    plain, archive = io.BytesIO(), zipfile.ZipFile(content)
+    unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > len(content.getbuffer()):  # torch.save does not compress
+        raise ValueError(f'a zip archive that unpacks to {unpacked:,} bytes, more than it has itself')
+    with zipfile.ZipFile(plain, 'w') as again:
+        for entry in archive.infolist():
+            values = archive.read(entry)
+            if entry.filename.lower().endswith('.pkl'):
+                _check_pickle(io.BytesIO(values))
+            again.writestr(entry.filename, values)
+    return plain
+
+
+def _check_pickle(stream):
+    """Refuse a pickle of other things than tensors in containers, or of tuples in tuples that take for ever to hash.
+
+    Nothing is unpickled: the sizes of what would be on the stack are kept instead, None for a mark.
+    """
+    stack, memo, unfolded = [], {}, 0
+    for code, value, _ in pickletools.genops(stream):
+        if code.name == 'GLOBAL' and not PICKLED.fullmatch(value):
+            raise ValueError(f'{value!r} in it is neither a tensor nor a container of tensors')
+        taken = 1
+        if pickletools.markobject in code.stack_before:
+            while (size := stack.pop()) is not None:
+                taken += size
+            if code.name != 'TUPLE':
+                stack.pop()  # the list or dictionary that takes them
+        else:
+            taken += sum(stack.pop() for _ in code.stack_before)
+        unfolded += taken
+        if unfolded > MAX_UNFOLDED:
+            raise ValueError(f'a pickle of more than {MAX_UNFOLDED:,} objects')
+        if code.name.endswith('GET'):
+            stack.append(memo[value])
+        elif code.name.endswith('PUT'):
+            memo[value] = stack[-1]
+        elif code.name == 'MARK':
+            stack.append(None)
+        else:
+            stack.extend(taken for _ in code.stack_after)
 
 
 def read_safetensors(path):
@@ -336,6 +388,10 @@ def _onnx(params, f, size):
         raise ValueError(f'--to onnx needs {error.name}: pip install -r requirements-dev.txt') from None
     network = torch.nn.Module()
     network.forward = lambda images: f(images, params, False)[0]
+    try:
+        network(torch.zeros(2, 3, size, size))
+    except RuntimeError:
+        raise ValueError(f'--image_size {size} is too small for the network') from None
     batch = {'images': {0: torch.export.Dim('N', min=1)}}
     program = torch.onnx.export(
         network.eval(),

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
-from torchvision.datasets.folder import find_classes, make_dataset
 from tqdm import tqdm
 
 import data
@@ -48,39 +47,25 @@ class Dataset(NamedTuple):
 # -------------------------------------------------------------------------------------------------------- the folder
 
 
-def load(root):
+def load(root, follow_links=False):
     """List the images root/train/<class>/* and root/val/<class>/*; classes are numbered in the order of their names.
 
-    Raises ValueError or OSError, with a message for the user, where folders or images are missing.
+    Raises ValueError or OSError, with a message for the user, where folders or images are missing or links lead out of
+    `root`: see `data.find_images`.
     """
     if not os.path.isdir(root):
         raise OSError(f'{root}: no such folder')
-    (train, classes), (test, test_classes) = (_part(root, part) for part in ('train', 'val'))
+    (classes, train), (test_classes, test) = (data.find_images(root, part, follow_links) for part in ('train', 'val'))
     odd = sorted(set(classes) ^ set(test_classes))
     if odd:
         more = f' and {len(odd) - 5} more' if len(odd) > 5 else ''
         raise ValueError(f'{root}: train and val have different classes; in one only: {", ".join(odd[:5])}{more}')
-    return Dataset(train, test, len(classes))
+    return Dataset(_files(train), _files(test), len(classes))
 
 
-def _part(root, part):
-    folder = os.path.join(root, part)
-    if not os.path.isdir(folder):
-        raise OSError(f'{root} has no folder {part!r}: expected train/<class>/* and val/<class>/*')
-    try:
-        classes, index = find_classes(folder)
-    except FileNotFoundError:
-        raise ValueError(f'{folder} has no folders of classes: expected {part}/<class>/*') from None
-    files = make_dataset(folder, index, data.IMAGE_SUFFIXES, allow_empty=True)
-    if not files:
-        raise ValueError(f'{folder} holds no images: expected {part}/<class>/* of {" ".join(data.IMAGE_SUFFIXES)}')
-    if len(classes) < 2:
-        raise ValueError(f'{folder} has only one class, {classes[0]!r}: nothing to learn')
-    paths, labels = zip(*files)
-    empty = set(index.values()) - set(labels)
-    if empty:
-        raise ValueError(f'{os.path.join(folder, classes[min(empty)])} holds no images')
-    return Files(list(paths), torch.tensor(labels)), classes
+def _files(found):
+    paths, labels = zip(*found)
+    return Files(list(paths), torch.tensor(labels))
 
 
 # ------------------------------------------------------------------------------------------------------------- crops

@@ -16,13 +16,14 @@ import engine
 import imagefolder
 import options
 import workers
-from resnet import fold_batch_norm, imagenet_forward, imagenet_resnet
+from resnet import imagenet_resnet
 
 
 def parse():
     parser = options.Parser(__doc__)
     flag = parser.add_argument_group('data and teacher (section 4.2.2)').add_argument
     flag('--imagenetpath', default='.', help='folder that holds train/<class>/* and val/<class>/*')
+    flag('--follow_links', action='store_true', help='read images that links out of that folder lead to')
     flag('--image_size', default=224, type=options.number(int, 32, 1024), help='like 64, 128, 160, 224 (default), 256')
     flag('--skip_bad_images', action='store_true', help='leave unreadable images out of the evaluation')
     flag('--teacher_params', default='', help='file with the teacher, or torchvision:resnet34; none trains a baseline')
@@ -39,13 +40,14 @@ def parse():
     )
     opt = parser.parse_args()
     options.check(opt, opt.teacher_params, '--teacher_params')
-    imagenet_resnet(opt.depth, opt.width, 2)  # a shape that is none is told before anything else begins
+    with torch.device('meta'):  # no memory: a shape that is none is told before anything else begins
+        imagenet_resnet(opt.depth, opt.width, 2)
     return opt
 
 
 def build_data(opt, device):
     """The data set, and train_batches(epoch) and test_batches() on the device."""
-    dataset = imagefolder.load(opt.imagenetpath)
+    dataset = imagefolder.load(opt.imagenetpath, opt.follow_links)
     workers.say(f'{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} validation images')
     share = workers.rank(), workers.world(), opt.nthread, device
     train_batches = partial(imagefolder.TrainBatches, dataset.train, opt.batch_size, opt.image_size, opt.seed, *share)
@@ -61,11 +63,9 @@ def build_teacher(opt, num_classes, test_batches, topk, device):
         return None
     f, params = checkpoint.load_teacher(opt.teacher_params)
     engine.check_classes(opt.teacher_params, params, num_classes)
-    params = engine.place(params, opt.dtype, device)
-    if f is imagenet_forward:
-        params = fold_batch_norm(params)
+    params = engine.freeze(checkpoint.fold(params), opt.dtype, device)
     if not opt.skip_teacher_check:
-        _, accuracies = engine.evaluate(f, params, test_batches(), device, opt.dtype, topk)
+        accuracies = engine.evaluate_teacher(opt.teacher_params, f, params, test_batches(), device, opt.dtype, topk)
         workers.say('teacher:', ', '.join(f'top-{k} {a:.2f}%' for k, a in zip(topk, accuracies)))
     return partial(f, params=params, mode=False)
 

@@ -6,7 +6,15 @@ The paper's pair on CIFAR (tables 1 and 3) is NIN-wide, width 1, and NIN-thin, h
 
 import torch.nn.functional as F
 
-from utils import batch_norm, bnparams, conv_params, flatten, linear_params, set_requires_grad_except_bn_
+from utils import (
+    batch_norm,
+    bnparams,
+    conv_params,
+    flatten,
+    folded_conv,
+    linear_params,
+    set_requires_grad_except_bn_,
+)
 
 CHANNELS = ((6, 5, 3), (6, 6, 6), (6, 6, 6))  # of the convolutions of each block, in units of 32 * width
 KERNELS = ((5, 1, 1), (5, 1, 1), (3, 1, 1))
@@ -53,6 +61,17 @@ def nin_forward(x, params, mode, base=''):
             x = (F.max_pool2d, F.avg_pool2d)[g](x, 3, 2, ceil_mode=True)
     x = x.mean((2, 3))  # (N, C, H, W) -> (N, C)
     return F.linear(x, params[base + 'fc.weight'], params[base + 'fc.bias']), tuple(groups)
+
+
+def fold_nin(params):
+    """Fold a Network-in-Network's batch norm into its convolutions: the params of one without. For evaluation only."""
+    if not any('.bn' in key for key in params):
+        return params
+    folded = {k: v.detach() for k, v in params.items() if '.bn' not in k}
+    for conv in [k for k in folded if '.conv' in k]:
+        bn, bias = (conv.replace('.conv', name) for name in ('.bn', '.bias'))
+        folded[conv], folded[bias] = folded_conv(folded[conv], params, bn)
+    return folded
 
 
 def nin_shape(params):

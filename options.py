@@ -4,7 +4,9 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
+import time
 
 import torch
 
@@ -16,6 +18,8 @@ TRANSFERS = (
     'attention maps (section 3.1, eq. 2), all activations (F-ActT, section 4.1, table 1) '
     'or input gradients (section 3.2, eq. 5; table 3)'
 )
+MOST = 1e30  # of a rate or a weight: products of two stay below what float32 holds, or are seen as not finite
+OUT_OF_MEMORY = 'out of memory', "can't allocate memory"  # in what torch says on GPUs and on CPUs
 LOST_PEER = 3  # exit status of a worker that stops because another one is gone
 
 
@@ -73,27 +77,36 @@ def group_list(text):
     return text
 
 
+def gpu_list(text):
+    """An argparse type: what CUDA_VISIBLE_DEVICES takes, numbers or identifiers separated by commas."""
+    if not re.fullmatch(r'((\d+|(GPU|MIG)-[\w/-]+)(,|$))*(?<!,)', text):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a list of GPUs like 0,1')
+    return text
+
+
 def common_flags(parser, section, *, depth, batch_size, epochs, epoch_step, lr_decay_ratio, weight_decay):
     """Add the shared flags, with the defaults of the paper's section, under upstream's names and early spellings."""
     flag = parser.add_argument_group(f'network (section {section})').add_argument
     flag('--depth', default=depth, type=number(int, 1, 10_000), help='layers of the network (default: %(default)s)')
     flag('--width', default=1, type=number(float, 0, 100, above=True), help='times the base width (default: 1)')
     flag('--dtype', default='float', choices=list(DTYPES), help='compute dtype; parameters and losses stay float32')
+    flag('--compile', action='store_true', help='compile the student and its losses with torch.compile at the start')
 
     flag = parser.add_argument_group(f'training (section {section})').add_argument
     flag('--epochs', default=epochs, type=number(int, 1), metavar='N', help='default: %(default)s')
-    size = 'of all workers together (default: %(default)s)'
-    flag('--batch_size', '--batchSize', default=batch_size, type=number(int, 2), help=size)
-    flag('--lr', default=0.1, type=number(float, 0, above=True), help='learning rate (default: 0.1)')
+    size, decay = 'of all workers together (default: %(default)s)', 'default: %(default)s'
+    flag('--batch_size', '--batchSize', default=batch_size, type=number(int, 2, 2**31), help=size)
+    flag('--lr', default=0.1, type=number(float, 0, MOST, above=True), help='learning rate (default: 0.1)')
     flag('--epoch_step', default=epoch_step, type=epoch_list, help='lr drops as these begin (default: %(default)s)')
-    flag('--lr_decay_ratio', default=lr_decay_ratio, type=number(float, 0), help='times lr (default: %(default)s)')
-    flag('--weight_decay', '--weightDecay', default=weight_decay, type=number(float, 0), help='default: %(default)s')
+    flag('--lr_decay_ratio', default=lr_decay_ratio, type=number(float, 0, 1), help='times lr (default: %(default)s)')
+    flag('--weight_decay', '--weightDecay', default=weight_decay, type=number(float, 0, MOST), help=decay)
     flag('--seed', default=0, type=number(int, 0, 2**63 - 1), help='of initialisation, order and augmentation')
 
     flag = parser.add_argument_group('transfer from a teacher').add_argument
     flag('--alpha', default=0, type=number(float, 0, 1), help='weight of knowledge distillation (section 4.1: 0.9)')
-    flag('--temperature', default=4, type=number(float, 0, above=True), help='of distillation (section 4.1: 4)')
-    flag('--beta', default=0, type=number(float, 0), help='weight of --transfer (section 4.1: 1e+3 for attention maps)')
+    beta = 'weight of --transfer (section 4.1: 1e+3 for attention maps)'
+    flag('--temperature', default=4, type=number(float, 1e-6, 1e6), help='of distillation (section 4.1: 4)')
+    flag('--beta', default=0, type=number(float, 0, MOST), help=beta)
     flag('--beta_decay', default='none', choices=list(BETA_DECAYS), help='how beta falls to 0 (section 4.1: AT+KD)')
     flag('--transfer', default='activation', choices=['activation', 'full', 'gradient'], help=TRANSFERS)
     flag('--at_form', default='code', choices=['code', 'paper'], help="the authors' code, or eq. 2 (section 3.1)")
@@ -104,7 +117,7 @@ def common_flags(parser, section, *, depth, batch_size, epochs, epoch_step, lr_d
     flag = parser.add_argument_group('penalty, without a teacher').add_argument
     penalties = ['none', 'symmetry', 'min_l2']
     flag('--penalty', default='none', choices=penalties, help='on input gradients (section 3.2, eq. 6; table 3)')
-    flag('--gamma', default=0, type=number(float, 0), help='weight of --penalty (section 3.2)')
+    flag('--gamma', default=0, type=number(float, 0, MOST), help='weight of --penalty (section 3.2)')
 
     flag = parser.add_argument_group('run').add_argument
     flag('--save', default='', help='folder for log.txt and model.pt7; without it, nothing is kept')
@@ -117,7 +130,7 @@ def common_flags(parser, section, *, depth, batch_size, epochs, epoch_step, lr_d
     flag('--ngpu', default=1, type=number(int, 1, 1024), help='workers: one a GPU, or CPU processes without GPUs')
     flag('--sync_bn', action='store_true', help="batch norm over all workers' images, not each worker's share")
     flag('--max_restarts', default=0, type=number(int, 0, 1000), help='begin again so often when a worker dies')
-    flag('--gpu_id', default='', help='GPUs to use, like 0,1 (default: all that CUDA_VISIBLE_DEVICES allows)')
+    flag('--gpu_id', default='', type=gpu_list, help='like 0,1 (default: all that CUDA_VISIBLE_DEVICES allows)')
 
 
 def parse_cifar(description, words=None):
@@ -126,6 +139,7 @@ def parse_cifar(description, words=None):
     flag = parser.add_argument_group('data and teacher (section 4.1)').add_argument
     flag('--dataset', default='CIFAR10', help='CIFAR10 (default), CIFAR100, folder or digits')
     flag('--dataroot', '--data_root', default='.', help='where the data set is, or is to be downloaded')
+    flag('--follow_links', action='store_true', help='of a folder, read images that links out of it lead to')
     flag('--image_size', default=32, type=number(int, 8, 512), help='for folder and digits (default: 32)')
     pad = number(float, 0, 511)
     flag('--randomcrop_pad', default=4, type=pad, help='pixels around an image to crop from (default: 4; table 3: 0)')
@@ -167,6 +181,8 @@ def check(opt, teacher, flag):
         raise ValueError(f'--mapping, --power and --at_form are of attention maps, not of --transfer {opt.transfer}')
     if opt.transfer == 'gradient' and opt.groups:
         raise ValueError('--groups: gradients are transferred at the image, not from groups')
+    if opt.compile and (opt.penalty != 'none' or opt.transfer == 'gradient'):
+        raise ValueError('--compile: torch.compile cannot differentiate twice, as input gradients need')
     if opt.resume and opt.overwrite:
         raise ValueError('--resume and --overwrite contradict each other')
     if opt.resume == 'auto' and not opt.save:
@@ -179,25 +195,36 @@ def run(main):
     A run that a signal stopped says how to go on and exits with 143 (SIGTERM), 130 (SIGINT) or 0 (SIGUSR1).
     With AT_TRACEBACK=1 in the environment the traceback is shown instead.
     """
+    first = int(os.environ.get('RANK', 0)) == 0
     try:
-        try:
-            main()
-        finally:
-            if torch.distributed.is_initialized():  # or a thread of its may crash the interpreter as that ends
-                torch.distributed.destroy_process_group()
+        main()
     except Stopped as stop:
-        if int(os.environ.get('RANK', 0)) == 0:
+        if first:
             print(f'{os.path.basename(sys.argv[0])}: {stop}', file=sys.stderr)
         sys.exit(stop.status)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if isinstance(error, torch.distributed.DistError) or '/gloo/' in str(error):
             sys.exit(LOST_PEER)  # another worker is gone, of which the launcher tells
-        raise
+        full = isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+        if not full or os.environ.get('AT_TRACEBACK'):
+            raise
+        _report(f'out of memory ({error}); try a smaller --batch_size, --image_size or network', first)
+        sys.exit(1)
     except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
         if os.environ.get('AT_TRACEBACK'):
             raise
-        if int(os.environ.get('RANK', 0)) == 0:
-            message = ' '.join(str(error).split()) or 'interrupted'
-            print(f'{os.path.basename(sys.argv[0])}: error: {message}', file=sys.stderr)
+        if first or not isinstance(error, KeyboardInterrupt):
+            _report(str(error) or 'interrupted', first)
         status = {FloatingPointError: 1, KeyboardInterrupt: 130}
         sys.exit(status.get(type(error), 2))
+    finally:
+        if torch.distributed.is_initialized():  # or a thread of its may crash the interpreter as that ends
+            torch.distributed.destroy_process_group()
+
+
+def _report(message, first):
+    """Print an error in one line; what all workers run into the first tells alone, and the launcher ends the others."""
+    if not first:
+        time.sleep(5)  # still here: it is this worker's own
+    line = ''.join(c if c.isprintable() else '?' for c in ' '.join(message.split()))  # it may quote a hostile file
+    print(f'{os.path.basename(sys.argv[0])}: error: {line}', file=sys.stderr)

@@ -9,15 +9,25 @@ import re
 
 import torch.nn.functional as F
 
-from utils import batch_norm, bnparams, conv_params, flatten, linear_params, set_requires_grad_except_bn_
+from utils import (
+    STATISTICS,
+    batch_norm,
+    bnparams,
+    conv_params,
+    flatten,
+    folded_conv,
+    linear_params,
+    set_requires_grad_except_bn_,
+)
 
 
 def wide_resnet(depth, width, num_classes):
     """The wide ResNet of Zagoruyko & Komodakis 2016 for small images: three groups of (depth - 4) / 6 basic blocks.
 
     Returns (f, params). f takes images (N, 3, H, W) and gives logits (N, num_classes) and the raw outputs of the
-    groups, (N, 16w, H, W), (N, 32w, H/2, W/2) and (N, 64w, H/4, W/4), halves rounded up. `base` is a prefix of the
-    keys of `params`. Raises ValueError for a depth that is not 6n + 4 or a width below 1/16.
+    groups, (N, 16w, H, W), (N, 32w, H/2, W/2) and (N, 64w, H/4, W/4), halves rounded up. It takes folded params
+    (`fold_wide_resnet`) too. `base` is a prefix of the keys of `params`. Raises ValueError for a depth that is not
+    6n + 4 or a width below 1/16.
     """
     if depth < 10 or (depth - 4) % 6:
         raise ValueError(f'--depth {depth}: a wide ResNet has 6n + 4 layers: 10, 16, 22, 28, 34, 40, ...')
@@ -57,11 +67,11 @@ def wide_resnet(depth, width, num_classes):
 
     def f(x, params, mode, base=''):
         weight = params[base + 'conv0']
-        x = F.conv2d(x.to(weight.dtype), weight, padding=1)
+        x = F.conv2d(x.to(weight.dtype), weight, params.get(base + 'bias0'), padding=1)
         g0 = group(x, params, base + 'group0', mode, 1)
         g1 = group(g0, params, base + 'group1', mode, 2)
         g2 = group(g1, params, base + 'group2', mode, 2)
-        o = F.relu(batch_norm(g2, params, base + 'bn', mode), inplace=True)
+        o = _norm_relu(g2, params, base + 'bn', mode)
         o = o.mean((2, 3))  # (N, C, H, W) -> (N, C)
         return F.linear(o, params[base + 'fc.weight'], params[base + 'fc.bias']), (g0, g1, g2)
 
@@ -69,13 +79,34 @@ def wide_resnet(depth, width, num_classes):
 
 
 def _wide_block(x, params, base, mode, stride):
-    o = F.relu(batch_norm(x, params, base + '.bn0', mode), inplace=True)
-    y = F.conv2d(o, params[base + '.conv0'], stride=stride, padding=1)
-    y = F.relu(batch_norm(y, params, base + '.bn1', mode), inplace=True)
+    o = _norm_relu(x, params, base + '.bn0', mode)
+    y = F.conv2d(o, params[base + '.conv0'], params.get(base + '.bias0'), stride=stride, padding=1)
+    y = _norm_relu(y, params, base + '.bn1', mode)
     y = F.conv2d(y, params[base + '.conv1'], padding=1)
     if base + '.convdim' in params:
-        return y + F.conv2d(o, params[base + '.convdim'], stride=stride)
-    return y + x
+        x = F.conv2d(o, params[base + '.convdim'], stride=stride)
+    return y.add_(x)
+
+
+def _norm_relu(x, params, bn, mode):
+    if bn + '.weight' in params:  # or it is folded into the convolution before
+        x = batch_norm(x, params, bn, mode)
+    return F.relu(x, inplace=True)
+
+
+def fold_wide_resnet(params):
+    """Fold a wide ResNet's batch norm into the convolution before it wherever nothing else sees that one's output.
+
+    These are `bn1` of each block, and `bn0` of the first where its shortcut is a convolution; `conv0` gets a bias,
+    `bias0`, in their stead. For evaluation only.
+    """
+    pairs = {f'{k.removesuffix("conv0")}bn1': k for k in params if k.endswith('.conv0')}
+    if 'group0.block0.convdim' in params:
+        pairs['group0.block0.bn0'] = 'conv0'
+    folded = {k: v.detach() for k, v in params.items() if k.rpartition('.')[0] not in pairs}
+    for bn, conv in pairs.items():
+        folded[conv], folded[f'{conv.removesuffix("conv0")}bias0'] = folded_conv(folded[conv], params, bn)
+    return folded
 
 
 def wide_resnet_shape(params):
@@ -166,7 +197,7 @@ def _imagenet_block(x, params, base, mode, stride):
             y = F.relu(y, inplace=True)
     if base + 'convdim' in params or base + 'conv_dim.weight' in params:
         x = _conv_bn(x, params, base, 'convdim', 'bndim', mode, stride, 0)
-    return F.relu(y + x, inplace=True)
+    return F.relu(y.add_(x), inplace=True)
 
 
 def _conv_bn(x, params, base, conv, bn, mode, stride, padding):
@@ -186,21 +217,16 @@ def fold_batch_norm(params):
     `conv0` and `bn0.*` become `conv0.weight` and `conv0.bias`, `convdim` and `bndim.*` become `conv_dim.weight` and
     `conv_dim.bias`; computed in float64, returned in the dtype that there was. For evaluation only.
     """
-    if not any(key.endswith('running_mean') for key in params):
+    if not any(key.endswith(STATISTICS) for key in params):
         return params  # folded already
     folded = {}
     for key, value in params.items():
         parent, _, name = key.rpartition('.')
         base = parent + '.' if parent else ''
         if name.startswith('conv'):
-            bn = f'{base}bn{name.removeprefix("conv")}'
-            weight, bias, mean, var = (
-                params[f'{bn}.{part}'].double() for part in ('weight', 'bias', 'running_mean', 'running_var')
-            )
-            scale = weight / (var + 1e-5).sqrt()
             conv = base + FOLDED_NAMES.get(name, name)
-            folded[conv + '.weight'] = (value.double() * scale.view(-1, 1, 1, 1)).to(value.dtype)
-            folded[conv + '.bias'] = (bias - mean * scale).to(value.dtype)
+            bn = f'{base}bn{name.removeprefix("conv")}'
+            folded[conv + '.weight'], folded[conv + '.bias'] = folded_conv(value, params, bn)
         elif key.startswith('fc.'):
             folded[key] = value
     return {k: v.detach() for k, v in folded.items()}

@@ -12,7 +12,9 @@ from schedules import lr_at
 from workers import rank, say
 
 MAX_LOG = 2**28  # characters; an epoch takes 2,000
-NOT_SETTINGS = set('save resume overwrite save_every nthread gpu_id dataroot imagenetpath max_restarts'.split())
+NOT_SETTINGS = set(
+    'save resume overwrite save_every nthread gpu_id dataroot imagenetpath follow_links max_restarts'.split()
+)
 
 
 def read_log(path):
@@ -54,12 +56,16 @@ def line_of(record):
 def append_line(path, line):
     """Add a line to a log and flush it to the disk; OSError where that fails."""
     try:
-        with open(path, 'a') as file:
+        with open(path, 'a', opener=_open_no_link) as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise OSError(f'{path} could not be written: {error.strerror}') from None
+
+
+def _open_no_link(path, flags):
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def commit():
@@ -99,10 +105,14 @@ def changed_settings(opt, records):
         return []
     before = dict(records[-1])
     if before.get('lr') and before.get('lr_decay_ratio'):  # the log has the rate of the epoch, not the flag
-        steps = json.loads(before.get('epoch_step', '[]'))
-        before['lr'] = float(f'{before["lr"] / lr_at(before.get("epoch", 1), 1, steps, before["lr_decay_ratio"]):.12g}')
+        try:
+            steps = json.loads(before.get('epoch_step', '[]'))
+            lr = before['lr'] / lr_at(before.get('epoch', 1), 1, steps, before['lr_decay_ratio'])
+            before['lr'] = float(f'{lr:.12g}')
+        except (ArithmeticError, TypeError, ValueError):
+            del before['lr']  # a log that no run wrote
     now = {k: v for k, v in vars(opt).items() if k not in NOT_SETTINGS}
-    return [f'{k} {before[k]}, not {v}' for k, v in now.items() if k in before and before[k] != v]
+    return [f'{k} {before[k]!r:.99}, not {v!r:.99}' for k, v in now.items() if k in before and before[k] != v]
 
 
 def _resumes_own(opt):
@@ -140,6 +150,17 @@ def open_run(opt, done):
     log, model = (os.path.join(opt.save, name) for name in ('log.txt', 'model.pt7'))
     if opt.overwrite and os.path.exists(model):
         os.unlink(model)
-    if os.path.exists(log):
-        kept = [] if opt.overwrite else [r for r in read_log(log) if r.get('epoch', 0) <= done]
+    if os.path.lexists(log):
+        epochs = [(_epoch(record), record) for record in ([] if opt.overwrite else read_log(log))]
+        last = max((epoch for epoch, _ in epochs), default=0)
+        if last > done + 1:  # a run that is killed logs one epoch more than it saves
+            raise ValueError(
+                f'{log} tells of {last} epochs, but {done} are in the checkpoint: '
+                'put the right model.pt7 beside it, or begin anew with --overwrite'
+            )
+        kept = [record for epoch, record in epochs if epoch <= done]
         checkpoint.write_whole(log, ''.join(map(line_of, kept)).encode())
+
+
+def _epoch(record):
+    return record['epoch'] if isinstance(record.get('epoch'), int) else 0

@@ -76,7 +76,7 @@ def batch_norm(x, params, base, mode):
 
 def _sync_batch_norm(x, running_mean, running_var, weight, bias, momentum=0.1, eps=1e-5):
     all_reduce = torch.distributed.nn.functional.all_reduce  # sums over workers, and their gradients in the backward
-    x32 = x if x.dtype == torch.float64 else x.float()
+    x32 = _full(x)
     n = all_reduce(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
     mean = all_reduce(x32.sum((0, 2, 3))) / n
     centred = x32 - mean.view(-1, 1, 1)
@@ -86,6 +86,17 @@ def _sync_batch_norm(x, running_mean, running_var, weight, bias, momentum=0.1, e
         running_var.lerp_(var * n / (n - 1), momentum)
     scale = weight * (var + eps).rsqrt()
     return (centred * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)).to(x.dtype)
+
+
+def folded_conv(weight, params, bn):
+    """A convolution weight (C', C, k, k) with the batch norm `bn` behind it folded in: (weight, bias (C',)).
+
+    For evaluation, with the running statistics; computed in float64, returned in the dtype of `weight`.
+    """
+    gamma, beta, mean, var = (params[f'{bn}.{name}'].double() for name in ('weight', 'bias', *STATISTICS))
+    scale = gamma / (var + 1e-5).sqrt()
+    folded = weight.double() * scale.view(-1, 1, 1, 1)
+    return folded.to(weight.dtype), (beta - mean * scale).to(weight.dtype)
 
 
 def set_requires_grad_except_bn_(params):
@@ -140,9 +151,34 @@ def attention_map(x, p=2, mapping='sum'):
     """
     if mapping not in ('sum', 'max') or not p > 0:
         raise ValueError(f"attention map: mapping is 'sum' or 'max' and p > 0, not {mapping!r} and {p}")
-    x = x if x.dtype == torch.float64 else x.float()
+    if (p, mapping) == (2, 'sum'):
+        return _SumOfSquares.apply(x)
+    x = _full(x)
     x = x.square() if p == 2 else x.abs().pow(p)
     return x.sum(1) if mapping == 'sum' else x.amax(1)
+
+
+class _SumOfSquares(torch.autograd.Function):
+    """sum_c x_c^2 in at least float32, (N, C, H, W) -> (N, H, W), keeping x alone for the backward.
+
+    By itself, autograd would also keep x in float32, and write squares of the whole batch to memory.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        if x.device.type != 'cpu' or torch.compiler.is_compiling():
+            return _full(x).square().sum(1)
+        return torch.cat([_full(part).square().sum(1) for part in x.split(32)])  # parts that a cache holds
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return (x * (2 * g).unsqueeze(1)).to(x.dtype)
+
+
+def _full(x):
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def at(x, p=2, mapping='sum'):
@@ -153,12 +189,20 @@ def at(x, p=2, mapping='sum'):
 def at_loss(x, y, p=2, mapping='sum', form='code'):
     """How far the attention maps of two activations x (N, C, H, W) and y (N, C', H', W') lie apart; a scalar.
 
+    See `map_loss` for the forms. Raises what it and `attention_map` raise.
+    """
+    return map_loss(attention_map(x, p, mapping), attention_map(y, p, mapping), form)
+
+
+def map_loss(x, y, form='code'):
+    """How far two batches of attention maps x (N, H, W) and y (N, H', W') lie apart; a scalar.
+
     form='code' is what the authors' code computes, mean((Q_x - Q_y)^2) over samples and positions. form='paper' is
     eq. 2, 1/2 mean_n ||Q_x - Q_y||_2. Both are to be multiplied by beta, and they are not proportional to each other.
     Where the maps differ in size, the larger is average-pooled to the smaller before it is normalised.
-    Raises ValueError for an unknown form, and what `attention_map` raises.
+    Raises ValueError for an unknown form.
     """
-    q_x, q_y = _normalized(attention_map(x, p, mapping), attention_map(y, p, mapping))  # (N, H, W) -> (N, H*W)
+    q_x, q_y = _normalized(x, y)  # (N, H, W) -> (N, H*W)
     if form == 'code':
         return (q_x - q_y).square().mean()
     if form == 'paper':
@@ -182,7 +226,7 @@ def full_activation_loss(x, y):
     """
     if x.shape[1] != y.shape[1]:
         raise ValueError(f'full-activation transfer: {x.shape[1]} channels are not {y.shape[1]}')
-    x, y = _normalized(*(a if a.dtype == torch.float64 else a.float() for a in (x, y)))  # (N, C, H, W) -> (N, C*H*W)
+    x, y = _normalized(_full(x), _full(y))  # (N, C, H, W) -> (N, C*H*W)
     return (x - y).square().mean()
 
 

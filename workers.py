@@ -1,5 +1,7 @@
 """One process a GPU, or several on CPUs: how they are started, what they tell each other, and who speaks."""
 
+import contextlib
+import ctypes
 import logging
 import os
 import sys
@@ -12,6 +14,8 @@ import torch.distributed as dist
 from options import LOST_PEER
 from stopping import STATUS
 from utils import STATISTICS
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def rank():
@@ -58,8 +62,22 @@ def join(opt):
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.deterministic = True  # a resumed run has to repeat every bit
+        torch.set_float32_matmul_precision('high')  # TensorFloat-32, as convolutions have by default
+    keep_memory()
     torch.manual_seed(opt.seed)
     return device
+
+
+def keep_memory():
+    """Have the C library keep what tensors free, for the next step, where that is glibc.
+
+    By itself it gives large blocks back to the kernel, which clears the pages when it hands them out again: thousands
+    of page faults a step. What a process holds is then its peak, as with PyTorch's allocator for GPUs.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL('libc.so.6')
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _check_restarts():

@@ -10,6 +10,7 @@ from conftest import refused
 
 import checkpoint
 import resnet
+import runs
 
 STATE = {'params': {'a': torch.arange(5.0), 'b.c': torch.ones(2, 3)}, 'optimizer': {'a': torch.zeros(5)}, 'epoch': 3}
 
@@ -35,6 +36,17 @@ def test_no_space_left_leaves_the_previous_checkpoint_whole(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ['model.pt7']
+
+
+def test_nothing_is_written_through_a_link(tmp_path):
+    mine, path = tmp_path / 'mine', tmp_path / 'model.pt7'
+    mine.write_text('mine')
+    for link in (path, tmp_path / 'model.pt7.tmp', tmp_path / 'log.txt'):
+        link.symlink_to(mine)
+    checkpoint.save(path, STATE)
+    with pytest.raises(OSError, match='log.txt could not be written'):
+        runs.append_line(str(tmp_path / 'log.txt'), 'line')
+    assert mine.read_text() == 'mine' and checkpoint.load(path)['epoch'] == 3
 
 
 def test_a_checkpoint_cut_short_anywhere_is_refused(tmp_path):

@@ -191,6 +191,18 @@ def test_resume_of_a_finished_run_changes_nothing(train, teacher):
     assert before == (os.stat('logs/teacher/model.pt7').st_mtime_ns, open('logs/teacher/log.txt').read())
 
 
+def test_a_log_of_more_epochs_than_the_checkpoint_is_not_cut_silently(train, teacher):
+    before = open('logs/teacher/log.txt').read()
+    shutil.move('logs/teacher/model.pt7', 'elsewhere.pt7')
+    again = '--epochs 6 --epoch_step [4] --lr 0.05 --save logs/teacher'
+    assert refused(
+        train(again, '--resume auto'), 'log.txt tells of 6 epochs, but 0 are in the checkpoint', '--overwrite'
+    )
+    assert open('logs/teacher/log.txt').read() == before
+    shutil.move('elsewhere.pt7', 'logs/teacher/model.pt7')
+    assert train(again, '--resume auto')[0] == 0
+
+
 def test_resume_from_another_run_leaves_that_run_alone(train, teacher):
     before = open('logs/teacher/model.pt7', 'rb').read()
     assert train('--epochs 7 --epoch_step [4] --lr 0.05 --save logs/on --resume logs/teacher/model.pt7')[0] == 0

@@ -260,8 +260,38 @@ def test_unusable_folders_are_refused_by_name(tmp_path):
         data.load('folder', write_folder(tmp_path / 'other', test=['a', 'c']))
     root = write_folder(tmp_path / 'bare')
     os.unlink(root / 'train' / 'b' / '0.png')
-    with pytest.raises(OSError, match='[Nn]o valid file'):
+    with pytest.raises(ValueError, match='bare/train/b holds no images'):
         data.load('folder', root)
+
+
+def test_links_out_of_the_folder_are_refused_unless_they_may_be_followed(tmp_path):
+    root, other = write_folder(tmp_path / 'root'), write_folder(tmp_path / 'other')
+    (root / 'train' / 'a' / 'again.png').symlink_to('0.png')
+    assert len(data.load('folder', root).train.labels) == 3
+    for i, where in enumerate(('train', 'train/a', 'train/a/0.png')):
+        root = write_folder(tmp_path / str(i))
+        (root / where).rename(root / 'before')
+        (root / where).symlink_to(other / where)
+        with pytest.raises(ValueError, match=f'{root / where} is a link that leads out of {root}: --follow_links'):
+            data.load('folder', root)
+        assert len(data.load('folder', root, follow_links=True).train.labels) == 2
+
+
+def test_links_to_folders_that_would_loop_for_ever_are_refused(tmp_path):
+    root = write_folder(tmp_path / 'root')
+    for name in ('x', 'y'):  # two of them: 2 ** 40 ways before the system stops
+        (root / 'train' / 'a' / name).symlink_to('.')
+    for follow_links in (False, True):
+        with pytest.raises(ValueError, match='a link to a folder inside a class'):
+            data.load('folder', root, follow_links=follow_links)
+
+
+def test_what_is_no_file_is_not_read(tmp_path):
+    os.mkfifo(tmp_path / 'pipe.png')  # nobody writes to it
+    (tmp_path / 'zero.png').symlink_to('/dev/zero')  # has no size, and no end
+    for name in ('pipe.png', 'zero.png'):
+        with pytest.raises(ValueError, match=f'{name} is no file of at most'):
+            data.read_image(tmp_path / name)
 
 
 def test_grey_alpha_and_turned_images_are_read_as_they_are_stored(tmp_path):

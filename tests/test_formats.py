@@ -2,7 +2,9 @@
 
 import json
 import pickle
+import struct
 import sys
+import time
 import tracemalloc
 import urllib.error
 import zipfile
@@ -20,6 +22,7 @@ from conftest import refused
 
 import checkpoint
 import formats
+import nin
 import resnet
 
 
@@ -312,6 +315,9 @@ def test_what_cannot_be_exported_leaves_no_file(script, tmp_path, monkeypatch):
     assert refused(script(checkpoint, 'export', [tmp_path / 'none', out], '--to hkl'), 'no such checkpoint')
     assert refused(script(checkpoint, 'export', [tmp_path, out], '--to pickle'), 'invalid choice')
     checkpoint.save(tmp_path / 'model.pt7', {'params': wide_resnet()[1]})
+    checkpoint.save(tmp_path / 'nin.pt7', {'params': nin.nin(1 / 32, 4)[1]})
+    small = script(checkpoint, 'export', [tmp_path / 'nin.pt7', out], '--to onnx --image_size 1')
+    assert refused(small, '--image_size 1 is too small for the network')
     monkeypatch.setitem(sys.modules, 'onnxscript', None)  # as if it were not installed
     assert refused(script(checkpoint, 'export', [tmp_path, out], '--to onnx'), 'needs onnxscript: pip install')
     assert not out.exists()
@@ -394,7 +400,7 @@ def test_tensors_larger_than_their_file_are_refused(tmp_path):
     torch.save(state, tmp_path / 'stride')
     assert "'conv0.weight' in it is not a named tensor" in reason(tmp_path / 'stride')
     torch.save({'conv0.weight': torch.ones(10**5, 10**5, device='meta')}, tmp_path / 'meta')
-    assert "'conv0.weight' in it is not a named tensor" in reason(tmp_path / 'meta')
+    assert '_rebuild_meta_tensor_no_storage' in reason(tmp_path / 'meta')
     torch.save({'conv0.weight': torch.ones(2, 2).to_sparse()}, tmp_path / 'sparse')
     assert 'is not a checkpoint' in reason(tmp_path / 'sparse')
 
@@ -406,6 +412,65 @@ def test_a_zip_bomb_is_refused(tmp_path):
             bomb.writestr(name, plain.read(name))
     assert torch.load(tmp_path / 'bomb', weights_only=True)  # torch would unpack it
     assert 'a zip archive that unpacks to 20,' in reason(tmp_path / 'bomb')
+    with open(tmp_path / 'bomb', 'ab') as bomb:
+        bomb.write(b'PK\5\6')  # zipfile takes it for the end of an archive and finds none; torch looks further
+    assert torch.load(tmp_path / 'bomb', weights_only=True)
+    assert 'not a zip file' in reason(tmp_path / 'bomb')
+
+
+def with_pickle(path, content):
+    """Save a checkpoint and put another pickle in the place of its own."""
+    torch.save({'a': torch.ones(1)}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, 'w') as archive:
+        for name, value in entries.items():
+            archive.writestr(name, content if name.endswith('data.pkl') else value)
+    return path
+
+
+def legacy(path, content):
+    """A checkpoint from before there were archives, with another pickle in the place of its own."""
+    start = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {'little_endian': True})]
+    path.write_bytes(b''.join([*start, content, pickle.dumps([], 2)]))
+    return path
+
+
+HUGE = b'\x80\x02cbuiltins\nbytearray\n\x8a\x05' + (2**34).to_bytes(5, 'little') + b'\x85R.'  # bytearray(2**34)
+DOUBLED = b'\x80\x02' + b'c_codecs\nencode\n' * 31 + b'X\1\0\0\0aX\5\0\0\0utf-8\x86R' + b'X\3\0\0\0hex\x86R' * 30 + b'.'
+NESTED = (  # t = (t, t, t), thirty times, as a key: to hash it is to visit 3 ** 30 objects
+    b'\x80\x02})q\0' + b''.join(b'h%ch%ch%c\x87q%c' % (i, i, i, i + 1) for i in range(30)) + b'K\1s.'
+)
+
+
+@pytest.mark.parametrize('write', [with_pickle, legacy])
+@pytest.mark.parametrize(
+    'content, message',
+    [
+        (HUGE, "'builtins bytearray' in it is neither"),
+        (DOUBLED, "'_codecs encode' in it"),
+        (NESTED, '10,000,000 objects'),
+    ],
+)
+def test_a_short_pickle_of_gigabytes_or_years_is_refused_at_once(tmp_path, write, content, message):
+    assert len(content) < 2000
+    since = time.monotonic()
+    assert message in reason(write(tmp_path / 'pickle', content))
+    assert time.monotonic() - since < 10
+
+
+def test_a_second_directory_in_an_archive_is_not_what_torch_reads(tmp_path):
+    """The end of an archive points at its directory; zipfile reads the one just before the end instead."""
+    path = with_pickle(tmp_path / 'two', pickle.dumps({'a': 1}, 2))
+    content = path.read_bytes()
+    end = content.rindex(b'PK\5\6')
+    size, start = struct.unpack('<II', content[end + 12 : end + 20])
+    directory = content[start : start + size]
+    other = directory.replace(b'data.pkl', b'atad.pkl')
+    path.write_bytes(content[:start] + directory + other + content[end:])
+    assert torch.load(path, weights_only=True) == {'a': 1}
+    with pytest.raises(ValueError, match='is not a checkpoint'):
+        formats.read(path)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ import torch
 from conftest import SMALL, draw, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torchnet.meter import AverageValueMeter
 
 import checkpoint
 import cifar
@@ -268,6 +269,50 @@ def test_a_log_of_huge_numbers_or_depth_is_read_or_refused(tmp_path, line):
         assert str(error).startswith(f'{log}, line 1')
 
 
+def test_a_checkpoint_that_no_run_wrote_is_not_resumed(train):
+    assert train('--epochs 1 --save logs/run')[0] == 0
+    state = checkpoint.load('logs/run/model.pt7')
+    progress = {'steps': 1, 'images': 16, 'seconds': 1.0, 'batch_size': 16, 'seed': 0, 'values': {}}
+    progress['workers'] = [{'errors': {'n': 16, 'sum': {1: 9}}, 'bad': 0}]
+    value = {**dict.fromkeys(vars(AverageValueMeter()), 1.0), 'value': 1.0}  # the last in the place of a method
+    for change in (
+        {'epoch': -5},
+        {'optimizer': dict.fromkeys(state['optimizer'], 3)},
+        {'optimizer': {}},
+        {'progress': progress},  # without a loss
+        {'progress': {**progress, 'values': {'loss': value}}},
+        {'progress': {**progress, 'steps': -1}},
+        {'progress': {**progress, 'steps': 0, 'workers': [{'errors': {'n': 16, 'sum': {}}, 'bad': 0}]}},
+        {'progress': {**progress, 'seed': [[]]}},
+    ):
+        checkpoint.save('hostile.pt7', {**state, **change})
+        assert refused(train('--epochs 2 --resume hostile.pt7'), 'hostile.pt7')
+
+
+ESCAPE = '\x1b]0;title\x07' + 'long' * 999
+LINES = [
+    *({'epoch': 'x'}, {'epoch': [1]}, {'lr': 'fast', 'lr_decay_ratio': 1}, {'lr_decay_ratio': -1e300}),
+    *({'epoch_step': 7}, {'epoch_step': '['}, {'epoch_step': '["a"]'}, {'test_acc': []}),
+    *({'dataset': ESCAPE}, {'depth': ESCAPE}, {'width': float('inf')}),
+]
+
+
+@pytest.mark.parametrize('line', LINES)
+def test_a_log_that_no_run_wrote_spoils_no_other_run(train, line):
+    flags = '--epochs 1 --epoch_step []'
+    assert train(flags, '--save logs/run')[0] == 0
+    record = {**engine.read_log('logs/run/log.txt')[0], **line}
+    with open('logs/run/log.txt', 'w') as log:
+        log.write(f'json_stats: {json.dumps(record)}\n')
+    result = train(flags, '--save logs/run')
+    assert refused(result, 'logs/run holds a run') and '\x1b' not in result[2] and len(result[2]) < 1000
+    assert train('--epochs 2 --epoch_step [] --save logs/run --resume auto')[0] == 0
+    with open('logs/run/log.txt', 'w') as log:
+        log.write(f'json_stats: {json.dumps(record)}\n')
+    status, _, err = train(flags, '--teacher_id run --alpha 0.5')
+    assert status in (0, 2) and '\x1b' not in err  # its figure may be another network's by now
+
+
 # --------------------------------------------------------------------------------------------- unusual, but allowed
 
 
@@ -313,8 +358,8 @@ def test_a_class_without_images_is_refused_by_name(script, photos, tmp_path):
     assert refused(script(cifar, SMALL, '--dataroot data'), 'empty')
 
 
-def test_a_loss_that_the_teacher_spoils_names_its_term(train):
-    """A teacher whose weights are finite but whose logits are not."""
+def test_a_teacher_whose_logits_are_not_finite_is_refused_by_name(train):
+    """Its weights are."""
     flags = '--epochs 1 --epoch_step [] --save logs/teacher'
     assert train(flags)[0] == 0
     state = checkpoint.load('logs/teacher/model.pt7')
@@ -324,8 +369,7 @@ def test_a_loss_that_the_teacher_spoils_names_its_term(train):
     record = engine.read_log('logs/teacher/log.txt')[-1]
     with open('logs/teacher/log.txt', 'w') as log:
         log.write(f'json_stats: {json.dumps(record | {"test_acc": None})}\n')
-    status, _, err = train('--epochs 1 --epoch_step [] --teacher_id teacher --alpha 0.5')
-    assert status == 1 and 'epoch 1, step 1: the loss is not finite' in err and 'kd nan' in err and err.count('\n') == 1
+    assert refused(train('--epochs 1 --teacher_id teacher --alpha 0.5'), '--teacher_id teacher cannot teach', 'finite')
 
 
 def test_read_only_folders_are_one_line(train, tmp_path, monkeypatch):

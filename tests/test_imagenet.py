@@ -74,6 +74,16 @@ def test_last_two_groups_alone_and_the_teacher_unchecked(train):
     assert [k for k in engine.read_log('logs/run/log.txt')[0] if re.fullmatch(r'at\d', k)] == ['at2', 'at3']
 
 
+def test_a_teacher_that_is_not_checked_and_spoils_the_loss_is_seen_at_the_first_step(train):
+    write_teacher('teacher.bin', depth=18)
+    state = torch.load('teacher.bin')
+    torch.save({**state, 'fc.bias': state['fc.bias'] + 3e38, 'fc.weight': state['fc.weight'] + 3e38}, 'teacher.bin')
+    flags = '--epochs 1 --teacher_params teacher.bin --alpha 0.5'
+    assert refused(train(flags), 'teacher.bin cannot teach: its logits on the test images are not finite')
+    status, _, err = train(flags, '--skip_teacher_check')
+    assert status == 1 and 'epoch 1, step 1: the loss is not finite' in err and 'kd nan' in err and err.count('\n') == 1
+
+
 def test_an_own_checkpoint_teaches(train):
     assert train('--epochs 1 --depth 34 --save logs/teacher')[0] == 0
     status, _, err = train('--epochs 1 --beta 10 --teacher_params logs/teacher/model.pt7 --save logs/student')

@@ -6,7 +6,7 @@ from torch import nn
 
 import checkpoint
 import utils
-from nin import nin, nin_shape
+from nin import fold_nin, nin, nin_shape
 
 
 def modules(params, no_bn):
@@ -94,3 +94,19 @@ def test_a_file_is_recognised_and_what_is_missing_in_it_is_named(tmp_path, no_bn
     checkpoint.save(path, {'params': {k: v.detach() for k, v in params.items()}})
     with pytest.raises(ValueError, match='no group1.conv2'):
         checkpoint.load_teacher(path)
+
+
+def test_a_folded_network_computes_the_same_without_batch_norm():
+    torch.manual_seed(0)
+    f, params = nin(0.125, 5)
+    params = {k: v.detach().double() for k, v in params.items()}
+    for key, value in params.items():
+        if key.endswith(('running_mean', 'running_var', 'bias')):
+            value.uniform_(0.5, 1.5)
+    folded, x = fold_nin(params), torch.randn(3, 3, 12, 12, dtype=torch.float64)
+    (y, groups), (z, folded_groups) = f(x, params, False), f(x, folded, False)
+    torch.testing.assert_close(z, y, rtol=1e-10, atol=1e-10)
+    for a, b in zip(folded_groups, groups):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert set(folded) == set(nin(0.125, 5, no_bn=True)[1])
+    assert fold_nin(folded) is folded

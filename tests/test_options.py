@@ -5,8 +5,11 @@ import inspect
 import pathlib
 import re
 import sys
+import time
+import types
 
 import pytest
+import torch
 from conftest import refused
 
 import cifar
@@ -20,25 +23,27 @@ WRONG = {  # flag: values that it has to refuse
     'image_size': ['0', '7', '1000000', '32.5'],
     'randomcrop_pad': ['-1', '2.5', '32', 'nan', 'four'],
     'dataroot': [],  # read for folder and CIFAR alone
+    'follow_links': ['yes'],
     'holdout': ['-1', '0.5', 'many', '1000'],
     'teacher_id': ['nobody', '../..'],
     'depth': ['0', '-16', '15', '16.0', 'deep', '9' * 30],
     'width': ['0', '-1', 'nan', 'inf', '1e9', 'wide'],
     'dtype': ['float8', ''],
+    'compile': ['yes'],
     'epochs': ['0', '-1', '1.5', '1e3'],
-    'batch_size': ['0', '1', '-128', '1e2'],
-    'lr': ['0', '-0.1', 'nan', 'inf', 'fast'],
+    'batch_size': ['0', '1', '-128', '1e2', '9' * 30],
+    'lr': ['0', '-0.1', 'nan', 'inf', '1e300', 'fast'],
     'epoch_step': ['60', '[60', '[2,1]', '[1,1]', '[0]', '[1.5]', '["1"]', '[true]', '{}', '[' * 100_000, 'null'],
-    'lr_decay_ratio': ['-1', 'nan', 'inf'],
-    'weight_decay': ['-1', 'nan', 'inf'],
+    'lr_decay_ratio': ['-1', '1.1', 'nan', 'inf'],
+    'weight_decay': ['-1', 'nan', 'inf', '1e300'],
     'seed': ['-1', '1.5', str(2**63)],
     'alpha': ['-0.1', '1.1', 'nan', '0.5'],  # the last for want of a teacher
-    'temperature': ['0', '-4', 'nan', 'inf'],
-    'beta': ['-1', 'nan', 'inf', '1000'],
+    'temperature': ['0', '-4', 'nan', 'inf', '1e300', '1e-300'],
+    'beta': ['-1', 'nan', 'inf', '1e300', '1000'],
     'beta_decay': ['cubic'],
     'transfer': ['attention', 'full', 'gradient'],  # the last two for want of --beta
     'penalty': ['l2', 'symmetry'],  # for want of --gamma
-    'gamma': ['-1', 'nan', 'inf', '1'],  # for want of --penalty
+    'gamma': ['-1', 'nan', 'inf', '1e300', '1'],  # for want of --penalty
     'net': ['resnet', ''],
     'no_bn': ['yes'],
     'at_form': ['sum'],
@@ -51,7 +56,7 @@ WRONG = {  # flag: values that it has to refuse
     'overwrite': ['yes'],
     'nthread': ['-1', '1.5', '1000000'],
     'ngpu': ['0', '-1', '1.5', '999', '1000000'],
-    'gpu_id': [],
+    'gpu_id': ['0;1', 'a', '0,', '-1'],
     'sync_bn': ['yes'],
     'max_restarts': ['-1', '1.5'],
 }
@@ -206,6 +211,18 @@ def test_flags_that_contradict_each_other_are_refused(script):
     assert refused(script(cifar, '--resume auto'), '--save, which is not given')
     assert refused(script(cifar, '--resume auto --save x --overwrite'), 'contradict')
     assert refused(script(cifar, '--ngpu 2 --batch_size 3'), '--batch_size 3 is not a multiple of the 2 workers')
+
+
+def test_running_out_of_memory_is_told_in_one_line(script):
+    greedy = types.SimpleNamespace(__name__='greedy', main=lambda: torch.empty(2**50))
+    status, _, err = script(greedy)
+    assert status == 1 and err.count('\n') == 1 and err.startswith('greedy.py: error: out of memory'), err
+
+
+def test_a_network_that_no_memory_holds_takes_none_before_the_rest_is_checked(script):
+    since = time.monotonic()
+    assert refused(script(cifar, '--dataset folder --dataroot nowhere --width 100 --depth 100'), 'nowhere')
+    assert time.monotonic() - since < 30  # it has 15 billion parameters
 
 
 def test_main_is_a_table_of_contents():

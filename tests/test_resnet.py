@@ -119,3 +119,21 @@ def test_shape_is_read_back_from_the_parameters(n, width, classes):
 def test_parameters_of_no_wide_resnet_are_refused(params):
     with pytest.raises(ValueError, match='no wide ResNet'):
         resnet.wide_resnet_shape(params)
+
+
+@pytest.mark.parametrize('depth, width, left', [(16, 1, 7), (16, 2, 6), (10, 0.5, 3)])
+def test_a_folded_network_computes_the_same_with_less_batch_norm(depth, width, left):
+    torch.manual_seed(0)
+    f, params = resnet.wide_resnet(depth, width, 10)
+    params = {k: v.detach().double() for k, v in params.items()}
+    for key, value in params.items():
+        if key.endswith(('running_mean', 'running_var', 'bias')):
+            value.uniform_(0.5, 1.5)
+    before, folded = {k: v.clone() for k, v in params.items()}, resnet.fold_wide_resnet(params)
+    x = torch.randn(3, 3, 16, 16, dtype=torch.float64)
+    (y, groups), (z, folded_groups) = f(x, params, False), f(x, folded, False)
+    torch.testing.assert_close(z, y, rtol=1e-10, atol=1e-10)
+    for a, b in zip(folded_groups, groups):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert sum(k.endswith('running_mean') for k in folded) == left
+    assert all(torch.equal(v, before[k]) for k, v in params.items())

@@ -50,6 +50,23 @@ def test_attention_maps_of_half_precision_activations_are_float32():
     torch.testing.assert_close(utils.attention_map(x), utils.attention_map(x.float()), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float32, torch.float64])
+def test_attention_map_and_its_gradient_equal_those_that_autograd_makes(dtype):
+    torch.manual_seed(0)
+    x = torch.randn(70, 5, 4, 6).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weights = torch.randn(70, 4, 6, dtype=utils.attention_map(x).dtype)
+    plain = (x if dtype == torch.float64 else x.float()).square().sum(1)
+    assert torch.equal(utils.attention_map(x), plain)
+    ours, theirs = (torch.autograd.grad(q, x, weights)[0] for q in (utils.attention_map(x), plain))
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
+    assert ours.dtype == dtype and ours.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_attention_map_can_be_differentiated_twice():
+    x = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(utils.attention_map, x)
+
+
 @pytest.mark.parametrize('bad', [{'p': 0}, {'p': -1}, {'p': math.nan}, {'mapping': 'mean'}])
 def test_unknown_attention_map_is_refused(bad):
     with pytest.raises(ValueError, match='attention map'):

@@ -7,12 +7,15 @@ import socket
 import subprocess
 import sys
 
+import cv2
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, refused
 
 import cifar
 import engine
+import imagenet
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -48,6 +51,16 @@ def test_losses_gradients_and_weights_do_not_depend_on_the_number_of_workers(tmp
     torch.testing.assert_close(two['losses'], one['losses'], rtol=1e-6, atol=0)
     for key, value in one['params'].items():
         torch.testing.assert_close(two['params'][key], value, rtol=1e-6, atol=1e-9)
+
+
+def test_each_of_several_workers_normalises_by_the_statistics_of_its_own_share(tmp_path):
+    """Over 20 steps of AT and KD they do what one does that takes each batch in two shares, and not in one."""
+    one, two, joined = (twenty_steps(tmp_path, mode, n) for mode, n in (('own', 1), ('own', 2), ('sync', 1)))
+    torch.testing.assert_close(two['losses'], one['losses'], rtol=1e-6, atol=0)
+    for key, value in one['params'].items():
+        if 'running' not in key:  # which do not bear on training
+            torch.testing.assert_close(two['params'][key], value, rtol=1e-6, atol=1e-9)
+    assert not torch.allclose(two['losses'], joined['losses'], rtol=1e-3)
 
 
 def free_port():
@@ -97,6 +110,23 @@ def kill_second_worker(process, epoch):
 
 
 needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/environ'), reason='finds the worker to kill in /proc')
+
+
+def test_what_the_second_worker_alone_meets_is_told_in_one_line(tmp_path):
+    for part in ('train', 'val'):
+        for i in range(8):
+            (tmp_path / part / 'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
+            cv2.imwrite(str(tmp_path / part / 'ab'[i % 2] / f'{i}.png'), np.full((40, 40, 3), 9 * i, np.uint8))
+    bad = tmp_path / 'val' / 'a' / '2.png'  # of all test images, in the order of their names, the second
+    bad.write_text('no image')
+    words = (
+        '--imagenetpath . --ngpu 2 --image_size 32 --width 0.0625 --batch_size 8 --epochs 1 --epoch_step [] --nthread 0'
+    )
+    done = subprocess.run(
+        [sys.executable, imagenet.__file__, *words.split()],
+        **{'cwd': tmp_path, 'env': ENVIRONMENT, 'capture_output': True, 'text': True, 'timeout': 120},
+    )
+    assert refused((done.returncode, done.stdout, done.stderr), 'val/a/2.png is not a readable image', '--skip_bad')
 
 
 @needs_proc

@@ -1,7 +1,8 @@
 """Twenty steps of AT + KD, to be run by any number of workers; writes losses and parameters to a file.
 
 python twenty_steps.py MODE OUT, MODE being fixed, sync or own batch norm statistics; or full-activation or
-gradient-based transfer with the symmetry norm, in place of AT and with fixed statistics.
+gradient-based transfer with the symmetry norm, in place of AT and with fixed statistics. In the mode `own` a single
+worker takes each batch in two shares, as two would.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import workers
 
 FLAGS = {
     **{'alpha': 0.7, 'beta': 100.0, 'temperature': 4.0, 'power': 2, 'mapping': 'sum', 'at_form': 'code'},
-    **{'transfer': 'activation', 'penalty': 'none', 'gamma': 0, 'groups': '', 'batch_size': 32},
+    **{'transfer': 'activation', 'penalty': 'none', 'gamma': 0, 'groups': '', 'batch_size': 32, 'compile': False},
 }
 MODES = {
     'fixed': (False, {}),
@@ -31,8 +32,9 @@ MODES = {
 
 
 def main():
-    mode, more = MODES[sys.argv[1]]
-    if workers.world() > 1:
+    mode, alone = sys.argv[1], workers.world() == 1
+    statistics, more = MODES[mode]
+    if not alone:
         dist.init_process_group('gloo')
     torch.set_num_threads(1)
     opt = argparse.Namespace(**{**FLAGS, **more}, dtype='double')
@@ -45,20 +47,23 @@ def main():
         value.requires_grad_('running' not in key)
     teacher = partial(g, params=params_t, mode=False)
     f = engine.prepare(opt, f, params, teacher, torch.zeros(1, 3, 8, 8, dtype=torch.double))
-    step = engine.make_step(opt, workers.data_parallel(f, params, mode), teacher, device)
+    step = engine.make_step(opt, workers.data_parallel(f, params, statistics), teacher, device)
     optimizer = torch.optim.SGD([v for v in params.values() if v.requires_grad], 0.002, 0.9, weight_decay=5e-4)
     digits = data.load('digits', image_size=8).train
     images = data.Images(digits.pixels[:150], digits.labels[:150])  # the last batch of an epoch has 22 images
     losses = []
     for epoch in range(1, 5):
-        for x, labels, size in data.TrainBatches(images, 32, 1, False, 0, workers.rank(), workers.world(), epoch):
-            _, terms = step(x, labels)
-            weights = {'ce': 0.3, 'kd': 0.7, 'symmetry': opt.gamma}
-            loss = sum(weights.get(name, opt.beta) * term for name, term in terms.items())
+        shares = [(0, 2), (1, 2)] if alone and mode == 'own' else [(workers.rank(), workers.world())]
+        for batch in zip(*(data.TrainBatches(images, 32, 1, False, 0, *share, epoch) for share in shares)):
             optimizer.zero_grad()
-            (loss * (len(labels) / size * workers.world())).backward()
+            losses.append(0)
+            for x, labels, size in batch:
+                _, terms = step(x, labels)
+                weights = {'ce': 0.3, 'kd': 0.7, 'symmetry': opt.gamma}
+                loss = sum(weights.get(name, opt.beta) * term for name, term in terms.items())
+                (loss * (len(labels) / size * workers.world())).backward()
+                losses[-1] += loss.detach() * len(labels) / size
             optimizer.step()
-            losses.append(loss.detach() * len(labels) / size)
     losses = torch.stack(losses)
     if workers.world() > 1:
         dist.all_reduce(losses)

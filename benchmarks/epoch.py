@@ -1,0 +1,186 @@
+"""How long an epoch and an evaluation of cifar.py take beside the plain loop, and where the time goes.
+
+    python benchmarks/epoch.py                        # 10,000 random images to train on and as many to test on
+    python benchmarks/epoch.py --dataroot data        # of CIFAR-10
+    python benchmarks/epoch.py --compile --json
+
+WRN-16-1 learns from WRN-16-2 by attention transfer. Ours goes through `engine.fit` and `data` with --dtype. The other
+reads PIL images from a torchvision dataset through its transforms and a DataLoader, takes the plain step of step.py
+and evaluates in float32. They run in turns; each ratio is that of a pair.
+"""
+
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch.utils.data import DataLoader
+from torchvision import transforms
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:0] = [os.path.join(HERE, '..'), HERE]
+
+import step as benchmark  # noqa: E402
+
+import checkpoint  # noqa: E402
+import data  # noqa: E402
+import engine  # noqa: E402
+import options  # noqa: E402
+import runs  # noqa: E402
+import workers  # noqa: E402
+
+
+class Pictures(torchvision.datasets.VisionDataset):
+    """Images as torchvision's CIFAR-10 gives them."""
+
+    def __init__(self, images, transform):
+        super().__init__('', transform=transform)
+        self.data, self.targets = images.pixels.numpy(), images.labels.tolist()
+
+    def __len__(self):
+        return len(self.data)
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.data[index])), self.targets[index]
+
+
+def load(opt):
+    """10,000 images to train on and up to 10,000 to test on: of CIFAR-10 if --dataroot names it, or random."""
+    if opt.dataroot:
+        dataset = data.load('CIFAR10', opt.dataroot, note=lambda text: None)
+    else:
+        rng = np.random.default_rng(0)
+        pixels, labels = rng.integers(0, 256, (opt.images, 32, 32, 3), np.uint8), rng.integers(0, 10, opt.images)
+        images = data.Images(torch.from_numpy(pixels), torch.from_numpy(labels))
+        dataset = data.Dataset(images, images, 10, True)
+    return dataset._replace(train=data.Images(*(t[: opt.images] for t in dataset.train)))
+
+
+def plain_epoch(flags, dataset, device):
+    """The plain loop: run() -> (seconds of training, seconds of evaluation)."""
+    tensor = [transforms.ToTensor(), transforms.Normalize(*(np.array(v) / 255 for v in (data.MEAN, data.STD)))]
+    augment = [transforms.Pad(4, padding_mode='reflect'), transforms.RandomCrop(32), transforms.RandomHorizontalFlip()]
+    loader = partial(DataLoader, batch_size=flags.batch_size, num_workers=flags.nthread)
+    train = loader(Pictures(dataset.train, transforms.Compose(augment + tensor)), shuffle=True)
+    test = loader(Pictures(dataset.test, transforms.Compose(tensor)))
+    step = benchmark.plain_step(flags, benchmark.CASES['at'], device)
+    f, params = benchmark.draw(benchmark.WRN_16_1, device)
+
+    def run():
+        start = time.perf_counter()
+        for images, labels in train:
+            step(images.to(device), labels.to(device))
+        trained = time.perf_counter()
+        with torch.no_grad():
+            for images, labels in test:
+                logits = f(images.to(device), params, False)[0].cpu()
+                (F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).sum().item())
+        return trained - start, time.perf_counter() - trained
+
+    return run
+
+
+def fast_epoch(flags, dataset, device):
+    """Ours: run() -> (seconds of training, seconds of evaluation)."""
+    train, test = dataset.train.to(device), dataset.test.to(device)
+    train_batches = partial(data.TrainBatches, train, flags.batch_size, 4, True, flags.seed, 0, 1)
+    test_batches = partial(data.TestBatches, test, flags.batch_size)
+    teacher = frozen_teacher(flags, device)
+    f, params = benchmark.draw(benchmark.WRN_16_1, device)
+    step = engine.make_step(flags, partial(f, params=params, mode=True), teacher, device)
+
+    def run():
+        with contextlib.redirect_stdout(None), tempfile.TemporaryDirectory() as folder:
+            flags.save = os.path.join(folder, 'run')
+            record = engine.fit(flags, step, f, params, train_batches, test_batches, device, engine.counts(dataset))
+        return record['train_time'], record['test_time']
+
+    return run
+
+
+def frozen_teacher(flags, device):
+    g, fixed = benchmark.draw(benchmark.WRN_16_2, device)
+    fixed = {k: v.detach() for k, v in fixed.items()}
+    return partial(g, params=engine.freeze(checkpoint.fold(fixed), flags.dtype, device), mode=False)
+
+
+def parts(flags, dataset, device):
+    """Seconds of an epoch of ours by part; on a GPU, those of the host that launches its work."""
+    f, params = benchmark.draw(benchmark.WRN_16_1, device)
+    optimizer = engine.sgd(flags, [v for v in params.values() if v.requires_grad])
+    step = engine.make_step(flags, partial(f, params=params, mode=True), frozen_teacher(flags, device), device)
+    meters, times, since = engine.Meters(device, (1,)), {}, time.perf_counter()
+
+    def lap(part):
+        nonlocal since
+        now = time.perf_counter()
+        times[part] = times.get(part, 0) + now - since
+        since = now
+
+    for sample in data.TrainBatches(dataset.train.to(device), flags.batch_size, 4, True, 0, 0, 1, 1):
+        lap('input')
+        loss, _ = engine.weighted_loss(flags, step, sample, 1, meters)
+        lap('forward')
+        optimizer.zero_grad()
+        loss.backward()
+        lap('backward')
+        optimizer.step()
+        lap('update')
+        if len(meters.pending) == engine.FLUSH:
+            meters.flush(1)
+        lap('host')
+    return times
+
+
+def main():
+    parser = options.Parser(__doc__)
+    flag = parser.add_argument
+    flag('--dataroot', default='', help='where CIFAR-10 is (default: random images)')
+    flag('--images', default=10_000, type=options.number(int, 256), help='to train on (default: 10,000)')
+    flag('--dtype', default='bfloat16', choices=list(options.DTYPES), help='of the fast epoch (default: bfloat16)')
+    flag('--compile', action='store_true', help='measure the fast epoch with --compile')
+    flag('--nthread', default=2, type=options.number(int, 0, 64), help='processes of the plain DataLoader (default: 2)')
+    flag('--pairs', default=3, type=options.number(int, 1, 1000), help='pairs that are measured (default: 3)')
+    flag('--json', action='store_true', help='end with a line of JSON')
+    opt = parser.parse_args()
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    workers.keep_memory()
+    words = f'--teacher_id X --beta 1e+3 --dtype {opt.dtype} --epochs 1 --nthread {opt.nthread}'
+    flags = options.parse_cifar('', words.split() + ['--compile'] * opt.compile)
+    dataset = load(opt)
+    print(f'{engine.environment(device)["device"]}, torch {torch.__version__}, commit {runs.commit()}')
+    print(f'{opt.images:,} training and {len(dataset.test.labels):,} test images, {opt.dtype} beside float32')
+    epochs = plain_epoch(flags, dataset, device), fast_epoch(flags, dataset, device)
+    pairs = [[epoch() for epoch in epochs] for _ in range(1 + opt.pairs)][1:]  # without the warm-up
+    found = {}
+    for i, part in enumerate(('train', 'test')):
+        plain, fast = ([pair[kind][i] for pair in pairs] for kind in (0, 1))
+        ratios = [a / b for a, b in zip(plain, fast)]
+        found[part] = {
+            'plain_s': statistics.median(plain),
+            'fast_s': statistics.median(fast),
+            'ratio': statistics.median(ratios),
+        }
+        print(
+            f'{part:6} plain {statistics.median(plain):6.2f} s  fast {statistics.median(fast):6.2f} s  '
+            f'ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})'
+        )
+    times = parts(flags, dataset, device)
+    whole = sum(times.values())
+    print('of a fast epoch: ' + ', '.join(f'{part} {100 * s / whole:.1f}%' for part, s in times.items()))
+    if opt.json:
+        found['parts'] = {part: s / whole for part, s in times.items()}
+        print(json.dumps(found))
+
+
+if __name__ == '__main__':
+    options.run(main)

@@ -1,0 +1,254 @@
+"""How fast a training step is beside the plain one that distillation repositories run.
+
+    python benchmarks/step.py                        # every case
+    python benchmarks/step.py --only at,student --compile
+    python benchmarks/step.py --only at --profile    # the most expensive operators of the fast step
+
+The plain step is float32, contiguous and eager, with the whole teacher under no_grad, losses as the authors write them
+and .item() on every term. The fast one is the step of cifar.py and imagenet.py with --dtype. Both take the same batch
+of random images in turns in one process, so with the same settings of the memory allocator; the ratio is that of each
+pair. Arithmetic is what FlopCounterMode counts of the plain step; its rate is given as part of that of a product of two
+2048x2048 matrices in the fast step's dtype.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
+
+import checkpoint  # noqa: E402
+import engine  # noqa: E402
+import options  # noqa: E402
+import runs  # noqa: E402
+import workers  # noqa: E402
+from resnet import imagenet_resnet, wide_resnet  # noqa: E402
+from utils import set_requires_grad_except_bn_  # noqa: E402
+
+WARM_UP = 2  # pairs that are not counted
+
+
+class Case(NamedTuple):
+    """A step to be measured."""
+
+    student: object  # () -> (f, params)
+    teacher: object  # likewise, or None
+    batch: int
+    size: int  # of an image
+    flags: str  # of cifar.py
+
+
+WRN_16_1, WRN_16_2 = partial(wide_resnet, 16, 1, 10), partial(wide_resnet, 16, 2, 10)
+RESNET_18, RESNET_34 = partial(imagenet_resnet, 18, 1, 1000), partial(imagenet_resnet, 34, 1, 1000)
+AT, KD = '--teacher_id X --beta 1e+3', '--teacher_id X --alpha 0.9'
+CASES = {
+    'student': Case(WRN_16_1, None, 128, 32, ''),
+    'teacher': Case(WRN_16_2, None, 128, 32, ''),
+    'at': Case(WRN_16_1, WRN_16_2, 128, 32, AT),
+    'kd': Case(WRN_16_1, WRN_16_2, 128, 32, KD),
+    'at_kd': Case(WRN_16_1, WRN_16_2, 128, 32, f'{AT} --alpha 0.9'),
+    'gradient_at': Case(WRN_16_1, WRN_16_2, 128, 32, '--teacher_id X --beta 0.1 --transfer gradient'),
+    'imagenet_64': Case(RESNET_18, RESNET_34, 64, 64, AT),
+    'imagenet_224': Case(RESNET_18, RESNET_34, 8, 224, AT),
+}
+
+
+def draw(network, device):
+    """A network from a fixed seed, whose batch norm has seen some images: (f, params)."""
+    torch.manual_seed(0)
+    f, params = network()
+    params = engine.place(params, 'float', device)
+    with torch.no_grad():
+        f(torch.randn(8, 3, 64, 64, device=device), params, True)
+    set_requires_grad_except_bn_(params)
+    return f, params
+
+
+def plain_step(opt, case, device):
+    """The step as it is usually written: step(images, labels)."""
+    f, params = draw(case.student, device)
+    if case.teacher:
+        g, fixed = draw(case.teacher, device)
+        fixed = {k: v.detach() for k, v in fixed.items()}
+    optimizer = torch.optim.SGD(
+        [v for v in params.values() if v.requires_grad], opt.lr, momentum=0.9, weight_decay=opt.weight_decay
+    )
+
+    def at(x):
+        return F.normalize(x.pow(2).mean(1).flatten(1))
+
+    def input_gradient(logits, images, labels, **more):
+        return torch.autograd.grad(F.cross_entropy(logits, labels, reduction='sum'), images, **more)[0]
+
+    def step(images, labels):
+        gradient = opt.transfer == 'gradient'
+        images = images.detach().requires_grad_(gradient)
+        if case.teacher:
+            with torch.set_grad_enabled(gradient):
+                y_t, groups_t = g(images, fixed, False)
+        y, groups = f(images, params, True)
+        terms = {'ce': (1 - opt.alpha) * F.cross_entropy(y, labels)}
+        if opt.alpha:
+            p, q = (F.log_softmax(v / opt.temperature, 1) for v in (y, y_t))
+            terms['kd'] = opt.alpha * opt.temperature**2 * F.kl_div(p, q, reduction='batchmean', log_target=True)
+        if gradient:
+            j, j_t = input_gradient(y, images, labels, create_graph=True), input_gradient(y_t, images, labels)
+            terms['grad'] = opt.beta / 2 * (j - j_t).flatten(1).norm(dim=1).mean()
+        elif opt.beta:
+            at_losses = [(at(s) - at(t)).pow(2).mean() for s, t in zip(groups, groups_t)]
+            terms |= {f'at{i}': opt.beta * loss for i, loss in enumerate(at_losses)}
+        loss = sum(terms.values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item(), [term.item() for term in terms.values()]
+
+    return step
+
+
+def fast_step(opt, case, device):
+    """The step that cifar.py and imagenet.py take: step(images, labels)."""
+    f, params = draw(case.student, device)
+    teacher = None
+    if case.teacher:
+        g, fixed = draw(case.teacher, device)
+        teacher = partial(g, params=engine.freeze(checkpoint.fold(fixed), opt.dtype, device), mode=False)
+    image = torch.zeros(1, 3, case.size, case.size, device=device)
+    return engine.make_update(opt, f, params, teacher, image)
+
+
+def seconds(step, *batch):
+    start = time.perf_counter()
+    step(*batch)
+    if batch[0].device.type == 'cuda':
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def matrix_rate(dtype, device, n=2048):
+    """FLOP/s of a product of two n x n matrices: the best of 10."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / min(seconds(torch.mm, a, b) for _ in range(10))
+
+
+def peak_memory(step, *batch):
+    """Bytes that a step allocates at most at once, beyond what there was before it."""
+    device = batch[0].device
+    if device.type == 'cuda':
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(*batch)
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(*batch)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == '[memory]']
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def flops(step, *batch):
+    with FlopCounterMode(display=False) as counter:
+        step(*batch)
+    return counter.get_total_flops()
+
+
+def measure(name, opt, dtype, device, rates):
+    """Measure a case: what the JSON holds of it."""
+    case = CASES[name]
+    words = [*case.flags.split(), '--batch_size', str(case.batch), '--dtype', dtype]
+    words += ['--compile'] if opt.compile and name != 'gradient_at' else []
+    flags = options.parse_cifar('', words)
+    torch.manual_seed(0)
+    images = torch.randn(case.batch, 3, case.size, case.size, device=device)
+    labels = torch.randint(0, 10, (case.batch,), device=device)
+    steps = {
+        'plain': (plain_step(flags, case, device), images, labels),
+        'fast': (fast_step(flags, case, device), images.contiguous(memory_format=torch.channels_last), labels),
+    }
+    first = {kind: seconds(*step) for kind, step in steps.items()}
+    pairs = [{kind: seconds(*step) for kind, step in steps.items()} for _ in range(WARM_UP + opt.pairs)][WARM_UP:]
+    ratios = [pair['plain'] / pair['fast'] for pair in pairs]
+    ms = {kind: 1000 * statistics.median(pair[kind] for pair in pairs) for kind in steps}
+    count = flops(*steps['plain'])
+    return {
+        'plain_ms': ms['plain'],
+        'fast_ms': ms['fast'],
+        'ratio': statistics.median(ratios),
+        'ratio_min': min(ratios),
+        'ratio_max': max(ratios),
+        'images_per_second': 1000 * case.batch / ms['fast'],
+        'gflop': count / 1e9,
+        'peak_fraction': count / (ms['fast'] / 1000) / rates[dtype],
+        'plain_peak_fraction': count / (ms['plain'] / 1000) / rates['float'],
+        'plain_mb': peak_memory(*steps['plain']) / 1e6,
+        'fast_mb': peak_memory(*steps['fast']) / 1e6,
+        'first_fast_s': first['fast'],
+    }
+
+
+def profile(name, opt, dtype, device):
+    """Print the ten most expensive operators of a case's fast step."""
+    case = CASES[name]
+    flags = options.parse_cifar('', [*case.flags.split(), '--batch_size', str(case.batch), '--dtype', dtype])
+    step = fast_step(flags, case, device)
+    images = torch.randn(case.batch, 3, case.size, case.size, device=device)
+    batch = images.contiguous(memory_format=torch.channels_last), torch.zeros(case.batch, dtype=torch.long)
+    for _ in range(WARM_UP):
+        step(*batch)
+    with torch.profiler.profile() as profiler:
+        step(*batch)
+    print(profiler.key_averages().table(sort_by=f'self_{device.type}_time_total', row_limit=10))
+
+
+def main():
+    parser = options.Parser(__doc__)
+    flag = parser.add_argument
+    flag('--only', default=','.join(CASES), help=f'some of {",".join(CASES)} (default: all)')
+    flag('--dtype', default='bfloat16', choices=list(options.DTYPES), help='of the fast step (default: bfloat16)')
+    flag('--compile', action='store_true', help='measure the fast step with --compile')
+    flag('--pairs', default=7, type=options.number(int, 1, 10_000), help='pairs that are measured (default: 7)')
+    flag('--json', action='store_true', help='end with a line of JSON')
+    flag('--profile', action='store_true', help='show the most expensive operators of the fast step too')
+    opt = parser.parse_args()
+    names = opt.only.split(',')
+    if not set(names) <= set(CASES):
+        raise ValueError(f'--only {opt.only}: expected some of {",".join(CASES)}')
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    workers.keep_memory()
+    rates = {dtype: matrix_rate(engine.DTYPES[dtype], device) for dtype in {'float', opt.dtype}}
+    print(f'{engine.environment(device)["device"]}, torch {torch.__version__}, commit {runs.commit()}')
+    print('matrix product: ' + ', '.join(f'{dtype} {rate / 1e9:.0f} GFLOP/s' for dtype, rate in sorted(rates.items())))
+    print(
+        f'{"case":<14}{"batch":>12}{"plain ms":>10}{"fast ms":>9}{"images/s":>10}  ratio: median (min to max)'
+        f'{"GFLOP":>8}  of matrix rate{"MB plain":>10}{"MB fast":>9}{"first step":>12}'
+    )
+    found = {}
+    for name in names:
+        case, r = CASES[name], measure(name, opt, opt.dtype, device, rates)
+        found[name] = {k: round(v, 4) for k, v in r.items()}
+        print(
+            f'{name:<14}{f"{case.batch}x{case.size}x{case.size}":>12}{r["plain_ms"]:>10.1f}{r["fast_ms"]:>9.1f}'
+            f'{r["images_per_second"]:>10.0f}{r["ratio"]:>11.2f} ({r["ratio_min"]:.2f} to {r["ratio_max"]:.2f})'
+            f'{r["gflop"]:>13.1f}{r["peak_fraction"]:>16.2f}{r["plain_mb"]:>10.0f}{r["fast_mb"]:>9.0f}'
+            f'{r["first_fast_s"]:>10.1f} s',
+            flush=True,
+        )
+        if opt.profile:
+            profile(name, opt, opt.dtype, device)
+    if opt.json:
+        print(json.dumps(found))
+
+
+if __name__ == '__main__':
+    options.run(main)

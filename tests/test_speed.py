@@ -1,0 +1,183 @@
+"""The fast step against the plain one, in results, in what it keeps and in what it makes the host wait for."""
+
+import json
+import sys
+from functools import partial
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import checkpoint
+import engine
+import options
+import resnet
+import workers
+from nin import nin
+
+sys.path.insert(0, 'benchmarks')
+import step as benchmark  # noqa: E402
+
+CPU = torch.device('cpu')
+# 32 images of 16x16 with beta 60 weigh the elements of a map as 128 of 32x32 do with 1e+3.
+TAUGHT = '--teacher_id x --beta 60', '--teacher_id x --alpha 0.9', '--teacher_id x --alpha 0.9 --beta 60'
+
+
+def case(words, batch=16, depth=10, widths=(1, 2)):
+    """A small case of the benchmark: (flags, case)."""
+    opt = options.parse_cifar('', [*words.split(), '--batch_size', str(batch)])
+    student, teacher = (partial(resnet.wide_resnet, depth, width, 10) for width in widths)
+    return opt, benchmark.Case(student, teacher if opt.teacher_id else None, batch, 16, words)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The plain and the fast step of a case, each with the params that it trains."""
+
+    def make(opt, case):
+        made, draw = [], benchmark.draw
+
+        def remember(*arguments):
+            made.append(draw(*arguments))
+            return made[-1]
+
+        monkeypatch.setattr(benchmark, 'draw', remember)
+        plain = benchmark.plain_step(opt, case, CPU), made[0][1]
+        made.clear()
+        return plain, (benchmark.fast_step(opt, case, CPU), made[0][1])
+
+    return make
+
+
+@pytest.mark.parametrize('words', ['', *TAUGHT])
+def test_fast_float32_equals_plain_float32_over_20_steps(steps, monkeypatch, words):
+    opt, small = case(words + ' --lr 0.001', batch=32)
+    (plain, params), (fast, fast_params) = steps(opt, small)
+    losses, added = [], engine.Meters.add
+    monkeypatch.setattr(
+        engine.Meters, 'add', lambda self, terms, *rest: losses.append(terms['loss']) or added(self, terms, *rest)
+    )
+    torch.manual_seed(1)
+    images, labels = torch.randn(32, 3, 16, 16), torch.arange(32) % 10
+    expected = []
+    for _ in range(20):
+        expected.append(plain(images, labels)[0])
+        fast(images.contiguous(memory_format=torch.channels_last), labels)
+    assert expected[-1] < 0.99 * expected[0]  # it has learnt
+    assert torch.stack(losses).tolist() == pytest.approx(expected, rel=1e-5)
+    ours, theirs = (torch.cat([v.detach().flatten() for v in p.values()]) for p in (fast_params, params))
+    assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+
+
+class HostWaits(TorchDispatchMode):
+    """Fails where a tensor's value, or a copy of it on another device, is asked for."""
+
+    def __torch_dispatch__(self, f, types, arguments=(), kwargs=None):
+        kwargs = kwargs or {}
+        assert f is not torch.ops.aten._local_scalar_dense.default, 'the host asks for a value'
+        assert f is not torch.ops.aten._to_copy.default or not kwargs.get('device'), 'a tensor changes its device'
+        return f(*arguments, **kwargs)
+
+
+METHODS = [
+    *('', *TAUGHT, '--teacher_id x --beta 1 --transfer full', '--teacher_id x --beta 1 --transfer gradient'),
+    *('--penalty symmetry --gamma 1', '--penalty min_l2 --gamma 1', '--teacher_id x --beta 1 --at_form paper'),
+]
+
+
+@pytest.mark.parametrize('words', METHODS)
+def test_a_step_makes_the_host_wait_for_nothing(words):
+    opt, small = case(words, 4)
+    update = benchmark.fast_step(opt, small, CPU)
+    images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
+    with pytest.MonkeyPatch.context() as patch, HostWaits():
+        for name in ('item', 'cpu', 'numpy', 'tolist', '__float__', '__int__', '__bool__'):
+            patch.setattr(torch.Tensor, name, None)
+        for _ in range(3):
+            update(images, labels)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='counts the waits of a GPU, and there is none')
+@pytest.mark.parametrize('dtype', ['float', 'bfloat16'])
+@pytest.mark.parametrize('words', METHODS)
+def test_a_step_on_a_gpu_does_not_wait_for_it(words, dtype):
+    opt, small = case(f'{words} --dtype {dtype}', 4)
+    device = torch.device('cuda')
+    update = benchmark.fast_step(opt, small, device)
+    images, labels = torch.randn(4, 3, 16, 16, device=device), torch.arange(4, device=device)
+    update(images, labels)
+    torch.cuda.set_sync_debug_mode('error')
+    try:
+        update(images, labels)
+    finally:
+        torch.cuda.set_sync_debug_mode('default')
+
+
+def test_the_waits_of_the_plain_step_are_seen():
+    opt, small = case('', 4)
+    with pytest.raises(AssertionError, match='the host asks for a value'), HostWaits():
+        benchmark.plain_step(opt, small, CPU)(torch.randn(4, 3, 16, 16), torch.arange(4))
+
+
+def test_attention_transfer_takes_at_most_a_third_more_memory_than_the_student_alone():
+    peaks = []
+    for words in ('', TAUGHT[0]):
+        opt, paper = case(f'{words} --dtype bfloat16', 32, depth=16)
+        update = benchmark.fast_step(opt, paper, CPU)
+        batch = torch.randn(32, 3, 32, 32).contiguous(memory_format=torch.channels_last), torch.arange(32) % 10
+        update(*batch)  # which makes the momentum too
+        peaks.append(benchmark.peak_memory(update, *batch))
+    alone, taught = peaks
+    assert alone > 10e6 and taught <= 1.3 * alone, peaks
+
+
+def test_a_frozen_teacher_holds_weights_in_the_compute_dtype_and_batch_norm_in_float32():
+    for f, params in (resnet.wide_resnet(10, 1, 10), resnet.imagenet_resnet(18, 0.125, 10), nin(0.125, 10)):
+        frozen = engine.freeze(checkpoint.fold({k: v.detach() for k, v in params.items()}), 'bfloat16', CPU)
+        logits, groups = f(torch.randn(2, 3, 64, 64), frozen, False)
+        assert {a.dtype for a in (logits, *groups)} == {torch.bfloat16}
+        norms = {v.dtype for k, v in frozen.items() if '.bn' in k or k.startswith('bn')}
+        assert norms <= {torch.float32} and frozen['fc.bias'].dtype == torch.bfloat16
+
+
+def test_a_compiled_step_equals_the_eager_one(monkeypatch):
+    """Also where the last batch of an epoch has another size."""
+    results = []
+    for more in ('', ' --compile'):
+        opt, small = case(TAUGHT[2] + more, 8, widths=(0.25, 0.5))
+        assert opt.compile == bool(more)
+        f, params = benchmark.draw(small.student, CPU)
+        g, fixed = benchmark.draw(small.teacher, CPU)
+        step = engine.make_step(opt, partial(f, params=params, mode=True), partial(g, params=fixed, mode=False), CPU)
+        torch.manual_seed(0)
+        batch = torch.randn(8, 3, 16, 16), torch.arange(8)
+        for n in (8, 8, 3):
+            logits, terms = step(batch[0][:n], batch[1][:n])
+            sum(terms.values()).backward()
+        results.append(
+            [*terms.values(), logits, *(v.grad for v in params.values() if v.requires_grad), params['bn.running_mean']]
+        )
+    for eager, compiled in zip(*results):
+        torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_freed_memory_stays_with_the_process():
+    resource = pytest.importorskip('resource')
+    workers.keep_memory()
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(2**22)  # 16 MiB, 4096 pages
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    faults()
+    assert faults() < 4096
+
+
+def test_the_benchmark_ends_with_a_line_of_json(script):
+    status, out, err = script(benchmark, '--only student --pairs 1 --json --dtype float')
+    assert status == 0, err
+    found = json.loads(out.splitlines()[-1])['student']
+    assert found['ratio'] > 0 and found['gflop'] == pytest.approx(20.4, abs=0.1) and found['fast_mb'] > 0
+    assert script(benchmark, '--only studnet')[0] == 2
