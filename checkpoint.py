@@ -46,7 +46,14 @@ def write_whole(path, content):
     except OSError as error:
         if os.path.lexists(temporary):
             os.unlink(temporary)
-        raise OSError(f'{path} could not be written: {error.strerror}; what was there before is whole') from None
+        raise not_written(path, error, '; what was there before is whole') from None
+
+
+def not_written(path, error, more=''):
+    """The OSError that says so for the user, with the errno of `error`."""
+    told = OSError(f'{path} could not be written: {error.strerror}{more}')
+    told.errno = error.errno
+    return told
 
 
 def load(path):

@@ -140,7 +140,7 @@ def _digits(image_size):
 
 def _folder(root, image_size, nthread, follow_links):
     if not os.path.isdir(root):
-        raise OSError(f'{root}: no such folder')
+        raise OSError(f'--dataroot {root}: no such folder')
     parts, names = [], []
     for part in ('train', 'test'):
         classes, files = find_images(root, part, follow_links)

@@ -54,7 +54,7 @@ def load(root, follow_links=False):
     `root`: see `data.find_images`.
     """
     if not os.path.isdir(root):
-        raise OSError(f'{root}: no such folder')
+        raise OSError(f'--imagenetpath {root}: no such folder')
     (classes, train), (test_classes, test) = (data.find_images(root, part, follow_links) for part in ('train', 'val'))
     odd = sorted(set(classes) ^ set(test_classes))
     if odd:

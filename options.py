@@ -1,6 +1,7 @@
 """The flags of the training scripts, their checks, and how a script ends when something is wrong."""
 
 import argparse
+import errno
 import json
 import math
 import os
@@ -20,6 +21,7 @@ TRANSFERS = (
 )
 MOST = 1e30  # of a rate or a weight: products of two stay below what float32 holds, or are seen as not finite
 OUT_OF_MEMORY = 'out of memory', "can't allocate memory"  # in what torch says on GPUs and on CPUs
+DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO  # no fault of the command's
 LOST_PEER = 3  # exit status of a worker that stops because another one is gone
 
 
@@ -215,8 +217,8 @@ def run(main):
             raise
         if first or not isinstance(error, KeyboardInterrupt):
             _report(str(error) or 'interrupted', first)
-        status = {FloatingPointError: 1, KeyboardInterrupt: 130}
-        sys.exit(status.get(type(error), 2))
+        failed = isinstance(error, FloatingPointError) or getattr(error, 'errno', None) in DISK_ERRORS
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1 if failed else 2)
     finally:
         if torch.distributed.is_initialized():  # or a thread of its may crash the interpreter as that ends
             torch.distributed.destroy_process_group()

@@ -61,7 +61,7 @@ def append_line(path, line):
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise OSError(f'{path} could not be written: {error.strerror}') from None
+        raise checkpoint.not_written(path, error) from None
 
 
 def _open_no_link(path, flags):
