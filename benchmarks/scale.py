@@ -61,11 +61,11 @@ def draw(found, path):
     for axis, (name, rows) in zip(axes, found.items()):
         values = [str(value) for value, *_ in rows]
         axis.plot(values, [speed for _, speed, _ in rows], 'o-', color='tab:blue')
-        axis.set(xlabel=name, ylim=(0, None))
+        axis.set(xlabel=name, ylim=(0, 1.1 * axis.get_ylim()[1]))
         axis.set_ylabel('images/s', color='tab:blue')
         memory = axis.twinx()
         memory.plot(values, [megabytes for *_, megabytes in rows], 's--', color='tab:orange')
-        memory.set(ylim=(0, None))
+        memory.set(ylim=(0, 1.1 * memory.get_ylim()[1]))
         memory.set_ylabel('MB of the largest process', color='tab:orange')
     figure.savefig(path)
 
