@@ -53,7 +53,8 @@ def start(opt):
     Raises ValueError where the flags cannot be followed.
     """
     workers.check(opt)
-    runs.check_save(opt)
+    with contextlib.redirect_stdout(None) if workers.launches(opt) else contextlib.nullcontext():
+        runs.check_save(opt)  # what it notes, the first worker tells
     return workers.join(opt)
 
 

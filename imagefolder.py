@@ -11,6 +11,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import warnings
 from typing import NamedTuple
 
 import cv2
@@ -154,6 +155,7 @@ normalize = functools.partial(data.normalize, mean=MEAN, std=STD)
 
 def _loader(files, batches, read, nthread, device):
     """A loader that reads the batches of indices in `nthread` worker processes, in this one if there are none."""
+    warnings.filterwarnings('ignore', 'This DataLoader will create')  # that --nthread is above the number of cores
     return DataLoader(
         range(len(files.paths)),  # a sample is its index: `read` makes a whole batch of them
         batch_sampler=batches,

@@ -32,6 +32,11 @@ def say(*words):
         print(*words, flush=True)
 
 
+def launches(opt):
+    """Whether this process only starts the workers and waits for them."""
+    return opt.ngpu > 1 and 'LOCAL_RANK' not in os.environ
+
+
 def check(opt):
     """Refuse numbers of workers that the machine, the batch size or the launcher cannot follow; ValueError says why."""
     if opt.gpu_id:
@@ -56,7 +61,7 @@ def join(opt):
     cuda = torch.cuda.is_available()
     if 'LOCAL_RANK' in os.environ:
         dist.init_process_group('nccl' if cuda else 'gloo')
-    elif opt.ngpu > 1:
+    elif launches(opt):
         sys.exit(_launch(opt))
     device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if cuda else torch.device('cpu')
     if cuda:

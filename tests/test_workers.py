@@ -127,6 +127,7 @@ def test_what_the_second_worker_alone_meets_is_told_in_one_line(tmp_path):
         **{'cwd': tmp_path, 'env': ENVIRONMENT, 'capture_output': True, 'text': True, 'timeout': 120},
     )
     assert refused((done.returncode, done.stdout, done.stderr), 'val/a/2.png is not a readable image', '--skip_bad')
+    assert done.stdout.count('note: without --save') == 1
 
 
 @needs_proc
