@@ -256,8 +256,9 @@ def seconds(opt, left, runs):
 
 
 def _untrained(arguments):
-    f, params = draw(options.parse_cifar('', arguments))
-    return partial(f, params={k: v.detach() for k, v in params.items()}, mode=False)
+    flags = options.parse_cifar('', arguments)
+    f, params = draw(flags)
+    return partial(f, params=engine.freeze(engine.checkpoint.fold(params), flags.dtype, device()), mode=False)
 
 
 def run(opt, name, arguments, job):
