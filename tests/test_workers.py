@@ -33,34 +33,34 @@ def finished(process):
     return out
 
 
-def twenty_steps(tmp_path, mode, workers):
-    out = tmp_path / f'{mode}{workers}.pt'
-    words = [os.path.join(HERE, 'twenty_steps.py'), mode, out]
-    if workers > 1:
-        finished(torchrun('--standalone', '--nproc-per-node', workers, *words))
-    else:
-        subprocess.run([sys.executable, *words], env=ENVIRONMENT, check=True)
-    return torch.load(out)
+@pytest.fixture(scope='module')
+def twenty_steps(tmp_path_factory):
+    """What one worker and two come to in each mode of twenty_steps.py: [{mode: result} of one, of two]."""
+    folder, script = tmp_path_factory.mktemp('steps'), os.path.join(HERE, 'twenty_steps.py')
+    both = torchrun('--standalone', '--nproc-per-node', 2, script, folder / 'two.pt')
+    subprocess.run([sys.executable, script, folder / 'one.pt'], env=ENVIRONMENT, check=True)
+    finished(both)
+    return [torch.load(folder / name) for name in ('one.pt', 'two.pt')]
 
 
 @pytest.mark.parametrize('mode', ['fixed', 'sync', 'full', 'gradient'])
-def test_losses_gradients_and_weights_do_not_depend_on_the_number_of_workers(tmp_path, mode):
+def test_losses_gradients_and_weights_do_not_depend_on_the_number_of_workers(twenty_steps, mode):
     """Over 20 steps of KD and a transfer with uneven last batches; statistics of batch norm fixed, or joined."""
-    one, two = (twenty_steps(tmp_path, mode, workers) for workers in (1, 2))
+    one, two = (found[mode] for found in twenty_steps)
     assert len(one['losses']) == 20 and one['losses'][-1] < one['losses'][0]
     torch.testing.assert_close(two['losses'], one['losses'], rtol=1e-6, atol=0)
     for key, value in one['params'].items():
         torch.testing.assert_close(two['params'][key], value, rtol=1e-6, atol=1e-9)
 
 
-def test_each_of_several_workers_normalises_by_the_statistics_of_its_own_share(tmp_path):
+def test_each_of_several_workers_normalises_by_the_statistics_of_its_own_share(twenty_steps):
     """Over 20 steps of AT and KD they do what one does that takes each batch in two shares, and not in one."""
-    one, two, joined = (twenty_steps(tmp_path, mode, n) for mode, n in (('own', 1), ('own', 2), ('sync', 1)))
+    one, two = (found['own'] for found in twenty_steps)
     torch.testing.assert_close(two['losses'], one['losses'], rtol=1e-6, atol=0)
     for key, value in one['params'].items():
         if 'running' not in key:  # which do not bear on training
             torch.testing.assert_close(two['params'][key], value, rtol=1e-6, atol=1e-9)
-    assert not torch.allclose(two['losses'], joined['losses'], rtol=1e-3)
+    assert not torch.allclose(two['losses'], twenty_steps[0]['sync']['losses'], rtol=1e-3)
 
 
 def free_port():

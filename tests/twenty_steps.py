@@ -1,8 +1,8 @@
-"""Twenty steps of AT + KD, to be run by any number of workers; writes losses and parameters to a file.
+"""Twenty steps of AT + KD in every mode, to be run by any number of workers; writes losses and parameters to a file.
 
-python twenty_steps.py MODE OUT, MODE being fixed, sync or own batch norm statistics; or full-activation or
-gradient-based transfer with the symmetry norm, in place of AT and with fixed statistics. In the mode `own` a single
-worker takes each batch in two shares, as two would.
+python twenty_steps.py OUT. Modes are fixed, sync or own batch norm statistics; and full-activation or gradient-based
+transfer with the symmetry norm, in place of AT and with fixed statistics. In the mode `own` a single worker takes each
+batch in two shares, as two would.
 """
 
 import argparse
@@ -31,12 +31,9 @@ MODES = {
 }
 
 
-def main():
-    mode, alone = sys.argv[1], workers.world() == 1
+def steps(mode):
+    """Losses and parameters after the steps of a mode."""
     statistics, more = MODES[mode]
-    if not alone:
-        dist.init_process_group('gloo')
-    torch.set_num_threads(1)
     opt = argparse.Namespace(**{**FLAGS, **more}, dtype='double')
     torch.manual_seed(0)
     device = torch.device('cpu')
@@ -53,7 +50,7 @@ def main():
     images = data.Images(digits.pixels[:150], digits.labels[:150])  # the last batch of an epoch has 22 images
     losses = []
     for epoch in range(1, 5):
-        shares = [(0, 2), (1, 2)] if alone and mode == 'own' else [(workers.rank(), workers.world())]
+        shares = [(0, 2), (1, 2)] if workers.world() == 1 and mode == 'own' else [(workers.rank(), workers.world())]
         for batch in zip(*(data.TrainBatches(images, 32, 1, False, 0, *share, epoch) for share in shares)):
             optimizer.zero_grad()
             losses.append(0)
@@ -67,8 +64,16 @@ def main():
     losses = torch.stack(losses)
     if workers.world() > 1:
         dist.all_reduce(losses)
+    return {'losses': losses, 'params': {k: v.detach() for k, v in params.items()}}
+
+
+def main():
+    if workers.world() > 1:
+        dist.init_process_group('gloo')
+    torch.set_num_threads(1)
+    found = {mode: steps(mode) for mode in MODES}
     if workers.rank() == 0:
-        torch.save({'losses': losses, 'params': {k: v.detach() for k, v in params.items()}}, sys.argv[2])
+        torch.save(found, sys.argv[1])
 
 
 if __name__ == '__main__':
