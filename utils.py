@@ -5,7 +5,7 @@ them. Below the parameters stand the losses of the paper, each two lines that on
 """
 
 import torch
-import torch.distributed.nn.functional  # is not imported with torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 STATISTICS = ('running_mean', 'running_var')
@@ -75,17 +75,30 @@ def batch_norm(x, params, base, mode):
 
 
 def _sync_batch_norm(x, running_mean, running_var, weight, bias, momentum=0.1, eps=1e-5):
-    all_reduce = torch.distributed.nn.functional.all_reduce  # sums over workers, and their gradients in the backward
     x32 = _full(x)
-    n = all_reduce(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
-    mean = all_reduce(x32.sum((0, 2, 3))) / n
+    n = _SumOverWorkers.apply(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
+    mean = _SumOverWorkers.apply(x32.sum((0, 2, 3))) / n
     centred = x32 - mean.view(-1, 1, 1)
-    var = all_reduce(centred.square().sum((0, 2, 3))) / n
+    var = _SumOverWorkers.apply(centred.square().sum((0, 2, 3))) / n
     with torch.no_grad():
         running_mean.lerp_(mean, momentum)
         running_var.lerp_(var * n / (n - 1), momentum)
     scale = weight * (var + eps).rsqrt()
     return (centred * scale.view(-1, 1, 1) + bias.view(-1, 1, 1)).to(x.dtype)
+
+
+class _SumOverWorkers(torch.autograd.Function):
+    """The sum of a tensor over all workers, whose gradient is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx, g):
+        return _SumOverWorkers.apply(g)
 
 
 def folded_conv(weight, params, bn):
