@@ -301,6 +301,7 @@ def info(run):
 
 
 def main():
+    """Do what the command line asks of a file: slim, info or export."""
     parser = options.Parser(__doc__)
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=options.subcommand)
     command = commands.add_parser('slim', help="reduce a run's checkpoint to its parameters")

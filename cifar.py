@@ -26,6 +26,7 @@ TEST_SET = {'dataset': 'CIFAR10', 'holdout': 0, 'image_size': 32}
 
 
 def parse():
+    """The flags; ValueError where they name no network or contradict each other."""
     opt = options.parse_cifar(__doc__)
     with torch.device('meta'):  # no memory: a shape that is none is told before anything else begins
         network(opt)(2)
@@ -66,6 +67,7 @@ def build_teacher(opt, dataset, test_batches, device):
 
 
 def main():
+    """Train a network on small images, as the flags say."""
     opt = parse()
     device = engine.start(opt)
     workers.say('parsed options:', vars(opt))

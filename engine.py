@@ -32,6 +32,7 @@ from utils import (
     adapter_params,
     attention_map,
     cast,
+    full,
     full_activation_loss,
     gradient_loss,
     input_gradient,
@@ -67,11 +68,6 @@ def autocast(device, dtype):
     if dtype in (torch.bfloat16, torch.float16):
         return torch.autocast(device.type, dtype)
     return contextlib.nullcontext()
-
-
-def full(logits):
-    """Logits in the precision that losses are computed in: float32, or float64 where that is the compute dtype."""
-    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def make_step(opt, student, teacher, device):

@@ -20,6 +20,7 @@ from resnet import imagenet_resnet
 
 
 def parse():
+    """The flags, with the recipe of section 4.2.2 as defaults; ValueError where they cannot be followed."""
     parser = options.Parser(__doc__)
     flag = parser.add_argument_group('data and teacher (section 4.2.2)').add_argument
     flag('--imagenetpath', default='.', help='folder that holds train/<class>/* and val/<class>/*')
@@ -71,6 +72,7 @@ def build_teacher(opt, num_classes, test_batches, topk, device):
 
 
 def main():
+    """Train a ResNet on a folder of images, as the flags say."""
     opt = parse()
     device = engine.start(opt)
     workers.say('parsed options:', vars(opt))

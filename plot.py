@@ -397,6 +397,7 @@ def write(figure, out):
 
 
 def main():
+    """Draw what the command line asks for: curves or attention."""
     parser = options.Parser(__doc__)
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=options.subcommand)
     flag = commands.add_parser('curves', help='errors and loss terms of runs over epochs').add_argument

@@ -101,6 +101,7 @@ TABLES = {
 
 
 def parse():
+    """The flags, with rows and methods as lists; ValueError where the table has no such, or a file no markers."""
     parser = options.Parser(__doc__)
     flag = parser.add_argument
     flag('table', choices=list(TABLES))

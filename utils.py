@@ -75,7 +75,7 @@ def batch_norm(x, params, base, mode):
 
 
 def _sync_batch_norm(x, running_mean, running_var, weight, bias, momentum=0.1, eps=1e-5):
-    x32 = _full(x)
+    x32 = full(x)
     n = _SumOverWorkers.apply(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
     mean = _SumOverWorkers.apply(x32.sum((0, 2, 3))) / n
     centred = x32 - mean.view(-1, 1, 1)
@@ -166,7 +166,7 @@ def attention_map(x, p=2, mapping='sum'):
         raise ValueError(f"attention map: mapping is 'sum' or 'max' and p > 0, not {mapping!r} and {p}")
     if (p, mapping) == (2, 'sum'):
         return _SumOfSquares.apply(x)
-    x = _full(x)
+    x = full(x)
     x = x.square() if p == 2 else x.abs().pow(p)
     return x.sum(1) if mapping == 'sum' else x.amax(1)
 
@@ -181,8 +181,8 @@ class _SumOfSquares(torch.autograd.Function):
     def forward(ctx, x):
         ctx.save_for_backward(x)
         if x.device.type != 'cpu' or torch.compiler.is_compiling():
-            return _full(x).square().sum(1)
-        return torch.cat([_full(part).square().sum(1) for part in x.split(32)])  # parts that a cache holds
+            return full(x).square().sum(1)
+        return torch.cat([full(part).square().sum(1) for part in x.split(32)])  # parts that a cache holds
 
     @staticmethod
     def backward(ctx, g):
@@ -190,7 +190,8 @@ class _SumOfSquares(torch.autograd.Function):
         return (x * (2 * g).unsqueeze(1)).to(x.dtype)
 
 
-def _full(x):
+def full(x):
+    """x in the precision that losses are computed in: float32, or float64 where that is its dtype."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -239,7 +240,7 @@ def full_activation_loss(x, y):
     """
     if x.shape[1] != y.shape[1]:
         raise ValueError(f'full-activation transfer: {x.shape[1]} channels are not {y.shape[1]}')
-    x, y = _normalized(_full(x), _full(y))  # (N, C, H, W) -> (N, C*H*W)
+    x, y = _normalized(full(x), full(y))  # (N, C, H, W) -> (N, C*H*W)
     return (x - y).square().mean()
 
 

@@ -142,6 +142,7 @@ def parts(flags, dataset, device):
 
 
 def main():
+    """Measure both epochs in turns and print the table."""
     parser = options.Parser(__doc__)
     flag = parser.add_argument
     flag('--dataroot', default='', help='where CIFAR-10 is (default: random images)')

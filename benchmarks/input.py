@@ -116,6 +116,7 @@ def compare(files, image_size, repeats):
 
 
 def main():
+    """Read the flags, make images where none are named, and compare."""
     parser = options.Parser(__doc__)
     flag = parser.add_argument
     flag('--imagenetpath', help='folder with train/<class>/*; without it, images are made')

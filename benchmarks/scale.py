@@ -71,6 +71,7 @@ def draw(found, path):
 
 
 def main():
+    """Train a run for each row, print the table and draw it."""
     parser = options.Parser(__doc__)
     parser.add_argument('--dtype', default='bfloat16', choices=list(options.DTYPES), help='default: bfloat16')
     parser.add_argument('--out', metavar='FILE', help='also draw a picture, .svg or .png')

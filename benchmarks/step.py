@@ -126,6 +126,7 @@ def fast_step(opt, case, device):
 
 
 def seconds(step, *batch):
+    """How long a step on a batch takes, with what it leaves a GPU to do."""
     start = time.perf_counter()
     step(*batch)
     if batch[0].device.type == 'cuda':
@@ -158,20 +159,26 @@ def peak_memory(step, *batch):
 
 
 def flops(step, *batch):
+    """Floating-point operations of a step on a batch."""
     with FlopCounterMode(display=False) as counter:
         step(*batch)
     return counter.get_total_flops()
 
 
-def measure(name, opt, dtype, device, rates):
-    """Measure a case: what the JSON holds of it."""
+def inputs(name, opt, device):
+    """The flags of a case's fast step, and a random batch: (flags, images (N, 3, H, W), labels (N,))."""
     case = CASES[name]
-    words = [*case.flags.split(), '--batch_size', str(case.batch), '--dtype', dtype]
+    words = [*case.flags.split(), '--batch_size', str(case.batch), '--dtype', opt.dtype]
     words += ['--compile'] if opt.compile and name != 'gradient_at' else []
-    flags = options.parse_cifar('', words)
     torch.manual_seed(0)
     images = torch.randn(case.batch, 3, case.size, case.size, device=device)
-    labels = torch.randint(0, 10, (case.batch,), device=device)
+    return options.parse_cifar('', words), images, torch.randint(0, 10, (case.batch,), device=device)
+
+
+def measure(name, opt, device, rates):
+    """Measure a case: what the JSON holds of it."""
+    case = CASES[name]
+    flags, images, labels = inputs(name, opt, device)
     steps = {
         'plain': (plain_step(flags, case, device), images, labels),
         'fast': (fast_step(flags, case, device), images.contiguous(memory_format=torch.channels_last), labels),
@@ -189,7 +196,7 @@ def measure(name, opt, dtype, device, rates):
         'ratio_max': max(ratios),
         'images_per_second': 1000 * case.batch / ms['fast'],
         'gflop': count / 1e9,
-        'peak_fraction': count / (ms['fast'] / 1000) / rates[dtype],
+        'peak_fraction': count / (ms['fast'] / 1000) / rates[opt.dtype],
         'plain_peak_fraction': count / (ms['plain'] / 1000) / rates['float'],
         'plain_mb': peak_memory(*steps['plain']) / 1e6,
         'fast_mb': peak_memory(*steps['fast']) / 1e6,
@@ -197,13 +204,11 @@ def measure(name, opt, dtype, device, rates):
     }
 
 
-def profile(name, opt, dtype, device):
+def profile(name, opt, device):
     """Print the ten most expensive operators of a case's fast step."""
-    case = CASES[name]
-    flags = options.parse_cifar('', [*case.flags.split(), '--batch_size', str(case.batch), '--dtype', dtype])
-    step = fast_step(flags, case, device)
-    images = torch.randn(case.batch, 3, case.size, case.size, device=device)
-    batch = images.contiguous(memory_format=torch.channels_last), torch.zeros(case.batch, dtype=torch.long)
+    flags, images, labels = inputs(name, opt, device)
+    step = fast_step(flags, CASES[name], device)
+    batch = images.contiguous(memory_format=torch.channels_last), labels
     for _ in range(WARM_UP):
         step(*batch)
     with torch.profiler.profile() as profiler:
@@ -212,6 +217,7 @@ def profile(name, opt, dtype, device):
 
 
 def main():
+    """Measure the cases one after the other and print a row of each."""
     parser = options.Parser(__doc__)
     flag = parser.add_argument
     flag('--only', default=','.join(CASES), help=f'some of {",".join(CASES)} (default: all)')
@@ -235,7 +241,7 @@ def main():
     )
     found = {}
     for name in names:
-        case, r = CASES[name], measure(name, opt, opt.dtype, device, rates)
+        case, r = CASES[name], measure(name, opt, device, rates)
         found[name] = {k: round(v, 4) for k, v in r.items()}
         print(
             f'{name:<14}{f"{case.batch}x{case.size}x{case.size}":>12}{r["plain_ms"]:>10.1f}{r["fast_ms"]:>9.1f}'
@@ -245,7 +251,7 @@ def main():
             flush=True,
         )
         if opt.profile:
-            profile(name, opt, opt.dtype, device)
+            profile(name, opt, device)
     if opt.json:
         print(json.dumps(found))
 

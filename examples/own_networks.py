@@ -60,6 +60,7 @@ def load_teacher(weights):
 
 
 def main():
+    """Train the student for some steps on handwritten digits."""
     parser = Parser(__doc__)
     parser.add_argument('--teacher_weights', default='', help="a state_dict's file, or DEFAULT for torchvision's own")
     parser.add_argument('--steps', default=20, type=number(int, 1), help='how many (default: 20)')

@@ -224,7 +224,8 @@ def test_16_gib_of_holes_are_not_read(tmp_path):
     path = tmp_path / 'sparse'
     with open(path, 'wb') as file:
         file.truncate(16 * 2**30)
-    refusals(*((f, path) for f in ('data.read_image', 'engine.read_log', 'checkpoint.load', 'checkpoint.load_teacher')))
+    readers = 'data.read_image', 'engine.read_log', 'checkpoint.load', 'checkpoint.load_teacher'
+    assert all('sparse' in line for line in refusals(*((reader, path) for reader in readers)))
 
 
 # --------------------------------------------------------------------------------------------------------- code

@@ -1,6 +1,7 @@
 """The fast step against the plain one, in results, in what it keeps and in what it makes the host wait for."""
 
 import json
+import os
 import sys
 from functools import partial
 
@@ -15,7 +16,7 @@ import resnet
 import workers
 from nin import nin
 
-sys.path.insert(0, 'benchmarks')
+sys.path.insert(0, os.path.join(os.path.dirname(engine.__file__), 'benchmarks'))
 import step as benchmark  # noqa: E402
 
 CPU = torch.device('cpu')
@@ -70,9 +71,12 @@ def test_fast_float32_equals_plain_float32_over_20_steps(steps, monkeypatch, wor
 
 
 class HostWaits(TorchDispatchMode):
-    """Fails where a tensor's value, or a copy of it on another device, is asked for."""
+    """Fails where a tensor's value, or a copy of it on another device, is asked for; counts the operators it saw."""
+
+    seen = 0
 
     def __torch_dispatch__(self, f, types, arguments=(), kwargs=None):
+        self.seen += 1
         kwargs = kwargs or {}
         assert f is not torch.ops.aten._local_scalar_dense.default, 'the host asks for a value'
         assert f is not torch.ops.aten._to_copy.default or not kwargs.get('device'), 'a tensor changes its device'
@@ -90,11 +94,12 @@ def test_a_step_makes_the_host_wait_for_nothing(words):
     opt, small = case(words, 4)
     update = benchmark.fast_step(opt, small, CPU)
     images, labels = torch.randn(4, 3, 16, 16), torch.arange(4)
-    with pytest.MonkeyPatch.context() as patch, HostWaits():
+    with pytest.MonkeyPatch.context() as patch, HostWaits() as watched:
         for name in ('item', 'cpu', 'numpy', 'tolist', '__float__', '__int__', '__bool__'):
             patch.setattr(torch.Tensor, name, None)
         for _ in range(3):
             update(images, labels)
+    assert watched.seen > 300  # a wait would have failed there
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='counts the waits of a GPU, and there is none')
@@ -108,7 +113,9 @@ def test_a_step_on_a_gpu_does_not_wait_for_it(words, dtype):
     update(images, labels)
     torch.cuda.set_sync_debug_mode('error')
     try:
-        update(images, labels)
+        with pytest.raises(RuntimeError):
+            labels.sum().item()  # which is a wait
+        assert update(images, labels) is None
     finally:
         torch.cuda.set_sync_debug_mode('default')
 
@@ -140,7 +147,7 @@ def test_a_frozen_teacher_holds_weights_in_the_compute_dtype_and_batch_norm_in_f
         assert norms <= {torch.float32} and frozen['fc.bias'].dtype == torch.bfloat16
 
 
-def test_a_compiled_step_equals_the_eager_one(monkeypatch):
+def test_a_compiled_step_equals_the_eager_one():
     """Also where the last batch of an epoch has another size."""
     results = []
     for more in ('', ' --compile'):

@@ -146,19 +146,19 @@ def begins_again(process, folder):
     assert process.returncode == 0, err
     assert re.search(r'resumed from logs/run/model.pt7 after epoch [3-9]', out)
     records = engine.read_log(folder / 'logs' / 'run' / 'log.txt')
-    assert [r['epoch'] for r in records] == list(range(1, 41)) and records[-1]['workers'] == 2
+    return [r['epoch'] for r in records] == list(range(1, 41)) and records[-1]['workers'] == 2
 
 
 @needs_proc
 def test_a_run_begins_again_where_it_was_when_a_worker_dies(photos, tmp_path):
-    begins_again(start(photos, tmp_path, '--ngpu', '2', '--max_restarts', '1'), tmp_path)
+    assert begins_again(start(photos, tmp_path, '--ngpu', '2', '--max_restarts', '1'), tmp_path)
 
 
 @needs_proc
 def test_a_run_under_torchrun_begins_again_too(photos, tmp_path):
     launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--max-restarts', '1']
     process = start(photos, tmp_path, '--resume', 'auto', launcher=launcher, TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
-    begins_again(process, tmp_path)
+    assert begins_again(process, tmp_path)
 
 
 def test_a_launcher_whose_restarts_would_hang_is_refused(train, monkeypatch):
