@@ -13,7 +13,6 @@ from functools import partial
 
 import torch
 
-import checkpoint
 import data
 import engine
 import options
@@ -58,11 +57,11 @@ def build_teacher(opt, dataset, test_batches, device):
         return None
     f, params, record = engine.find_teacher(opt.teacher_id)
     engine.check_classes(f'--teacher_id {opt.teacher_id}', params, dataset.num_classes)
-    params = engine.freeze(checkpoint.fold(params), opt.dtype, device)
+    params = engine.frozen(opt, f, params, partial(data.sample, dataset.train), device)
     evaluated = f, params, test_batches(), device, opt.dtype
     (accuracy,) = engine.evaluate_teacher(f'--teacher_id {opt.teacher_id}', *evaluated)
     same = all(record.get(flag, default) == getattr(opt, flag) for flag, default in TEST_SET.items())
-    engine.check_teacher(record, accuracy, same)
+    engine.check_teacher(record, accuracy, same, opt.teacher_dtype)
     return partial(f, params=params, mode=False)
 
 

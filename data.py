@@ -321,6 +321,16 @@ def crop(pixels, index, where, pad):
     return pixels[index[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
+def sample(images, count=512):
+    """Images spread evenly over a part of a data set, unaugmented: (up to count, 3, H, W)."""
+    return normalize(images.pixels[spread(len(images.labels), count)])
+
+
+def spread(n, count):
+    """Up to `count` of the indices 0 to n - 1, evenly spread, as an array."""
+    return np.linspace(0, n - 1, min(n, count)).astype(int)
+
+
 def normalize(pixels, mean=MEAN, std=STD):
     """Normalise (B, H, W, 3) uint8 to float32 (B, 3, H, W) in channels-last memory format."""
     mean, std = (_rows(v, pixels.shape[2], pixels.device) for v in (mean, std))

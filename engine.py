@@ -22,6 +22,7 @@ from tqdm import tqdm
 import checkpoint
 import runs
 import workers
+from int8 import quantize
 from runs import read_log
 from schedules import beta_at, lr_at
 from stopping import Requests, Stopped
@@ -275,6 +276,19 @@ def freeze(params, dtype, device):
     return {k: v if k.rpartition('.')[0] in norms else v.to(DTYPES[dtype]) for k, v in params.items()}
 
 
+def frozen(opt, f, params, sample, device):
+    """A teacher's parameters, folded, in the dtypes of the flags; sample() gives images that int8 is fitted to.
+
+    Raises ValueError for int8 where the device has no such convolutions.
+    """
+    folded = checkpoint.fold(params)
+    if opt.teacher_dtype == 'int8':
+        if device.type != 'cpu' or not torch.backends.mkldnn.is_available():
+            raise ValueError('--teacher_dtype int8: only on CPUs, with a PyTorch that has oneDNN')
+        return place(folded, 'float', device) | quantize(f, folded, sample())
+    return freeze(folded, opt.dtype, device)
+
+
 def draw(network, opt, num_classes, device):
     """The network to train, `network(num_classes)` drawn from the seed: (f, params) on the device."""
     torch.manual_seed(opt.seed)
@@ -314,7 +328,7 @@ def find_teacher(teacher_id):
     return f, params, records[-1]
 
 
-def check_teacher(record, accuracy, same_test_set):
+def check_teacher(record, accuracy, same_test_set, teacher_dtype='same'):
     """Refuse a teacher whose accuracy is not what the last line of its own log says, to half a point."""
     logged = record.get('test_acc')
     logged = logged[0] if isinstance(logged, list) and logged else logged
@@ -323,6 +337,7 @@ def check_teacher(record, accuracy, same_test_set):
     elif not abs(logged - accuracy) <= 0.5:
         raise ValueError(
             f'the teacher is right on {accuracy:.2f}% of the test images, but on {logged:.2f}% by its own log: '
+            f'{"int8 is too coarse for it, " if teacher_dtype == "int8" else ""}'
             'its log and model do not belong together, or the data are not what it was trained on'
         )
     else:

@@ -153,6 +153,17 @@ def read_batch(files, size, augment, indices):
 normalize = functools.partial(data.normalize, mean=MEAN, std=STD)
 
 
+def sample(files, size, count=64):
+    """Images spread evenly over a part of a data set, unaugmented: (up to count, 3, size, size).
+
+    Raises ValueError where none of them can be read.
+    """
+    pixels, labels, bad = read_batch(files, size, None, data.spread(len(files.paths), count))
+    if not len(labels):
+        raise ValueError(f'{bad[0]}; nor can {len(bad) - 1} others')
+    return normalize(pixels)
+
+
 def _loader(files, batches, read, nthread, device):
     """A loader that reads the batches of indices in `nthread` worker processes, in this one if there are none."""
     warnings.filterwarnings('ignore', 'This DataLoader will create')  # that --nthread is above the number of cores

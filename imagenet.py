@@ -58,13 +58,14 @@ def build_data(opt, device):
     return dataset, train_batches, test_batches
 
 
-def build_teacher(opt, num_classes, test_batches, topk, device):
+def build_teacher(opt, dataset, test_batches, topk, device):
     """The teacher as x -> (logits, groups), its batch norm folded; None where no teacher is named."""
     if not opt.teacher_params:
         return None
     f, params = checkpoint.load_teacher(opt.teacher_params)
-    engine.check_classes(opt.teacher_params, params, num_classes)
-    params = engine.freeze(checkpoint.fold(params), opt.dtype, device)
+    engine.check_classes(opt.teacher_params, params, dataset.num_classes)
+    sample = partial(imagefolder.sample, dataset.train, opt.image_size)
+    params = engine.frozen(opt, f, params, sample, device)
     if not opt.skip_teacher_check:
         accuracies = engine.evaluate_teacher(opt.teacher_params, f, params, test_batches(), device, opt.dtype, topk)
         workers.say('teacher:', ', '.join(f'top-{k} {a:.2f}%' for k, a in zip(topk, accuracies)))
@@ -79,7 +80,7 @@ def main():
     dataset, train_batches, test_batches = build_data(opt, device)
     topk = 1, min(5, dataset.num_classes)
     f, params = engine.draw(partial(imagenet_resnet, opt.depth, opt.width), opt, dataset.num_classes, device)
-    teacher = build_teacher(opt, dataset.num_classes, test_batches, topk, device)
+    teacher = build_teacher(opt, dataset, test_batches, topk, device)
     blank = torch.zeros(1, 3, opt.image_size, opt.image_size, device=device)
     trained = engine.prepare(opt, f, params, teacher, blank)
     student = workers.data_parallel(trained, params, 'sync' if opt.sync_bn else True)

@@ -116,6 +116,9 @@ def common_flags(parser, section, *, depth, batch_size, epochs, epoch_step, lr_d
     flag('--power', default=2, type=number(float, 0, 16, above=True), help='p of |A|^p (section 3.1, table 2)')
     flag('--groups', default='', type=group_list, help='only these, like 0,2 (section 4.1, table 2; default: all)')
 
+    integers = "int8: the teacher's convolutions in integers, on CPUs (default: same, as --dtype)"
+    flag('--teacher_dtype', default='same', choices=['same', 'int8'], help=integers)
+
     flag = parser.add_argument_group('penalty, without a teacher').add_argument
     penalties = ['none', 'symmetry', 'min_l2']
     flag('--penalty', default='none', choices=penalties, help='on input gradients (section 3.2, eq. 6; table 3)')
@@ -185,6 +188,8 @@ def check(opt, teacher, flag):
         raise ValueError('--groups: gradients are transferred at the image, not from groups')
     if opt.compile and (opt.penalty != 'none' or opt.transfer == 'gradient'):
         raise ValueError('--compile: torch.compile cannot differentiate twice, as input gradients need')
+    if opt.teacher_dtype == 'int8' and (not teacher or opt.transfer == 'gradient' or DTYPES[opt.dtype].itemsize == 8):
+        raise ValueError(f'--teacher_dtype int8: with {flag}, not with --transfer gradient, not with --dtype double')
     if opt.resume and opt.overwrite:
         raise ValueError('--resume and --overwrite contradict each other')
     if opt.resume == 'auto' and not opt.save:

@@ -15,7 +15,7 @@ from options import LOST_PEER
 from stopping import STATUS
 from utils import STATISTICS
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def rank():
@@ -81,7 +81,7 @@ def keep_memory():
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL('libc.so.6')
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_MMAP_MAX, 0)  # a high M_MMAP_THRESHOLD would do, but older versions refuse one
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 

@@ -1,21 +1,25 @@
 """How fast a training step is beside the plain one that distillation repositories run.
 
-    python benchmarks/step.py                        # every case
-    python benchmarks/step.py --only at,student --compile
-    python benchmarks/step.py --only at --profile    # the most expensive operators of the fast step
+    python benchmarks/step.py                                      # every case, with every switch that makes it fast
+    python benchmarks/step.py --only at,student --eager --teacher_dtype same     # with --dtype bfloat16 alone
+    python benchmarks/step.py --only at --profile                  # the most expensive operators of the fast step
 
 The plain step is float32, contiguous and eager, with the whole teacher under no_grad, losses as the authors write them
-and .item() on every term. The fast one is the step of cifar.py and imagenet.py with --dtype. Both take the same batch
-of random images in turns in one process, so with the same settings of the memory allocator; the ratio is that of each
-pair. Arithmetic is what FlopCounterMode counts of the plain step; its rate is given as part of that of a product of two
+and .item() on every term. The fast one is the step of cifar.py and imagenet.py with --dtype bfloat16, --compile, and on
+CPUs --teacher_dtype int8. Both take the same random images in turns, and the ratio is that of each pair. The plain step
+has a process to itself, a new one for each case, since ours changes the memory allocator of its whole process.
+Arithmetic is what FlopCounterMode counts of the plain step; its rate is given as part of that of a product of two
 2048x2048 matrices in the fast step's dtype.
 """
 
+import functools
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -25,7 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 
-import checkpoint  # noqa: E402
 import engine  # noqa: E402
 import options  # noqa: E402
 import runs  # noqa: E402
@@ -33,7 +36,7 @@ import workers  # noqa: E402
 from resnet import imagenet_resnet, wide_resnet  # noqa: E402
 from utils import set_requires_grad_except_bn_  # noqa: E402
 
-WARM_UP = 2  # pairs that are not counted
+WARM_UP = 1  # pairs that are not counted
 
 
 class Case(NamedTuple):
@@ -120,7 +123,8 @@ def fast_step(opt, case, device):
     teacher = None
     if case.teacher:
         g, fixed = draw(case.teacher, device)
-        teacher = partial(g, params=engine.freeze(checkpoint.fold(fixed), opt.dtype, device), mode=False)
+        sample = partial(torch.randn, case.batch, 3, case.size, case.size)
+        teacher = partial(g, params=engine.frozen(opt, g, fixed, sample, device), mode=False)
     image = torch.zeros(1, 3, case.size, case.size, device=device)
     return engine.make_update(opt, f, params, teacher, image)
 
@@ -165,29 +169,70 @@ def flops(step, *batch):
     return counter.get_total_flops()
 
 
-def inputs(name, opt, device):
-    """The flags of a case's fast step, and a random batch: (flags, images (N, 3, H, W), labels (N,))."""
+def device():
+    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+def batch(case):
+    """Random images (N, 3, H, W) in channels-last order and labels (N,)."""
+    torch.manual_seed(0)
+    images = torch.randn(case.batch, 3, case.size, case.size, device=device())
+    labels = torch.randint(0, 10, (case.batch,), device=device())
+    return images.contiguous(memory_format=torch.channels_last), labels
+
+
+def fast(name, opt):
+    """The fast step of a case, and its batch."""
     case = CASES[name]
     words = [*case.flags.split(), '--batch_size', str(case.batch), '--dtype', opt.dtype]
-    words += ['--compile'] if opt.compile and name != 'gradient_at' else []
-    torch.manual_seed(0)
-    images = torch.randn(case.batch, 3, case.size, case.size, device=device)
-    return options.parse_cifar('', words), images, torch.randint(0, 10, (case.batch,), device=device)
+    twice = name == 'gradient_at'  # what is differentiated twice can be neither compiled nor in integers
+    words += ['--teacher_dtype', opt.teacher_dtype] if case.teacher and not twice else []
+    words += ['--compile'] if not (opt.eager or twice) else []
+    return fast_step(options.parse_cifar('', words), case, device()), *batch(case)
 
 
-def measure(name, opt, device, rates):
-    """Measure a case: what the JSON holds of it."""
+@functools.cache
+def plain(name):
+    """The plain step of a case, and its batch."""
     case = CASES[name]
-    flags, images, labels = inputs(name, opt, device)
-    steps = {
-        'plain': (plain_step(flags, case, device), images, labels),
-        'fast': (fast_step(flags, case, device), images.contiguous(memory_format=torch.channels_last), labels),
-    }
-    first = {kind: seconds(*step) for kind, step in steps.items()}
-    pairs = [{kind: seconds(*step) for kind, step in steps.items()} for _ in range(WARM_UP + opt.pairs)][WARM_UP:]
-    ratios = [pair['plain'] / pair['fast'] for pair in pairs]
-    ms = {kind: 1000 * statistics.median(pair[kind] for pair in pairs) for kind in steps}
-    count = flops(*steps['plain'])
+    images, labels = batch(case)
+    return plain_step(options.parse_cifar('', case.flags.split()), case, device()), images.contiguous(), labels
+
+
+def of_plain(measured, name):
+    """A measure of the plain step, as a process of its own takes it."""
+    return measured(*plain(name))
+
+
+def default_teacher_dtype(dtype):
+    return 'int8' if engine.DTYPES[dtype].itemsize == 2 and device().type == 'cpu' else 'same'
+
+
+def own_process():
+    """A new process for what is plain, with the memory allocator that every process begins with."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context('spawn'))
+
+
+def settled_seconds(step, *batch, steps=2):
+    """The mean `seconds` of steps one after the other, when threads and caches have settled from the other step."""
+    time.sleep(0.02)
+    step(*batch)
+    return sum(seconds(step, *batch) for _ in range(steps)) / steps
+
+
+def measure(name, opt, rates):
+    """Measure a case: what the JSON holds of it."""
+    case, step = CASES[name], fast(name, opt)
+    first = seconds(*step)
+    with own_process() as process:
+
+        def plainly(measured):
+            return process.submit(of_plain, measured, name).result()
+
+        pairs = [(plainly(settled_seconds), settled_seconds(*step)) for _ in range(WARM_UP + opt.pairs)][WARM_UP:]
+        count, plain_bytes = plainly(flops), plainly(peak_memory)
+    ratios = [plain / fast for plain, fast in pairs]
+    ms = {kind: 1000 * statistics.median(times) for kind, times in zip(('plain', 'fast'), zip(*pairs))}
     return {
         'plain_ms': ms['plain'],
         'fast_ms': ms['fast'],
@@ -198,22 +243,20 @@ def measure(name, opt, device, rates):
         'gflop': count / 1e9,
         'peak_fraction': count / (ms['fast'] / 1000) / rates[opt.dtype],
         'plain_peak_fraction': count / (ms['plain'] / 1000) / rates['float'],
-        'plain_mb': peak_memory(*steps['plain']) / 1e6,
-        'fast_mb': peak_memory(*steps['fast']) / 1e6,
-        'first_fast_s': first['fast'],
+        'plain_mb': plain_bytes / 1e6,
+        'fast_mb': peak_memory(*step) / 1e6,
+        'first_fast_s': first,
     }
 
 
-def profile(name, opt, device):
+def profile(name, opt):
     """Print the ten most expensive operators of a case's fast step."""
-    flags, images, labels = inputs(name, opt, device)
-    step = fast_step(flags, CASES[name], device)
-    batch = images.contiguous(memory_format=torch.channels_last), labels
-    for _ in range(WARM_UP):
+    step, *batch = fast(name, opt)
+    for _ in range(2):
         step(*batch)
     with torch.profiler.profile() as profiler:
         step(*batch)
-    print(profiler.key_averages().table(sort_by=f'self_{device.type}_time_total', row_limit=10))
+    print(profiler.key_averages().table(sort_by=f'self_{device().type}_time_total', row_limit=10))
 
 
 def main():
@@ -222,7 +265,9 @@ def main():
     flag = parser.add_argument
     flag('--only', default=','.join(CASES), help=f'some of {",".join(CASES)} (default: all)')
     flag('--dtype', default='bfloat16', choices=list(options.DTYPES), help='of the fast step (default: bfloat16)')
-    flag('--compile', action='store_true', help='measure the fast step with --compile')
+    flag('--eager', action='store_true', help='the fast step without --compile')
+    integers = "of the fast step's teacher (default: int8 on a CPU beside a 16-bit --dtype)"
+    flag('--teacher_dtype', choices=['same', 'int8'], help=integers)
     flag('--pairs', default=7, type=options.number(int, 1, 10_000), help='pairs that are measured (default: 7)')
     flag('--json', action='store_true', help='end with a line of JSON')
     flag('--profile', action='store_true', help='show the most expensive operators of the fast step too')
@@ -230,10 +275,11 @@ def main():
     names = opt.only.split(',')
     if not set(names) <= set(CASES):
         raise ValueError(f'--only {opt.only}: expected some of {",".join(CASES)}')
-    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    opt.teacher_dtype = opt.teacher_dtype or default_teacher_dtype(opt.dtype)
     workers.keep_memory()
-    rates = {dtype: matrix_rate(engine.DTYPES[dtype], device) for dtype in {'float', opt.dtype}}
-    print(f'{engine.environment(device)["device"]}, torch {torch.__version__}, commit {runs.commit()}')
+    rates = {dtype: matrix_rate(engine.DTYPES[dtype], device()) for dtype in {'float', opt.dtype}}
+    print(f'{engine.environment(device())["device"]}, torch {torch.__version__}, commit {runs.commit()}')
+    print(f'fast: --dtype {opt.dtype}{"" if opt.eager else " --compile"}, teacher_dtype {opt.teacher_dtype}')
     print('matrix product: ' + ', '.join(f'{dtype} {rate / 1e9:.0f} GFLOP/s' for dtype, rate in sorted(rates.items())))
     print(
         f'{"case":<14}{"batch":>12}{"plain ms":>10}{"fast ms":>9}{"images/s":>10}  ratio: median (min to max)'
@@ -241,7 +287,7 @@ def main():
     )
     found = {}
     for name in names:
-        case, r = CASES[name], measure(name, opt, device, rates)
+        case, r = CASES[name], measure(name, opt, rates)
         found[name] = {k: round(v, 4) for k, v in r.items()}
         print(
             f'{name:<14}{f"{case.batch}x{case.size}x{case.size}":>12}{r["plain_ms"]:>10.1f}{r["fast_ms"]:>9.1f}'
@@ -251,7 +297,7 @@ def main():
             flush=True,
         )
         if opt.profile:
-            profile(name, opt, device)
+            profile(name, opt)
     if opt.json:
         print(json.dumps(found))
 

@@ -1,0 +1,114 @@
+"""A teacher in 8-bit integers: its arithmetic, what it is close to, and what a run does with it."""
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SMALL
+
+import checkpoint
+import cifar
+import engine
+import int8
+import options
+import resnet
+from nin import nin
+from utils import at
+
+NETWORKS = {
+    'WRN': partial(resnet.wide_resnet, 16, 2, 10),
+    'WRN without a first shortcut': partial(resnet.wide_resnet, 16, 1, 10),
+    'NIN': partial(nin, 0.25, 10),
+    'NIN without batch norm': partial(nin, 0.25, 10, True),
+    'ResNet-18': partial(resnet.imagenet_resnet, 18, 0.25, 10),
+    'ResNet-50': partial(resnet.imagenet_resnet, 50, 0.25, 10),
+}
+
+
+def pieces(network):
+    """A network that has seen some images, and float and int8 params of it: (f, folded, integers, images)."""
+    torch.manual_seed(0)
+    f, params = network()
+    images = torch.randn(32, 3, 32, 32)
+    with torch.no_grad():
+        for _ in range(20):
+            f(images, params, True)
+    folded = checkpoint.fold({k: v.detach() for k, v in params.items()})
+    return f, folded, folded | int8.quantize(f, folded, images), images
+
+
+@pytest.mark.parametrize('stride, padding, kernel', [(1, 1, 3), (2, 1, 3), (2, 0, 1)])
+@pytest.mark.parametrize('with_bias', [True, False])
+def test_an_int8_convolution_is_that_of_the_rounded_numbers(stride, padding, kernel, with_bias):
+    torch.manual_seed(0)
+    x, weight = torch.rand(2, 16, 9, 9) * 3, torch.randn(24, 16, kernel, kernel)
+    bias = torch.randn(24) if with_bias else None
+    step, step_out = 2.5 / 255, 0.02
+    own, as_uint8 = (
+        F.conv2d(x, int8._Int8(weight, *steps), bias, stride=stride, padding=padding)
+        for steps in ((step,), (step, step_out))
+    )
+    scales = weight.abs().amax((1, 2, 3)).view(-1, 1, 1, 1) / 127
+    rounded = (x.double() / step + 0.5).floor().clamp(max=255) * step
+    weight = (weight / scales).round().double() * scales.double()
+    expected = F.conv2d(rounded, weight, None if bias is None else bias.double(), stride, padding)
+    assert own.dtype == torch.float32 and (own - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert as_uint8.dtype == torch.uint8 and as_uint8.max() == 255 and as_uint8.min() == 0
+    exact = (expected / step_out).clamp(0, 255)
+    assert (as_uint8 - exact).abs().max() < 0.501
+
+
+def test_an_int8_batch_norm_rounds_its_result_and_a_relu_leaves_it():
+    torch.manual_seed(0)
+    x, mean, var, weight, bias = torch.randn(2, 8, 5, 5), *torch.rand(4, 8)
+    own = F.relu(F.batch_norm(x, mean, var, int8._Uint8Norm(weight, 0.01), bias))
+    exact = (F.batch_norm(x, mean, var, weight, bias) / 0.01).clamp(0, 255)
+    assert own.dtype == torch.uint8 and own.max() > 100 and (own - exact).abs().max() < 0.501
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_int8_maps_and_logits_are_close_to_those_of_float32(name):
+    f, folded, integers, images = pieces(NETWORKS[name])
+    convolutions = [k for k, v in folded.items() if v.dim() == 4]
+    assert [k for k in convolutions if isinstance(integers[k], torch.Tensor)] == convolutions[:1]
+    with torch.no_grad():
+        (logits, groups), (own_logits, own_groups) = f(images, folded, False), f(images, integers, False)
+    assert 0 < (own_logits - logits).norm() < 0.15 * logits.norm()
+    for own, group in zip(own_groups, groups):
+        assert own.dtype == torch.float32
+        assert (at(own) * at(group)).sum(1).min() > 0.998
+
+
+def test_a_run_with_an_int8_teacher_checks_it_learns_from_it_and_logs_it(train):
+    assert train('--width 0.5 --epochs 12 --epoch_step [8] --lr 0.05 --save logs/teacher')[0] == 0
+    taught = '--teacher_id teacher --teacher_dtype int8 --epochs 2 --epoch_step [] --lr 0.05 --dtype bfloat16'
+    for name, flags in {'at': '--beta 100', 'kd': '--alpha 0.9', 'full': '--transfer full --beta 100'}.items():
+        status, out, err = train(taught, flags, f'--save logs/{name}')
+        assert status == 0, err
+        assert 'by its log' in out
+        record = engine.read_log(f'logs/{name}/log.txt')[-1]
+        assert record['teacher_dtype'] == 'int8' and record['train_loss'] > 0
+
+
+def test_what_int8_cannot_do_is_refused(script):
+    for flags, told in {
+        '--teacher_dtype int8': '--teacher_id',
+        '--teacher_dtype int8 --teacher_id x --beta 1 --transfer gradient': '--transfer gradient',
+        '--teacher_dtype int8 --teacher_id x --beta 1 --dtype double': '--dtype double',
+        '--teacher_dtype int4 --teacher_id x --beta 1': 'int8',
+    }.items():
+        status, _, err = script(cifar, SMALL, flags)
+        assert status == 2 and told in err and err.count('\n') == 1, err
+
+
+def test_int8_is_for_cpus_alone():
+    f, params = resnet.wide_resnet(10, 0.25, 10)
+    opt = options.parse_cifar('', '--teacher_id x --beta 1 --teacher_dtype int8'.split())
+    for device in ('cpu', 'cuda'):
+        make = partial(engine.frozen, opt, f, params, lambda: torch.randn(4, 3, 16, 16), torch.device(device))
+        if device == 'cpu':
+            assert isinstance(make()['group2.block0.conv1'], int8._Int8)
+        else:
+            with pytest.raises(ValueError, match='only on CPUs'):
+                make()
