@@ -92,6 +92,8 @@ def common_flags(parser, section, *, depth, batch_size, epochs, epoch_step, lr_d
     flag('--depth', default=depth, type=number(int, 1, 10_000), help='layers of the network (default: %(default)s)')
     flag('--width', default=1, type=number(float, 0, 100, above=True), help='times the base width (default: 1)')
     flag('--dtype', default='float', choices=list(DTYPES), help='compute dtype; parameters and losses stay float32')
+    integers = "int8: the teacher's convolutions in integers, on CPUs (default: same, as --dtype)"
+    flag('--teacher_dtype', default='same', choices=['same', 'int8'], help=integers)
     flag('--compile', action='store_true', help='compile the student and its losses with torch.compile at the start')
 
     flag = parser.add_argument_group(f'training (section {section})').add_argument
@@ -115,9 +117,6 @@ def common_flags(parser, section, *, depth, batch_size, epochs, epoch_step, lr_d
     flag('--mapping', default='sum', choices=['sum', 'max'], help='attention map over channels (section 3.1, table 2)')
     flag('--power', default=2, type=number(float, 0, 16, above=True), help='p of |A|^p (section 3.1, table 2)')
     flag('--groups', default='', type=group_list, help='only these, like 0,2 (section 4.1, table 2; default: all)')
-
-    integers = "int8: the teacher's convolutions in integers, on CPUs (default: same, as --dtype)"
-    flag('--teacher_dtype', default='same', choices=['same', 'int8'], help=integers)
 
     flag = parser.add_argument_group('penalty, without a teacher').add_argument
     penalties = ['none', 'symmetry', 'min_l2']
@@ -189,7 +188,7 @@ def check(opt, teacher, flag):
     if opt.compile and (opt.penalty != 'none' or opt.transfer == 'gradient'):
         raise ValueError('--compile: torch.compile cannot differentiate twice, as input gradients need')
     if opt.teacher_dtype == 'int8' and (not teacher or opt.transfer == 'gradient' or DTYPES[opt.dtype].itemsize == 8):
-        raise ValueError(f'--teacher_dtype int8: with {flag}, not with --transfer gradient, not with --dtype double')
+        raise ValueError(f'--teacher_dtype int8: with {flag}, but not with --transfer gradient or --dtype double')
     if opt.resume and opt.overwrite:
         raise ValueError('--resume and --overwrite contradict each other')
     if opt.resume == 'auto' and not opt.save:

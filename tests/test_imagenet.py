@@ -54,10 +54,10 @@ def test_a_baseline_trains_and_logs_top1_and_top5(train):
     assert (last['test_acc'][0] * 18 / 100) % 1 == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize('depth', [18, 50])
-def test_students_learn_from_torchvision_teachers_basic_and_bottleneck(train, depth):
+@pytest.mark.parametrize('depth, flags', [(18, ''), (50, ''), (18, '--teacher_dtype int8')])
+def test_students_learn_from_torchvision_teachers_basic_and_bottleneck(train, depth, flags):
     write_teacher('teacher.bin', depth=depth)
-    status, out, err = train('--epochs 1 --teacher_params teacher.bin --beta 1e+3 --alpha 0.5 --save logs/run')
+    status, out, err = train('--epochs 1 --teacher_params teacher.bin --beta 1e+3 --alpha 0.5 --save logs/run', flags)
     assert status == 0, err
     assert re.search(r'teacher: top-1 [\d.]+%, top-5 [\d.]+%', out)
     assert 'at3: beta 1000 weighs each element of the 1x1 maps by 125' in out

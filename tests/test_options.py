@@ -29,6 +29,7 @@ WRONG = {  # flag: values that it has to refuse
     'depth': ['0', '-16', '15', '16.0', 'deep', '9' * 30],
     'width': ['0', '-1', 'nan', 'inf', '1e9', 'wide'],
     'dtype': ['float8', ''],
+    'teacher_dtype': ['int4', 'int8'],
     'compile': ['yes'],
     'epochs': ['0', '-1', '1.5', '1e3'],
     'batch_size': ['0', '1', '-128', '1e2', '9' * 30],

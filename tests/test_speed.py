@@ -183,7 +183,7 @@ def test_freed_memory_stays_with_the_process():
 
 
 def test_the_benchmark_ends_with_a_line_of_json(script):
-    status, out, err = script(benchmark, '--only student --pairs 1 --json --dtype float')
+    status, out, err = script(benchmark, '--only student --pairs 1 --json --dtype float --eager')
     assert status == 0, err
     found = json.loads(out.splitlines()[-1])['student']
     assert found['ratio'] > 0 and found['gflop'] == pytest.approx(20.4, abs=0.1) and found['fast_mb'] > 0
