@@ -83,11 +83,13 @@ def quantize(f, params, images):
     """Stand-ins for the weights of a folded network that has every convolution but the first in int8: {name: weight}.
 
     images: some to find the largest input of each convolution with, (N, 3, H, W); ReLU keeps inputs from being
-    negative. Logits and groups become float32 with them.
+    negative. Logits and groups become float32 with them. Raises ValueError where the logits are not finite.
     """
     watched = {k: _Watched(v) if v.dim() == 4 and v.shape[1] > 3 else v for k, v in params.items()}
     with torch.no_grad():
-        f(images, watched, False)
+        logits, _ = f(images, watched, False)
+    if not logits.isfinite().all():
+        raise ValueError('--teacher_dtype int8: the logits of the teacher on training images are not finite')
     steps = {k: max(v.most, 1e-6) / LEVELS for k, v in watched.items() if isinstance(v, _Watched)}
     # Between two convolutions of a block, there is nothing but a ReLU in any of our networks.
     following = {k: re.sub(r'\bconv(\d)', lambda found: f'conv{int(found[1]) + 1}', k) for k in steps}

@@ -102,6 +102,13 @@ def test_what_int8_cannot_do_is_refused(script):
         assert status == 2 and told in err and err.count('\n') == 1, err
 
 
+def test_a_teacher_that_overflows_is_not_hidden_by_rounding():
+    f, params = resnet.wide_resnet(10, 0.25, 10)
+    params = {k: v.detach() * (1e30 if '.conv1' in k else 1) for k, v in params.items()}
+    with pytest.raises(ValueError, match='not finite'):
+        int8.quantize(f, params, torch.randn(4, 3, 16, 16))
+
+
 def test_int8_is_for_cpus_alone():
     f, params = resnet.wide_resnet(10, 0.25, 10)
     opt = options.parse_cifar('', '--teacher_id x --beta 1 --teacher_dtype int8'.split())
