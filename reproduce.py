@@ -87,7 +87,8 @@ CIFAR = {'dataset': 'CIFAR10', 'images': 50_000, 'epochs': 200, 'seeds': 5, 'bet
 TABLES = {
     'table1': {**CIFAR, 'rows': TABLE1},
     'table2': {**CIFAR, 'rows': TABLE2},
-    'table3': {**CIFAR, 'rows': TABLE3},
+    # Without batch norm, 1e+3 and 1e+2 diverge within an epoch; of 10 and 1, 10 did better on held-out images.
+    'table3': {**CIFAR, 'rows': TABLE3, 'beta': '10'},
     'demo': {
         'dataset': 'digits',
         'images': 1000,
