@@ -392,6 +392,7 @@ def around(path, table):
 
 
 def main():
+    """Print the commands, or train what is missing and print the table, as the flags say."""
     opt = parse()
     runs = commands(opt)
     if opt.dry_run:
