@@ -71,7 +71,66 @@ def batch_norm(x, params, base, mode):
     mean, var, weight, bias = (params[f'{base}.{name}'] for name in names)
     if mode == 'sync':
         return _sync_batch_norm(x, mean, var, weight, bias)
+    if mode and x.device.type == 'cpu' and torch.compiler.is_compiling():
+        return _compiled_batch_norm(x, mean, var, weight, bias)
     return F.batch_norm(x, mean, var, weight, bias, training=mode)
+
+
+def _compiled_batch_norm(x, running_mean, running_var, weight, bias, momentum=0.1, eps=1e-5):
+    """What F.batch_norm does in training, written so that torch.compile makes few and short passes of it on a CPU."""
+    n = x.numel() // x.shape[1]
+    if n == 1:
+        raise ValueError(f'batch norm of {tuple(x.shape)}: a single value of a channel has no variance')
+    y, mean, var = _normalize_batch(x, weight, bias, eps)
+    with torch.no_grad():
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * n / (n - 1), momentum)
+    return y
+
+
+@torch.compiler.allow_in_graph  # else what it returns is laid out anew, contiguous
+def _normalize_batch(x, weight, bias, eps):
+    return _BatchNorm.apply(x, weight, bias, eps)
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Batch norm of x (N, C, H, W) with the statistics of the batch: (y, mean (C,), biased variance (C,)).
+
+    Sums over positions come before those over samples: short ones, which the compiler keeps in registers. What is
+    one number a channel is `_stored`. Not differentiable twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        x32 = full(x)
+        mean = _channel_mean(x32)
+        var = _channel_mean((x32 - mean.view(-1, 1, 1)).square())
+        inverse = (var + eps).rsqrt()
+        scale = _stored(weight * inverse)
+        shift = _stored(bias - mean * scale)
+        ctx.save_for_backward(x, mean, inverse, scale)
+        ctx.mark_non_differentiable(mean, var)
+        return (x32 * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).to(x.dtype), mean, var
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g, *_):
+        x, mean, inverse, scale = ctx.saved_tensors
+        g32, centred = full(g), full(x) - mean.view(-1, 1, 1)
+        g_mean, covariance = _channel_mean(g32), _channel_mean(g32 * centred)
+        slope, shift = _stored(scale * covariance * inverse.square()), _stored(scale * g_mean)
+        g_x = g32 * scale.view(-1, 1, 1) - centred * slope.view(-1, 1, 1) - shift.view(-1, 1, 1)
+        n = x.numel() // x.shape[1]
+        return g_x.to(x.dtype), n * covariance * inverse, n * g_mean, None
+
+
+def _channel_mean(x):
+    return x.mean((2, 3)).mean(0)  # (N, C, H, W) -> (C,)
+
+
+def _stored(x):
+    """x itself, which the compiler must keep in memory, and not compute again for each element of a batch."""
+    return x.as_strided(x.shape, x.stride())
 
 
 def _sync_batch_norm(x, running_mean, running_var, weight, bias, momentum=0.1, eps=1e-5):

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import utils
 
@@ -261,6 +262,20 @@ def test_batch_norm_uses_the_batch_in_training_and_running_statistics_otherwise(
     utils.batch_norm(x, params, 'bn', True)
     np.testing.assert_allclose(params['bn.running_mean'], 0.9 + 0.1 * mean, rtol=1e-5)
     np.testing.assert_allclose(params['bn.running_var'], 0.9 + 0.1 * var, rtol=1e-5)
+
+
+def test_batch_norm_for_the_compiler_equals_that_of_pytorch_and_so_do_its_gradients():
+    results = []
+    for norm in (utils._compiled_batch_norm, lambda *arguments: F.batch_norm(*arguments, training=True)):
+        inputs = tensor(3 * X + 7, grad=True), tensor(np.arange(5.0) - 2, grad=True), tensor(np.arange(5.0), grad=True)
+        statistics = tensor(np.arange(5.0)), tensor(1 + np.arange(5.0))
+        y = norm(inputs[0], *statistics, *inputs[1:])
+        gradients = torch.autograd.grad((y * tensor(np.cos(X))).sum(), inputs)
+        results.append([y, *statistics, *gradients])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match='a single value'):
+        utils._compiled_batch_norm(torch.ones(1, 5, 1, 1), *4 * [torch.ones(5)])
 
 
 def test_tensor_table_names_shapes_and_what_is_not_trained(capsys):
