@@ -50,7 +50,7 @@ def steps(monkeypatch):
     return make
 
 
-@pytest.mark.parametrize('words', ['', *TAUGHT])
+@pytest.mark.parametrize('words', ['', *TAUGHT, f'{TAUGHT[2]} --compile'])
 def test_fast_float32_equals_plain_float32_over_20_steps(steps, monkeypatch, words):
     opt, small = case(words + ' --lr 0.001', batch=32)
     (plain, params), (fast, fast_params) = steps(opt, small)
