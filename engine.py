@@ -114,7 +114,7 @@ def make_step(opt, student, teacher, device):
             terms['symmetry'] = gradient_loss(j, j_mirrored.flip(3))
         return logits, terms
 
-    learn_whole = torch.compile(learn, dynamic=False) if opt.compile else learn
+    learn_whole = _compiled(opt, learn) if opt.compile else learn
 
     def step(images, labels):
         images = images.detach().requires_grad_(needs_gradient)
@@ -122,6 +122,20 @@ def make_step(opt, student, teacher, device):
         return (learn_whole if whole else learn)(images, labels, *teach(images, labels))
 
     return step
+
+
+def _compiled(opt, learn):
+    """The compiled form of what learns, with --cuda_graphs replayed as CUDA graphs."""
+    if not opt.cuda_graphs:
+        return torch.compile(learn, dynamic=False)
+    replayed = torch.compile(learn, dynamic=False, mode='reduce-overhead')
+
+    def learn_and_copy(*batch):
+        torch.compiler.cudagraph_mark_step_begin()
+        logits, terms = replayed(*batch)
+        return logits.clone(), {k: v.clone() for k, v in terms.items()}  # meters keep them, the next replay does not
+
+    return learn_and_copy
 
 
 def _compared(opt, groups):
@@ -159,6 +173,9 @@ def prepare(opt, f, params, teacher, image):
             adapters = place(adapter_params(groups, groups_t, chosen), opt.dtype, image.device)
             set_requires_grad_except_bn_(adapters)
             params.update(adapters)
+    if opt.cuda_graphs:
+        for value in params.values():
+            torch._dynamo.mark_static_address(value)  # it changes in place alone, and graphs need no copy of it
     if rank() == 0:
         print_tensor_dict(params)
     say(f'{num_trained(params):,} trained parameters')

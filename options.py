@@ -95,6 +95,7 @@ def common_flags(parser, section, *, depth, batch_size, epochs, epoch_step, lr_d
     integers = "int8: the teacher's convolutions in integers, on CPUs (default: same, as --dtype)"
     flag('--teacher_dtype', default='same', choices=['same', 'int8'], help=integers)
     flag('--compile', action='store_true', help='compile the student and its losses with torch.compile at the start')
+    flag('--cuda_graphs', action='store_true', help='with --compile on a single GPU: replay the step as CUDA graphs')
 
     flag = parser.add_argument_group(f'training (section {section})').add_argument
     flag('--epochs', default=epochs, type=number(int, 1), metavar='N', help='default: %(default)s')
@@ -187,6 +188,8 @@ def check(opt, teacher, flag):
         raise ValueError('--groups: gradients are transferred at the image, not from groups')
     if opt.compile and (opt.penalty != 'none' or opt.transfer == 'gradient'):
         raise ValueError('--compile: torch.compile cannot differentiate twice, as input gradients need')
+    if opt.cuda_graphs and not opt.compile:
+        raise ValueError('--cuda_graphs goes with --compile')
     if opt.teacher_dtype == 'int8' and (not teacher or opt.transfer == 'gradient' or DTYPES[opt.dtype].itemsize == 8):
         raise ValueError(f'--teacher_dtype int8: with {flag}, but not with --transfer gradient or --dtype double')
     if opt.resume and opt.overwrite:

@@ -45,6 +45,8 @@ def check(opt):
     there = torch.cuda.device_count() if cuda else os.cpu_count()
     if opt.ngpu > there:
         raise ValueError(f'--ngpu {opt.ngpu}: there are {there} {"GPUs" if cuda else "CPU cores and no GPU"}')
+    if opt.cuda_graphs and (not cuda or max(opt.ngpu, world()) > 1):
+        raise ValueError('--cuda_graphs: only for a single worker with a GPU')
     if opt.batch_size % max(opt.ngpu, world()):
         raise ValueError(f'--batch_size {opt.batch_size} is not a multiple of the {max(opt.ngpu, world())} workers')
     if opt.save and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):

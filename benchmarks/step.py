@@ -187,7 +187,8 @@ def fast(name, opt):
     words = [*case.flags.split(), '--batch_size', str(case.batch), '--dtype', opt.dtype]
     twice = name == 'gradient_at'  # what is differentiated twice can be neither compiled nor in integers
     words += ['--teacher_dtype', opt.teacher_dtype] if case.teacher and not twice else []
-    words += ['--compile'] if not (opt.eager or twice) else []
+    if not (opt.eager or twice):
+        words += ['--compile', '--cuda_graphs'] if opt.cuda_graphs else ['--compile']
     return fast_step(options.parse_cifar('', words), case, device()), *batch(case)
 
 
@@ -266,6 +267,7 @@ def main():
     flag('--only', default=','.join(CASES), help=f'some of {",".join(CASES)} (default: all)')
     flag('--dtype', default='bfloat16', choices=list(options.DTYPES), help='of the fast step (default: bfloat16)')
     flag('--eager', action='store_true', help='the fast step without --compile')
+    flag('--cuda_graphs', action='store_true', help='the fast step with --cuda_graphs, on a GPU')
     integers = "of the fast step's teacher (default: int8 on a CPU beside a 16-bit --dtype)"
     flag('--teacher_dtype', choices=['same', 'int8'], help=integers)
     flag('--pairs', default=7, type=options.number(int, 1, 10_000), help='pairs that are measured (default: 7)')
@@ -275,6 +277,8 @@ def main():
     names = opt.only.split(',')
     if not set(names) <= set(CASES):
         raise ValueError(f'--only {opt.only}: expected some of {",".join(CASES)}')
+    if opt.cuda_graphs and device().type != 'cuda':
+        raise ValueError('--cuda_graphs: there is no GPU')
     opt.teacher_dtype = opt.teacher_dtype or default_teacher_dtype(opt.dtype)
     workers.keep_memory()
     rates = {dtype: matrix_rate(engine.DTYPES[dtype], device()) for dtype in {'float', opt.dtype}}

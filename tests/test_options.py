@@ -31,6 +31,7 @@ WRONG = {  # flag: values that it has to refuse
     'dtype': ['float8', ''],
     'teacher_dtype': ['int4', 'int8'],
     'compile': ['yes'],
+    'cuda_graphs': ['yes'],
     'epochs': ['0', '-1', '1.5', '1e3'],
     'batch_size': ['0', '1', '-128', '1e2', '9' * 30],
     'lr': ['0', '-0.1', 'nan', 'inf', '1e300', 'fast'],
@@ -211,6 +212,7 @@ def test_flags_that_contradict_each_other_are_refused(script):
     assert refused(script(cifar, '--teacher_id x --beta 1 --transfer full --power 4'), 'are of attention maps, not')
     assert refused(script(cifar, '--resume auto'), '--save, which is not given')
     assert refused(script(cifar, '--resume auto --save x --overwrite'), 'contradict')
+    assert refused(script(cifar, '--dataset digits --cuda_graphs'), '--compile')
     assert refused(script(cifar, '--ngpu 2 --batch_size 3'), '--batch_size 3 is not a multiple of the 2 workers')
 
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
+import cifar
 import engine
 import options
 import resnet
@@ -166,6 +167,30 @@ def test_a_compiled_step_equals_the_eager_one():
         )
     for eager, compiled in zip(*results):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='replays graphs of a GPU, and there is none')
+def test_steps_of_cuda_graphs_equal_the_eager_ones():
+    results = []
+    for more in ('', ' --compile --cuda_graphs'):
+        opt, small = case(f'{TAUGHT[2]} --lr 0.001{more}', 8)
+        device = torch.device('cuda')
+        f, params = benchmark.draw(small.student, device)
+        g, fixed = benchmark.draw(small.teacher, device)
+        torch.manual_seed(0)
+        images, labels = torch.randn(8, 3, 16, 16, device=device), torch.arange(8, device=device)
+        update = engine.make_update(opt, f, params, partial(g, params=fixed, mode=False), images[:1])
+        for step in range(2 * engine.FLUSH + 1):
+            update(images, labels) if step % 5 else update(images[:3], labels[:3])
+        results.append({k: v.detach().cpu() for k, v in params.items()})
+    assert not torch._dynamo.utils.counters['inductor']['cudagraph_skips']
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_cuda_graphs_without_a_gpu_are_refused_in_one_line(script):
+    status, _, err = script(cifar, '--dataset digits --compile --cuda_graphs')
+    assert status == 2 and err.count('\n') == 1 and '--cuda_graphs: only for a single worker with a GPU' in err
 
 
 def test_freed_memory_stays_with_the_process():
