@@ -88,7 +88,7 @@ def _compiled_batch_norm(x, running_mean, running_var, weight, bias, momentum=0.
     return y
 
 
-@torch.compiler.allow_in_graph  # else what it returns is laid out anew, contiguous
+@torch.compiler.allow_in_graph  # traced by Dynamo, the gradient of x would be laid out anew, contiguous
 def _normalize_batch(x, weight, bias, eps):
     return _BatchNorm.apply(x, weight, bias, eps)
 
