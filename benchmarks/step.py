@@ -270,7 +270,7 @@ def main():
     flag('--cuda_graphs', action='store_true', help='the fast step with --cuda_graphs, on a GPU')
     integers = "of the fast step's teacher (default: int8 on a CPU beside a 16-bit --dtype)"
     flag('--teacher_dtype', choices=['same', 'int8'], help=integers)
-    flag('--pairs', default=7, type=options.number(int, 1, 10_000), help='pairs that are measured (default: 7)')
+    flag('--pairs', default=11, type=options.number(int, 1, 10_000), help='pairs that are measured (default: 11)')
     flag('--json', action='store_true', help='end with a line of JSON')
     flag('--profile', action='store_true', help='show the most expensive operators of the fast step too')
     opt = parser.parse_args()
