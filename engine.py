@@ -76,7 +76,8 @@ def make_step(opt, student, teacher, device):
 
     student and teacher are x -> (logits, groups); teacher is None where there is none. Losses are `ce`, with alpha
     `kd`, with beta `at0`, `at1`, ... or `full0`, `full1`, ... by number of the group, or `grad`; and with gamma that of
-    the penalty, by its name. With --compile, whole batches take a compiled form of the student and its losses.
+    the penalty, by its name. With --compile, whole batches take a compiled form of the student and its losses, and on
+    GPUs of the teacher.
     """
     learns_gradient = opt.beta > 0 and opt.transfer == 'gradient'
     needs_gradient = learns_gradient or opt.gamma > 0
@@ -114,28 +115,34 @@ def make_step(opt, student, teacher, device):
             terms['symmetry'] = gradient_loss(j, j_mirrored.flip(3))
         return logits, terms
 
-    learn_whole = _compiled(opt, learn) if opt.compile else learn
+    def both(images, labels):
+        return learn(images, labels, *teach(images, labels))
+
+    on_whole_batches = _compiled(opt, both, learn, teach, device) if opt.compile else both
 
     def step(images, labels):
         images = images.detach().requires_grad_(needs_gradient)
         whole = len(images) == opt.batch_size // world()  # another size would have to be compiled for itself
-        return (learn_whole if whole else learn)(images, labels, *teach(images, labels))
+        return (on_whole_batches if whole else both)(images, labels)
 
     return step
 
 
-def _compiled(opt, learn):
-    """The compiled form of what learns, with --cuda_graphs replayed as CUDA graphs."""
+def _compiled(opt, both, learn, teach, device):
+    """`both` compiled, but for the teacher on a CPU, which gains nothing there; with --cuda_graphs as graphs."""
+    if device.type == 'cpu':
+        compiled = torch.compile(learn, dynamic=False)
+        return lambda images, labels: compiled(images, labels, *teach(images, labels))
     if not opt.cuda_graphs:
-        return torch.compile(learn, dynamic=False)
-    replayed = torch.compile(learn, dynamic=False, mode='reduce-overhead')
+        return torch.compile(both, dynamic=False)
+    replayed = torch.compile(both, dynamic=False, mode='reduce-overhead')
 
-    def learn_and_copy(*batch):
+    def replay(images, labels):
         torch.compiler.cudagraph_mark_step_begin()
-        logits, terms = replayed(*batch)
+        logits, terms = replayed(images, labels)
         return logits.clone(), {k: v.clone() for k, v in terms.items()}  # meters keep them, the next replay does not
 
-    return learn_and_copy
+    return replay
 
 
 def _compared(opt, groups):
