@@ -168,7 +168,7 @@ def find_images(root, part, follow_links=False):
         raise ValueError(f'{folder} has no folders of classes: expected {part}/<class>/*')
     tops, allowed = [os.path.join(folder, name) for name in classes], None if follow_links else root
     for path in (folder, *tops):
-        _check_link(path, allowed)
+        check_link(path, allowed)
     files = [(path, label) for label, top in enumerate(tops) for path in _images_below(top, allowed)]
     if not files:
         raise ValueError(f'{folder} holds no images: expected {part}/<class>/* of {" ".join(IMAGE_SUFFIXES)}')
@@ -186,7 +186,7 @@ def _images_below(folder, allowed):
         entries = sorted(os.scandir(left.pop()), key=lambda entry: entry.name)
         for entry in entries:
             if entry.is_symlink():  # known from the listing: no look at each of a million files
-                _check_link(entry.path, allowed)
+                check_link(entry.path, allowed)
                 if entry.is_dir():
                     raise ValueError(f'{entry.path} is a link to a folder inside a class: it is not followed')
         folders = {entry.path for entry in entries if entry.is_dir()}
@@ -194,7 +194,7 @@ def _images_below(folder, allowed):
         yield from (e.path for e in entries if e.path not in folders and e.name.lower().endswith(IMAGE_SUFFIXES))
 
 
-def _check_link(path, allowed):
+def check_link(path, allowed):
     """Refuse a link that leads out of the folder `allowed`; None allows all."""
     if allowed is not None and os.path.islink(path):
         tree = os.path.realpath(allowed)

@@ -42,6 +42,7 @@ from utils import (
     num_trained,
     print_tensor_dict,
     set_requires_grad_except_bn_,
+    without_adapters,
 )
 from workers import join_statistics_, rank, say, sum_over_workers, world
 
@@ -185,7 +186,8 @@ def prepare(opt, f, params, teacher, image):
             torch._dynamo.mark_static_address(value)  # it changes in place alone, and graphs need no copy of it
     if rank() == 0:
         print_tensor_dict(params)
-    say(f'{num_trained(params):,} trained parameters')
+    trained = sum(v.numel() for v in without_adapters(params).values() if v.requires_grad)
+    say(f'{trained:,} trained parameters')
     if opt.beta and not by_group:
         weight = opt.beta / (2 * opt.batch_size)
         say(f'grad: beta {opt.beta:g} weighs the distance of two input gradients by {weight:.4g}')

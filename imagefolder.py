@@ -1,4 +1,5 @@
-"""ImageNet, or another folder of photographs: decoded and cropped in worker processes, normalised on the device.
+"""ImageNet, CUB, Scenes, or another folder of photographs: decoded and cropped in worker processes, normalised on the
+device.
 
 Order, crops and mirroring are a pure function of (seed, epoch, sample index): they depend neither on the number of
 workers nor on where a run was resumed.
@@ -9,6 +10,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import warnings
@@ -28,6 +30,7 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # files that c
 
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet's training images, red, green, blue: 255 * (0.485, 0.456, 0.406)
 STD = (58.395, 57.12, 57.375)  # 255 * (0.229, 0.224, 0.225)
+MAX_LIST = 2**26  # characters of a list of images
 
 
 class Files(NamedTuple):
@@ -35,6 +38,8 @@ class Files(NamedTuple):
 
     paths: list  # N names
     labels: torch.Tensor  # (N,) int64
+    boxes: list | None = None  # of each file, what is looked at: (left, top, width, height) in pixels, or None for all
+    scaled: bool = False  # crops to train on are of one scale, that of the test, and not random_box
 
 
 class Dataset(NamedTuple):
@@ -55,7 +60,7 @@ def load(root, follow_links=False):
     `root`: see `data.find_images`.
     """
     if not os.path.isdir(root):
-        raise OSError(f'--imagenetpath {root}: no such folder')
+        raise OSError(f'{root}: no such folder')
     (classes, train), (test_classes, test) = (data.find_images(root, part, follow_links) for part in ('train', 'val'))
     odd = sorted(set(classes) ^ set(test_classes))
     if odd:
@@ -64,9 +69,82 @@ def load(root, follow_links=False):
     return Dataset(_files(train), _files(test), len(classes))
 
 
-def _files(found):
+def _files(found, **more):
     paths, labels = zip(*found)
-    return Files(list(paths), torch.tensor(labels))
+    return Files(list(paths), torch.tensor(labels), **more)
+
+
+def load_cub(root, follow_links=False):
+    """Caltech-UCSD Birds-200-2011 (Wah et al. 2011): the folder CUB_200_2011 as it is published, cropped to its boxes.
+
+    Raises ValueError or OSError, with a message for the user, where a list or an image is missing, lists do not agree
+    or links lead out of `root`.
+    """
+    lines = {
+        'images': r'[^/ ]+/[^/]+',
+        'train_test_split': '[01]',
+        'bounding_boxes': ' '.join([r'\d{1,6}(?:\.\d*)?'] * 4),
+    }
+    names, trained, boxes = (dict(_lines(root, f'{name}.txt', rf'(\d+) ({line})')) for name, line in lines.items())
+    if not names.keys() == trained.keys() == boxes.keys():
+        raise ValueError(f'{root}: {", ".join(f"{name}.txt" for name in lines)} do not number the same images')
+    boxes = {i: tuple(map(float, box.split())) for i, box in boxes.items()}
+    return _listed(
+        root,
+        'images',
+        *([(n, boxes[i]) for i, n in names.items() if trained[i] == part] for part in '10'),
+        follow_links,
+    )
+
+
+def load_scenes(root, follow_links=False):
+    """MIT Indoor-67 (Quattoni & Torralba 2009): a folder with Images/, TrainImages.txt and TestImages.txt.
+
+    Raises ValueError or OSError as `load_cub` does.
+    """
+    lists = (_lines(root, f'{part}Images.txt', '([^/]+/[^/]+)') for part in ('Train', 'Test'))
+    return _listed(root, 'Images', *([(name, None) for (name,) in found] for found in lists), follow_links)
+
+
+def _lines(root, name, pattern):
+    """The groups of a pattern in each line of a list of images."""
+    path = os.path.join(root, name)
+    if not os.path.isfile(path):
+        raise OSError(f'--dataroot {root} has no {name}')
+    if os.path.getsize(path) > MAX_LIST:
+        raise ValueError(f'{path} has more than {MAX_LIST:,} bytes: it is no list of images')
+    with open(path, encoding='utf-8', errors='replace') as file:
+        lines = [line.strip() for line in file if not line.isspace()]
+    found = [re.fullmatch(pattern, line) for line in lines]
+    if not all(found):
+        wrong = lines[found.index(None)]
+        raise ValueError(f'{path} has a line that does not belong there: {wrong[:100]!r}')
+    return [match.groups() for match in found]
+
+
+def _listed(root, folder, train, test, follow_links):
+    """A data set of lists [('<class>/<file>' in a folder of `root`, box or None), ...], classes in order of names."""
+    top, allowed, parts = os.path.join(root, folder), None if follow_links else root, []
+    classes = sorted({name.partition('/')[0] for name, _ in train})
+    numbers = {name: i for i, name in enumerate(classes)}
+    if len(classes) < 2 or not test:
+        raise ValueError(f'{root} lists {len(classes)} classes to train on and {len(test)} images to test')
+    data.check_link(top, allowed)
+    for name in classes:
+        data.check_link(os.path.join(top, name), allowed)
+    for listed in (train, test):
+        files, boxes = [], []
+        for name, box in listed:
+            label, path = name.partition('/')[0], os.path.join(top, name)
+            if label not in numbers or label.startswith('.') or not name.lower().endswith(data.IMAGE_SUFFIXES):
+                raise ValueError(f'{root} lists {name[:200]!r}, which is no image of a class to train on')
+            data.check_link(path, allowed)
+            if not os.path.isfile(path):
+                raise OSError(f'{path} is missing')
+            files.append((path, numbers[label]))
+            boxes.append(box)
+        parts.append(_files(files, boxes=boxes, scaled=True))
+    return Dataset(*parts, len(classes))
 
 
 # ------------------------------------------------------------------------------------------------------------- crops
@@ -111,13 +189,35 @@ def train_crop(path, size, mirrored, trials):
     return cv2.flip(small, 1) if mirrored else small
 
 
-def test_crop(path, size):
-    """The shorter side of an image file resized to size * 256 / 224, then the central (size, size, 3)."""
-    image = data.read_image(path)
+def test_crop(path, size, box=None):
+    """The shorter side of an image file, or of a box, resized to size * 256 / 224, then the central (size, size, 3)."""
+    image = _scaled(path, size, box)
+    top, left = (round((side - size) / 2) for side in image.shape[:2])
+    return image[top : top + size, left : left + size]
+
+
+def scaled_crop(path, size, mirrored, trials, box=None):
+    """As `test_crop`, but of a random place, and mirrored or not; the draws are of `augmentation`."""
+    image = _scaled(path, size, box)
+    top, left = (int(at * (side - size + 1)) for at, side in zip(trials[0][2:], image.shape[:2]))
+    crop = image[top : top + size, left : left + size]
+    return cv2.flip(crop, 1) if mirrored else crop
+
+
+def _scaled(path, size, box):
+    image = data.read_image(path, box and functools.partial(_within, path, box))
     short, shortest = round(size * 256 / 224), min(image.shape[:2])
     height, width = (short * side // shortest for side in image.shape[:2])
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return resize(image, height, width)[top : top + size, left : left + size]
+    return resize(image, height, width)
+
+
+def _within(path, box, height, width):
+    """What of a box (left, top, width, height) lies in an image of that size: (top, left, height, width), in pixels."""
+    left, top = (int(at) for at in box[:2])
+    bottom, right = min(height, round(box[1] + box[3])), min(width, round(box[0] + box[2]))
+    if top >= bottom or left >= right:
+        raise ValueError(f'{path} has {width}x{height} pixels, none of which its box {box} covers')
+    return top, left, bottom - top, right - left
 
 
 # ----------------------------------------------------------------------------------------------------------- batches
@@ -135,11 +235,13 @@ def read_batch(files, size, augment, indices):
     drawn = {i: augmentation(*augment, i) for i in indices} if augment else {}
     for i in indices:
         for j in itertools.chain(range(i, n), range(i)) if augment else [i]:
+            path, box = files.paths[j], files.boxes[j] if files.boxes else None
             try:
-                if augment:
-                    crop = train_crop(files.paths[j], size, *(drawn.get(j) or augmentation(*augment, j)))
+                if not augment:
+                    crop = test_crop(path, size, box)
                 else:
-                    crop = test_crop(files.paths[j], size)
+                    draws = drawn.get(j) or augmentation(*augment, j)
+                    crop = scaled_crop(path, size, *draws, box) if files.scaled else train_crop(path, size, *draws)
             except (OSError, ValueError) as error:
                 if j == i:
                     bad.append(str(error))

@@ -46,16 +46,15 @@ def parse():
     return opt
 
 
-def build_data(opt, device):
-    """The data set, and train_batches(epoch) and test_batches() on the device."""
-    dataset = imagefolder.load(opt.imagenetpath, opt.follow_links)
+def build_batches(opt, dataset, device):
+    """What makes batches of a data set as of `imagefolder` on the device: train_batches(epoch) and test_batches()."""
     workers.say(f'{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} validation images')
     share = workers.rank(), workers.world(), opt.nthread, device
     train_batches = partial(imagefolder.TrainBatches, dataset.train, opt.batch_size, opt.image_size, opt.seed, *share)
     test_batches = partial(
         imagefolder.TestBatches, dataset.test, opt.batch_size, opt.image_size, *share, opt.skip_bad_images
     )
-    return dataset, train_batches, test_batches
+    return train_batches, test_batches
 
 
 def build_teacher(opt, dataset, test_batches, topk, device):
@@ -77,7 +76,8 @@ def main():
     opt = parse()
     device = engine.start(opt)
     workers.say('parsed options:', vars(opt))
-    dataset, train_batches, test_batches = build_data(opt, device)
+    dataset = imagefolder.load(opt.imagenetpath, opt.follow_links)
+    train_batches, test_batches = build_batches(opt, dataset, device)
     topk = 1, min(5, dataset.num_classes)
     f, params = engine.draw(partial(imagenet_resnet, opt.depth, opt.width), opt, dataset.num_classes, device)
     teacher = build_teacher(opt, dataset, test_batches, topk, device)

@@ -86,11 +86,17 @@ def gpu_list(text):
     return text
 
 
-def common_flags(parser, section, *, depth, batch_size, epochs, epoch_step, lr_decay_ratio, weight_decay):
-    """Add the shared flags, with the defaults of the paper's section, under upstream's names and early spellings."""
+def common_flags(
+    parser, section, *, depth, batch_size, epochs, epoch_step, lr_decay_ratio, weight_decay, lr=0.1, groups=''
+):
+    """Add the shared flags, with the defaults of the paper's section, under upstream's names and early spellings.
+
+    With depth None the network's shape is no matter of flags.
+    """
     flag = parser.add_argument_group(f'network (section {section})').add_argument
-    flag('--depth', default=depth, type=number(int, 1, 10_000), help='layers of the network (default: %(default)s)')
-    flag('--width', default=1, type=number(float, 0, 100, above=True), help='times the base width (default: 1)')
+    if depth is not None:
+        flag('--depth', default=depth, type=number(int, 1, 10_000), help='layers of the network (default: %(default)s)')
+        flag('--width', default=1, type=number(float, 0, 100, above=True), help='times the base width (default: 1)')
     flag('--dtype', default='float', choices=list(DTYPES), help='compute dtype; parameters and losses stay float32')
     integers = "int8: the teacher's convolutions in integers, on CPUs (default: same, as --dtype)"
     flag('--teacher_dtype', default='same', choices=['same', 'int8'], help=integers)
@@ -101,7 +107,7 @@ def common_flags(parser, section, *, depth, batch_size, epochs, epoch_step, lr_d
     flag('--epochs', default=epochs, type=number(int, 1), metavar='N', help='default: %(default)s')
     size, decay = 'of all workers together (default: %(default)s)', 'default: %(default)s'
     flag('--batch_size', '--batchSize', default=batch_size, type=number(int, 2, 2**31), help=size)
-    flag('--lr', default=0.1, type=number(float, 0, MOST, above=True), help='learning rate (default: 0.1)')
+    flag('--lr', default=lr, type=number(float, 0, MOST, above=True), help='learning rate (default: %(default)s)')
     flag('--epoch_step', default=epoch_step, type=epoch_list, help='lr drops as these begin (default: %(default)s)')
     flag('--lr_decay_ratio', default=lr_decay_ratio, type=number(float, 0, 1), help='times lr (default: %(default)s)')
     flag('--weight_decay', '--weightDecay', default=weight_decay, type=number(float, 0, MOST), help=decay)
@@ -117,7 +123,8 @@ def common_flags(parser, section, *, depth, batch_size, epochs, epoch_step, lr_d
     flag('--at_form', default='code', choices=['code', 'paper'], help="the authors' code, or eq. 2 (section 3.1)")
     flag('--mapping', default='sum', choices=['sum', 'max'], help='attention map over channels (section 3.1, table 2)')
     flag('--power', default=2, type=number(float, 0, 16, above=True), help='p of |A|^p (section 3.1, table 2)')
-    flag('--groups', default='', type=group_list, help='only these, like 0,2 (section 4.1, table 2; default: all)')
+    only = f'only these, like 0,2 (section 4.1, table 2; default: {groups or "all"})'
+    flag('--groups', default=groups, type=group_list, help=only)
 
     flag = parser.add_argument_group('penalty, without a teacher').add_argument
     penalties = ['none', 'symmetry', 'min_l2']

@@ -5,12 +5,13 @@ import re
 import pytest
 
 import cifar
+import finetune
 import imagenet
 
 WITHOUT = {'options', 'run'}  # groups of flags that say how a program runs, and of which the paper has nothing
 
 
-@pytest.mark.parametrize('module, section', [(cifar, '4.1'), (imagenet, '4.2.2')])
+@pytest.mark.parametrize('module, section', [(cifar, '4.1'), (imagenet, '4.2.2'), (finetune, '4.2.1')])
 def test_every_flag_names_the_section_of_the_paper_that_it_serves(script, module, section):
     """By itself, or in the title of its group."""
     status, out, _ = script(module, '--help')

@@ -13,6 +13,7 @@ import torch
 from conftest import refused
 
 import cifar
+import finetune
 import imagenet
 import options
 
@@ -72,6 +73,18 @@ IMAGENET_WRONG = {  # the flags that imagenet.py alone has, or reads otherwise
     'skip_teacher_check': ['yes'],
     'depth': ['0', '-18', '20', '18.0'],
 }
+FINETUNE_WRONG = {  # likewise of finetune.py
+    'dataset': ['birds', ''],
+    'dataroot': ['nowhere'],
+    'image_size': ['0', '31', '32.5', '1000000'],
+    'skip_bad_images': ['yes'],
+    'teacher_params': [],  # in test_finetune.py, with data
+    'skip_teacher_check': ['yes'],
+    'pretrained': [],  # likewise
+    'fixed_groups': ['-1', '5', '1.5'],
+    'lr': ['0'],
+    'groups': ['a'],
+}
 CIFAR_ONLY = {'net', 'no_bn', 'dataset', 'dataroot', 'randomcrop_pad', 'holdout', 'teacher_id'}
 
 
@@ -89,6 +102,8 @@ def test_every_flag_is_tried_with_wrong_values(monkeypatch):
     assert set(vars(parser(monkeypatch)[1])) == set(WRONG)
     found = set(vars(parser(monkeypatch, module=imagenet)[1]))
     assert found == (set(WRONG) - CIFAR_ONLY) | set(IMAGENET_WRONG)
+    found = set(vars(parser(monkeypatch, module=finetune)[1]))
+    assert found == (set(WRONG) - CIFAR_ONLY - {'depth', 'width'}) | set(FINETUNE_WRONG)
 
 
 @pytest.mark.parametrize('flag, value', [(flag, value) for flag, values in WRONG.items() for value in values])
@@ -106,10 +121,17 @@ def test_wrong_value_for_imagenet_is_refused_in_one_line_that_names_it(script, t
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('module', [cifar, imagenet])
+@pytest.mark.parametrize('flag, value', [(flag, value) for flag, values in FINETUNE_WRONG.items() for value in values])
+def test_wrong_value_for_fine_tuning_is_refused_in_one_line_that_names_it(script, tmp_path, flag, value):
+    assert refused(script(finetune, [f'--{flag}={value}']), value if flag == 'dataroot' else f'--{flag}')
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('module', [cifar, imagenet, finetune])
 def test_every_flag_is_read_and_explained(monkeypatch, module):
     sources = ''.join(
-        (ROOT / f'{name}.py').read_text() for name in (module.__name__, 'engine', 'options', 'runs', 'workers')
+        (ROOT / f'{name}.py').read_text()
+        for name in (module.__name__, 'engine', 'options', 'runs', 'workers', *SHARED.get(module, ()))
     )
     actions, flags = parser(monkeypatch, module=module)
     for flag in vars(flags):
@@ -117,6 +139,9 @@ def test_every_flag_is_read_and_explained(monkeypatch, module):
         assert re.search(rf'\bopt\.{flag}\b', sources) or by_name, f'--{flag} is never read'
     for action in actions._actions:
         assert action.help, action.option_strings
+
+
+SHARED = {finetune: ['imagenet']}  # what another script reads for it
 
 
 OTHERS = {  # of the other scripts: {words: {flag: values that it has to refuse}}

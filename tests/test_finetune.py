@@ -1,0 +1,238 @@
+"""Fine-tuning on lists as CUB-200-2011 and MIT Indoor-67 publish them: what is read, trained and refused."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import draw, refused
+from PIL import Image
+from torchvision import transforms
+
+import checkpoint
+import engine
+import finetune
+import imagefolder
+import resnet
+import utils
+
+SIZE = 32
+SMALL = f'--image_size {SIZE} --epochs 1 --batch_size 8 --nthread 0'
+CLASSES, TRAINING, TESTING = ('001.Ant', '002.Bee', '003.Cat'), 6, 3  # images of a class
+
+
+def box_of(i):
+    return 3.0 + i, 2.0, 30.0, 25.0 + i
+
+
+@pytest.fixture
+def cub(tmp_path):
+    """Images as in CUB_200_2011, numbered by class, each with a box; every third is to test."""
+    root, rng = tmp_path / 'CUB_200_2011', np.random.default_rng(0)
+    lists, number = {'images': [], 'train_test_split': [], 'bounding_boxes': [], 'image_class_labels': []}, 0
+    for label, name in enumerate(CLASSES):
+        (root / 'images' / name).mkdir(parents=True)
+        for i in range(TRAINING + TESTING):
+            number += 1
+            Image.fromarray(draw(rng, label, (40 + i, 50 - i))).save(root / 'images' / name / f'{i}.jpg', quality=95)
+            lists['images'].append(f'{number} {name}/{i}.jpg')
+            lists['train_test_split'].append(f'{number} {int(i % 3 > 0)}')
+            lists['bounding_boxes'].append(f'{number} {" ".join(map(str, box_of(i)))}')
+            lists['image_class_labels'].append(f'{number} {label + 1}')
+    for name, lines in lists.items():
+        (root / f'{name}.txt').write_text('\n'.join(lines) + '\n')
+    return root
+
+
+@pytest.fixture
+def scenes(cub):
+    """The same images as in MIT Indoor-67."""
+    root = cub.parent / 'indoor'
+    shutil.copytree(cub / 'images', root / 'Images')
+    names = [f'{name}/{i}.jpg' for name in CLASSES for i in range(TRAINING + TESTING)]
+    (root / 'TrainImages.txt').write_text('\n'.join(n for n in names if n[-5] not in '036'))
+    (root / 'TestImages.txt').write_text('\n'.join(n for n in names if n[-5] in '036') + '\n\n')
+    return root
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """A small ResNet-18 of ten other classes, whose running statistics are those of some images."""
+    torch.manual_seed(1)
+    f, params = resnet.imagenet_resnet(18, 0.0625, 10)
+    with torch.no_grad():
+        f(torch.randn(16, 3, SIZE, SIZE), params, True)
+    path = tmp_path / 'pretrained.pt7'
+    checkpoint.save(path, {'params': {k: v.detach() for k, v in params.items()}})
+    return path
+
+
+@pytest.fixture
+def tune(script, pretrained):
+    return lambda root, *words: script(finetune, SMALL, ['--dataroot', root, '--pretrained', pretrained], *words)
+
+
+@pytest.mark.parametrize('dataset', ['cub', 'scenes'])
+def test_lists_are_read_as_published(request, dataset):
+    root = request.getfixturevalue(dataset)
+    loaded = finetune.DATASETS[dataset](root)
+    assert (len(loaded.train.paths), len(loaded.test.paths), loaded.num_classes) == (18, 9, 3)
+    assert loaded.train.labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    assert [os.path.basename(path) for path in loaded.test.paths] == ['0.jpg', '3.jpg', '6.jpg'] * 3
+    assert all(
+        os.path.basename(os.path.dirname(p)) == CLASSES[i] for p, i in zip(loaded.test.paths, loaded.test.labels)
+    )
+    assert loaded.test.boxes == ([box_of(0), box_of(3), box_of(6)] if dataset == 'cub' else [None] * 3) * 3
+
+
+def test_boxes_are_cropped_then_scaled_then_the_centre_is_taken_or_to_train_any_part(cub):
+    """As PIL and torchvision do it, to the rounding of a pixel."""
+    files = imagefolder.load_cub(cub).train
+    path, (left, top, width, height) = files.paths[3], files.boxes[3]
+    part = Image.open(path).crop((int(left), int(top), round(left + width), round(top + height)))
+    scaled = np.asarray(transforms.Resize(round(SIZE * 256 / 224))(part)).astype(int)
+    (found,), _, _ = imagefolder.read_batch(files, SIZE, None, [3])
+    y, x = (round((side - SIZE) / 2) for side in scaled.shape[:2])
+    assert np.abs(found.numpy() - scaled[y : y + SIZE, x : x + SIZE]).max() <= 1
+    places = set()
+    for epoch in range(40):
+        (found,), _, _ = imagefolder.read_batch(files, SIZE, (0, epoch), [3])
+        options = {
+            (y, x, m): np.abs(found.numpy()[:, :: 1 - 2 * m] - scaled[y : y + SIZE, x : x + SIZE]).max()
+            for y in range(scaled.shape[0] - SIZE + 1)
+            for x in range(scaled.shape[1] - SIZE + 1)
+            for m in (0, 1)
+        }
+        place = min(options, key=options.get)
+        assert options[place] <= 1
+        places.add(place)
+    for i, most in enumerate((scaled.shape[0] - SIZE, scaled.shape[1] - SIZE, 1)):
+        assert {place[i] for place in places} == set(range(most + 1))
+
+
+def test_a_box_is_cut_to_its_image_and_one_outside_of_it_is_a_bad_image(cub):
+    path = str(cub / 'images' / CLASSES[0] / '0.jpg')  # 50x40 pixels
+    whole = imagefolder.test_crop(path, SIZE)
+    assert np.array_equal(imagefolder.test_crop(path, SIZE, (0.0, 0.0, 999.0, 999.0)), whole)
+    with pytest.raises(ValueError, match='none of which its box'):
+        imagefolder.test_crop(path, SIZE, (50.0, 0.0, 10.0, 10.0))
+
+
+def test_batch_norm_stem_and_first_group_stay_and_all_else_learns(tune, cub, pretrained):
+    status, out, err = tune(cub, '--save logs/run')
+    assert status == 0, err
+    before, after = checkpoint.load(pretrained)['params'], checkpoint.load('logs/run/model.pt7')['params']
+    assert before.keys() == after.keys()
+    changed = {k for k in before if not torch.equal(before[k], after[k])}
+    norms = {k for k in before if k.split('.')[-2:][0].startswith('bn')}
+    assert changed == {k for k in before if not k.startswith(('conv0', 'group0.'))} - norms
+    assert after['fc.weight'].shape[0] == 3
+    trained = sum(after[k].numel() for k in changed)
+    assert f'{trained:,} trained parameters' in out
+    (record,) = engine.read_log('logs/run/log.txt')
+    assert (record['train_images'], record['test_images'], record['num_classes']) == (18, 9, 3)
+    assert (record['depth'], record['pretrained']) == (18, str(pretrained))
+    _, _, err = tune(cub, '--save logs/all --fixed_groups 0')
+    everything = checkpoint.load('logs/all/model.pt7')['params']
+    assert {k for k in before if not torch.equal(before[k], everything[k])} == set(before) - norms, err
+
+
+def test_a_step_normalises_with_the_statistics_of_pretraining(cub, pretrained, monkeypatch):
+    """The loss of the first step is that of the evaluated network, whose last layer is drawn from the seed."""
+    monkeypatch.setattr('sys.argv', ['finetune.py', '--pretrained', str(pretrained), '--dataroot', str(cub)])
+    f, params = finetune.build_student(finetune.parse(), 3, torch.device('cpu'))
+    images, labels = torch.randn(5, 3, SIZE, SIZE), torch.tensor([0, 1, 2, 0, 1])
+    logits, _ = f(images, params, False)
+    torch.manual_seed(0)
+    new = utils.linear_params(params['fc.weight'].shape[1], 3)
+    old = checkpoint.load(pretrained)['params'] | {'fc.weight': new['weight'], 'fc.bias': new['bias']}
+    assert torch.equal(logits, resnet.imagenet_forward(images, old, False)[0])
+    torch.nn.functional.cross_entropy(logits, labels).backward()
+    assert {k for k, v in params.items() if v.grad is not None} == {k for k, v in params.items() if v.requires_grad}
+
+
+def test_a_student_learns_from_a_fine_tuned_teacher_by_its_last_two_groups_and_resumes(tune, scenes):
+    status, _, err = tune(scenes, '--dataset scenes --save logs/teacher')
+    assert status == 0, err
+    words = '--dataset scenes --teacher_params logs/teacher/model.pt7 --beta 1e+3 --alpha 0.5'
+    status, out, err = tune(scenes, words, '--epochs 2 --save logs/run')
+    assert status == 0 and 'teacher: top-1 ' in out, err
+    whole = engine.read_log('logs/run/log.txt')
+    assert {k for k in whole[0] if k.startswith(('at', 'kd')) and k[-1].isdigit() or k == 'kd'} == {'at2', 'at3', 'kd'}
+    assert tune(scenes, words, '--save logs/half')[0] == 0
+    status, out, err = tune(scenes, words, '--epochs 2 --save logs/half --resume auto')
+    assert status == 0 and 'resumed from' in out, err
+    first, second = (checkpoint.load(f'logs/{run}/model.pt7')['params'] for run in ('run', 'half'))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_two_workers_learn_what_one_does(tune, cub):
+    """Batch norm being fixed, to the rounding of sums."""
+    assert tune(cub, '--dtype double --save logs/1')[0] == 0
+    words = f'{SMALL} --dtype double --ngpu 2 --save logs/2 --pretrained pretrained.pt7 --dataroot {cub}'
+    command = [sys.executable, finetune.__file__, *words.split()]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    one, two = (checkpoint.load(f'logs/{n}/model.pt7')['params'] for n in (1, 2))
+    assert all(torch.allclose(one[k], two[k], rtol=1e-9, atol=1e-12) for k in one)
+
+
+def test_ones_own_folder_is_cropped_in_the_same_way(cub, tmp_path):
+    for part in ('train', 'val'):
+        shutil.copytree(cub / 'images', tmp_path / 'photos' / part)
+    assert finetune.load_folder(tmp_path / 'photos', False).train.scaled
+
+
+@pytest.mark.parametrize(
+    'name, change, words',
+    [
+        ('images.txt', lambda text: text.replace('1 001.Ant/0.jpg', '1 001.Ant/../../../secret.jpg'), ['images.txt']),
+        ('images.txt', lambda text: text.replace('1 001.Ant/0.jpg', '1 ../0.jpg'), ['../0.jpg']),
+        ('images.txt', lambda text: text.replace('1 001.Ant/0.jpg', '1 001.Ant/none.jpg'), ['none.jpg', 'missing']),
+        ('images.txt', lambda text: text.replace('1 001.Ant/0.jpg', '1 001.Ant/0.txt'), ['0.txt']),
+        ('images.txt', lambda text: text + '99 001.Ant/0.jpg\n', ['same images']),
+        ('images.txt', lambda text: text + 'x\n', ['does not belong', "'x'"]),
+        ('images.txt', lambda text: '', ['images.txt']),
+        ('train_test_split.txt', lambda text: text.replace(' 0', ' 1'), ['0 images to test']),
+        ('train_test_split.txt', lambda text: text.replace(' 1', ' 2'), ['train_test_split.txt', "'2 2'"]),
+        ('bounding_boxes.txt', lambda text: text.replace('3.0', '-3.0', 1), ['bounding_boxes.txt']),
+        ('bounding_boxes.txt', lambda text: text.replace('3.0', '9' * 400, 1), ['bounding_boxes.txt']),
+    ],
+)
+def test_lists_that_do_not_fit_are_refused_in_one_line(tune, cub, name, change, words):
+    (cub / name).write_text(change((cub / name).read_text()))
+    assert refused(tune(cub), *words)
+
+
+def test_links_out_of_the_folder_are_refused_unless_allowed(tune, cub, tmp_path):
+    folder = cub / 'images' / CLASSES[1]
+    shutil.move(folder, tmp_path / 'elsewhere')
+    folder.symlink_to(tmp_path / 'elsewhere')
+    assert refused(tune(cub), 'leads out of', CLASSES[1])
+    assert tune(cub, '--follow_links')[0] == 0
+
+
+def test_networks_that_cannot_be_fine_tuned_are_refused(script, tune, cub, pretrained):
+    checkpoint.save('wide.pt7', {'params': {k: v.detach() for k, v in resnet.wide_resnet(10, 0.25, 3)[1].items()}})
+    assert refused(tune(cub, '--pretrained wide.pt7'), 'WRN-10-0.25', 'expected an ImageNet ResNet')
+    folded = resnet.fold_batch_norm(checkpoint.load(pretrained)['params'])
+    torch.save(folded, 'folded.pth')
+    assert refused(tune(cub, '--pretrained folded.pth'), 'not folded')
+    assert refused(tune(cub, '--pretrained none.pth'), 'none.pth')
+    assert refused(tune(cub, '--teacher_params', [pretrained], '--beta 1'), '10 classes', '3')
+    assert refused(tune(cub, '--sync_bn'), '--sync_bn', 'fixed')
+    assert refused(tune(cub, '--fixed_groups 5'), '--fixed_groups')
+    assert refused(tune(cub, '--dataset birds'), '--dataset')
+    assert refused(tune('nowhere'), 'nowhere', 'images.txt')
+
+
+def test_torchvisions_networks_can_be_fine_tuned(script, cub):
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18(num_classes=7).state_dict(), 'torchvision.pth')
+    words = f'{SMALL} --lr 1e-6 --pretrained torchvision.pth --dataroot {cub} --save logs/run'
+    status, out, err = script(finetune, words)
+    assert status == 0 and '11,' in out, err
