@@ -1,4 +1,4 @@
-"""ImageNet, CUB, Scenes, or another folder of photographs: decoded and cropped in worker processes, normalised on the
+"""ImageNet, birds, rooms, or another folder of photographs: decoded and cropped in worker processes, normalised on the
 device.
 
 Order, crops and mirroring are a pure function of (seed, epoch, sample index): they depend neither on the number of
@@ -30,7 +30,8 @@ cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # files that c
 
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet's training images, red, green, blue: 255 * (0.485, 0.456, 0.406)
 STD = (58.395, 57.12, 57.375)  # 255 * (0.229, 0.224, 0.225)
-MAX_LIST = 2**26  # characters of a list of images
+MAX_LIST = 2**26  # bytes of a list of images
+MAX_RATIO = 100  # of the sides of an image: scaled by the shorter one, a thinner one would fill the memory
 
 
 class Files(NamedTuple):
@@ -89,12 +90,8 @@ def load_cub(root, follow_links=False):
     if not names.keys() == trained.keys() == boxes.keys():
         raise ValueError(f'{root}: {", ".join(f"{name}.txt" for name in lines)} do not number the same images')
     boxes = {i: tuple(map(float, box.split())) for i, box in boxes.items()}
-    return _listed(
-        root,
-        'images',
-        *([(n, boxes[i]) for i, n in names.items() if trained[i] == part] for part in '10'),
-        follow_links,
-    )
+    train, test = ([(name, boxes[i]) for i, name in names.items() if trained[i] == part] for part in '10')
+    return _listed(root, 'images', train, test, follow_links)
 
 
 def load_scenes(root, follow_links=False):
@@ -103,7 +100,8 @@ def load_scenes(root, follow_links=False):
     Raises ValueError or OSError as `load_cub` does.
     """
     lists = (_lines(root, f'{part}Images.txt', '([^/]+/[^/]+)') for part in ('Train', 'Test'))
-    return _listed(root, 'Images', *([(name, None) for (name,) in found] for found in lists), follow_links)
+    train, test = ([(name, None) for (name,) in found] for found in lists)
+    return _listed(root, 'Images', train, test, follow_links)
 
 
 def _lines(root, name, pattern):
@@ -205,8 +203,11 @@ def scaled_crop(path, size, mirrored, trials, box=None):
 
 
 def _scaled(path, size, box):
+    """An image file, or a box of it, with a shorter side of size * 256 / 224."""
     image = data.read_image(path, box and functools.partial(_within, path, box))
     short, shortest = round(size * 256 / 224), min(image.shape[:2])
+    if max(image.shape[:2]) > MAX_RATIO * shortest:
+        raise ValueError(f'{path}: {image.shape[1]}x{image.shape[0]} pixels are too thin to be scaled')
     height, width = (short * side // shortest for side in image.shape[:2])
     return resize(image, height, width)
 

@@ -122,6 +122,15 @@ def test_a_box_is_cut_to_its_image_and_one_outside_of_it_is_a_bad_image(cub):
         imagefolder.test_crop(path, SIZE, (50.0, 0.0, 10.0, 10.0))
 
 
+def test_a_part_too_thin_to_be_scaled_is_a_bad_image(cub):
+    path = str(cub / 'images' / CLASSES[0] / '0.jpg')
+    Image.fromarray(np.zeros((2, 500, 3), np.uint8)).save(path)
+    for box in (None, (0.0, 0.0, 400.0, 2.0)):
+        with pytest.raises(ValueError, match='too thin'):
+            imagefolder.test_crop(path, SIZE, box)
+    assert imagefolder.test_crop(path, SIZE, (0.0, 0.0, 200.0, 2.0)).shape == (SIZE, SIZE, 3)
+
+
 def test_batch_norm_stem_and_first_group_stay_and_all_else_learns(tune, cub, pretrained):
     status, out, err = tune(cub, '--save logs/run')
     assert status == 0, err
@@ -206,6 +215,25 @@ def test_ones_own_folder_is_cropped_in_the_same_way(cub, tmp_path):
 def test_lists_that_do_not_fit_are_refused_in_one_line(tune, cub, name, change, words):
     (cub / name).write_text(change((cub / name).read_text()))
     assert refused(tune(cub), *words)
+
+
+def test_any_bytes_in_the_lists_are_read_or_refused(cub, scenes):
+    rng, refusals = np.random.default_rng(0), 0
+    for load, root in ((imagefolder.load_cub, cub), (imagefolder.load_scenes, scenes)):
+        for path in sorted(root.glob('*.txt')):
+            content = path.read_bytes()
+            for _ in range(60):
+                broken = bytearray(content)
+                for at in rng.integers(0, len(content), rng.integers(1, 4)):
+                    broken[at] = rng.integers(256)
+                path.write_bytes(broken)
+                try:
+                    load(root)
+                except (ValueError, OSError) as error:
+                    assert str(error)
+                    refusals += 1
+            path.write_bytes(content)
+    assert refusals > 100
 
 
 def test_links_out_of_the_folder_are_refused_unless_allowed(tune, cub, tmp_path):

@@ -23,6 +23,7 @@ import checkpoint
 import cifar
 import data
 import engine
+import finetune
 import imagefolder
 import imagenet
 import plot
@@ -142,7 +143,7 @@ WORDS = st.lists(
 )
 
 
-@pytest.mark.parametrize('module', [cifar, imagenet, reproduce])
+@pytest.mark.parametrize('module', [cifar, imagenet, finetune, reproduce])
 @FUZZ
 @given(words=WORDS)
 def test_any_words_are_understood_or_refused(monkeypatch, capsys, module, words):
