@@ -48,6 +48,8 @@ def parse():
         groups='2,3',
     )
     opt = parser.parse_args()
+    if opt.transfer == 'gradient' and opt.groups == parser.get_default('groups'):
+        opt.groups = ''
     options.check(opt, opt.teacher_params, '--teacher_params')
     if opt.sync_bn:
         raise ValueError('--sync_bn: batch norm is fixed in fine-tuning')

@@ -179,6 +179,20 @@ def test_a_student_learns_from_a_fine_tuned_teacher_by_its_last_two_groups_and_r
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
+def test_the_other_transfers_and_penalties_can_be_fine_tuned_with(tune, cub):
+    assert tune(cub, '--save logs/teacher')[0] == 0
+    words = '--teacher_params logs/teacher/model.pt7 --beta 0.1'
+    for flags, terms in {
+        f'{words} --transfer gradient': {'grad'},
+        f'{words} --transfer full': {'full2', 'full3'},
+        '--penalty symmetry --gamma 0.1': {'symmetry'},
+    }.items():
+        status, _, err = tune(cub, flags, '--save logs/run --overwrite')
+        assert status == 0, err
+        assert terms <= set(engine.read_log('logs/run/log.txt')[0])
+    assert refused(tune(cub, f'{words} --transfer gradient --groups 1'), '--groups')
+
+
 def test_two_workers_learn_what_one_does(tune, cub):
     """Batch norm being fixed, to the rounding of sums."""
     assert tune(cub, '--dtype double --save logs/1')[0] == 0
