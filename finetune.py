@@ -27,11 +27,7 @@ def parse():
     flag = parser.add_argument_group('data and teacher (section 4.2.1)').add_argument
     flag('--dataset', default='cub', choices=list(DATASETS), help='cub (default), scenes or folder')
     flag('--dataroot', default='.', help='CUB_200_2011, or has Images/ and TrainImages.txt, or train/ and val/')
-    flag('--follow_links', action='store_true', help='read images that links out of that folder lead to')
-    flag('--image_size', default=224, type=options.number(int, 32, 1024), help='like 64, 128, 160, 224 (default), 256')
-    flag('--skip_bad_images', action='store_true', help='leave unreadable images out of the evaluation')
-    flag('--teacher_params', default='', help='file with a teacher of these classes; none fine-tunes alone')
-    flag('--skip_teacher_check', action='store_true', help='do not evaluate the teacher first')
+    imagenet.photograph_flags(flag)
     flag = parser.add_argument_group('pretrained network (section 4.2.1)').add_argument
     flag('--pretrained', default='torchvision:resnet18', help='file with it (default: torchvision:resnet18)')
     flag('--fixed_groups', default=1, type=options.number(int, 0, 4), help='groups that stay as they are (default: 1)')

@@ -24,11 +24,7 @@ def parse():
     parser = options.Parser(__doc__)
     flag = parser.add_argument_group('data and teacher (section 4.2.2)').add_argument
     flag('--imagenetpath', default='.', help='folder that holds train/<class>/* and val/<class>/*')
-    flag('--follow_links', action='store_true', help='read images that links out of that folder lead to')
-    flag('--image_size', default=224, type=options.number(int, 32, 1024), help='like 64, 128, 160, 224 (default), 256')
-    flag('--skip_bad_images', action='store_true', help='leave unreadable images out of the evaluation')
-    flag('--teacher_params', default='', help='file with the teacher, or torchvision:resnet34; none trains a baseline')
-    flag('--skip_teacher_check', action='store_true', help='do not evaluate the teacher first')
+    photograph_flags(flag)
     options.common_flags(
         parser,
         '4.2.2',
@@ -44,6 +40,15 @@ def parse():
     with torch.device('meta'):  # no memory: a shape that is none is told before anything else begins
         imagenet_resnet(opt.depth, opt.width, 2)
     return opt
+
+
+def photograph_flags(flag):
+    """Add the flags that `build_batches` and `build_teacher` read; flag: add_argument of a group."""
+    flag('--follow_links', action='store_true', help='read images that links out of that folder lead to')
+    flag('--image_size', default=224, type=options.number(int, 32, 1024), help='like 64, 128, 160, 224 (default), 256')
+    flag('--skip_bad_images', action='store_true', help='leave unreadable images out of the evaluation')
+    flag('--teacher_params', default='', help='file with the teacher, or torchvision:resnet34; none trains a baseline')
+    flag('--skip_teacher_check', action='store_true', help='do not evaluate the teacher first')
 
 
 def build_batches(opt, dataset, device):
