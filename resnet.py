@@ -13,6 +13,7 @@ from utils import (
     STATISTICS,
     batch_norm,
     bnparams,
+    conv2d,
     conv_params,
     flatten,
     folded_conv,
@@ -80,11 +81,11 @@ def wide_resnet(depth, width, num_classes):
 
 def _wide_block(x, params, base, mode, stride):
     o = _norm_relu(x, params, base + '.bn0', mode)
-    y = F.conv2d(o, params[base + '.conv0'], params.get(base + '.bias0'), stride=stride, padding=1)
+    y = conv2d(o, params[base + '.conv0'], params.get(base + '.bias0'), stride, 1)
     y = _norm_relu(y, params, base + '.bn1', mode)
     y = F.conv2d(y, params[base + '.conv1'], padding=1)
     if base + '.convdim' in params:
-        x = F.conv2d(o, params[base + '.convdim'], stride=stride)
+        x = conv2d(o, params[base + '.convdim'], stride=stride)
     return y.add_(x)
 
 

@@ -133,6 +133,55 @@ def _stored(x):
     return x.as_strided(x.shape, x.stride())
 
 
+def conv2d(x, weight, bias=None, stride=1, padding=0):
+    """F.conv2d, of which torch.compile makes other gradients on a CPU in bfloat16, where the stride is 2.
+
+    Those of oneDNN gain little by a second thread: 1x1 convolutions are taken of every second position instead, and
+    3x3 ones are `_StridedConv`.
+    """
+    if stride == 2 and x.device.type == 'cpu' and x.dtype == torch.bfloat16 and torch.compiler.is_compiling():
+        if (weight.shape[2], padding) == (1, 0):
+            return F.conv2d(x[:, :, ::2, ::2], weight, bias)
+        if (weight.shape[2], padding, bias) == (3, 1, None):
+            return _strided_conv(x, weight.to(x.dtype))
+    return F.conv2d(x, weight, bias, stride, padding)
+
+
+@torch.compiler.allow_in_graph  # as _normalize_batch
+def _strided_conv(x, weight):
+    return _StridedConv.apply(x, weight)
+
+
+class _StridedConv(torch.autograd.Function):
+    """The 3x3 convolution with stride 2 and padding 1 of x (N, C, H, W) by weight (C', C, 3, 3), without a bias.
+
+    The gradient of the weight's middle column is that of a convolution of the even columns of x, and its outer
+    columns' that of the odd ones, both with stride (2, 1). Not differentiable twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, stride=2, padding=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        x, weight = ctx.saved_tensors
+
+        def gradients(x, weight, stride, padding, wanted):
+            rest = (1, 1), False, (0, 0), 1, wanted  # dilation, not transposed, its output padding, groups
+            return torch.ops.aten.convolution_backward(g, x, weight, None, stride, padding, *rest)
+
+        g_x = gradients(x, weight, (2, 2), (1, 1), (True, False, False))[0]
+        even, odd = x[..., ::2], F.pad(x[..., 1::2], (1, x.shape[3] % 2))
+        middle, outer = (
+            gradients(columns, w, (2, 1), (1, 0), (False, True, False))[1]
+            for columns, w in ((even, weight[..., 1:2]), (odd, weight[..., ::2]))
+        )
+        return g_x, torch.cat((outer[..., :1], middle, outer[..., 1:]), 3)
+
+
 def _sync_batch_norm(x, running_mean, running_var, weight, bias, momentum=0.1, eps=1e-5):
     x32 = full(x)
     n = _SumOverWorkers.apply(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))

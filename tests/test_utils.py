@@ -278,6 +278,39 @@ def test_batch_norm_for_the_compiler_equals_that_of_pytorch_and_so_do_its_gradie
         utils._compiled_batch_norm(torch.ones(1, 5, 1, 1), *4 * [torch.ones(5)])
 
 
+@pytest.mark.parametrize('size', [8, 9, 1])
+def test_strided_convolution_for_the_compiler_equals_that_of_pytorch_and_so_do_its_gradients(size):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 4, 9, size), torch.randn(6, 4, 3, 3)
+    inputs = [v.double().requires_grad_() for v in (x, weight)]
+    results = []
+    for conv in (utils._strided_conv, lambda *arguments: F.conv2d(*arguments, stride=2, padding=1)):
+        y = conv(*inputs)
+        results.append([y, *torch.autograd.grad((y * y.detach().cos()).sum(), inputs)])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_compiled_convolutions_in_bfloat16_equal_the_eager_ones_and_so_do_their_gradients():
+    torch.manual_seed(0)
+    inputs = [
+        v.requires_grad_() for v in (torch.randn(2, 16, 8, 8), torch.randn(16, 16, 3, 3), torch.randn(16, 16, 1, 1))
+    ]
+
+    def convolutions(x, weight, shortcut):
+        with torch.autocast('cpu', torch.bfloat16):
+            x = x.to(torch.bfloat16)
+            return utils.conv2d(x, weight, stride=2, padding=1) + utils.conv2d(x, shortcut, stride=2)
+
+    results = []
+    for f in (convolutions, torch.compile(convolutions)):
+        y = f(*inputs)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
+    for eager, compiled in zip(*results):
+        assert compiled.dtype == eager.dtype
+        torch.testing.assert_close(compiled, eager, rtol=0.02, atol=0.02 * eager.abs().max().item())
+
+
 def test_tensor_table_names_shapes_and_what_is_not_trained(capsys):
     utils.print_tensor_dict({'conv0': torch.zeros(16, 3, 3, 3, requires_grad=True), 'bn.running_mean': torch.zeros(4)})
     first, second = capsys.readouterr().out.splitlines()
