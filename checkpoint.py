@@ -15,6 +15,7 @@ import os
 
 import torch
 
+import ending
 import formats
 import options
 import resnet
@@ -323,4 +324,4 @@ def main():
 
 
 if __name__ == '__main__':
-    options.run(main)
+    ending.run(main)

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 import data
+import ending
 import engine
 import options
 import workers
@@ -80,4 +81,4 @@ def main():
 
 
 if __name__ == '__main__':
-    options.run(main)
+    ending.run(main)

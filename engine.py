@@ -20,6 +20,7 @@ from torchnet.meter import AverageValueMeter, ClassErrorMeter
 from tqdm import tqdm
 
 import checkpoint
+import children
 import runs
 import workers
 from int8 import quantize
@@ -47,6 +48,7 @@ from utils import (
 from workers import join_statistics_, rank, say, sum_over_workers, world
 
 FLUSH = 20  # steps between two looks at the losses: each look makes the host wait for the device
+CALMER = 'try a lower --lr or --beta, or --dtype float'
 HALF_SCALE = 1024.0  # float16 gradients are computed this many times larger, or small ones would vanish
 
 
@@ -131,6 +133,7 @@ def make_step(opt, student, teacher, device):
 
 def _compiled(opt, both, learn, teach, device):
     """`both` compiled, but for the teacher on a CPU, which gains nothing there; with --cuda_graphs as graphs."""
+    children.import_safely()  # the compiler starts a Python to see what the processor can do
     if device.type == 'cpu':
         compiled = torch.compile(learn, dynamic=False)
         return lambda images, labels: compiled(images, labels, *teach(images, labels))
@@ -423,8 +426,7 @@ class Meters:
             if not all(map(math.isfinite, row)):
                 found = ', '.join(f'{k} {v:.4g}' for k, v in terms.items())
                 raise FloatingPointError(
-                    f'epoch {epoch}, step {self.steps}: the loss is not finite ({found}); '
-                    'try a lower --lr or --beta, or --dtype float'
+                    f'epoch {epoch}, step {self.steps}: the loss is not finite ({found}); {CALMER}'
                 )
             for name, value in terms.items():
                 self.values.setdefault(name, AverageValueMeter()).add(value)
@@ -510,8 +512,8 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(
     step: as of `make_step`. f, params: the network that is trained, evaluated and saved. train_batches(epoch, start)
     and test_batches() give iterables as of `data`. facts: what else belongs in every line of the log. Accuracies are
     logged as a number, or as a list where topk names several.
-    Raises Stopped where a signal asked for it, FloatingPointError for a loss that is not finite, ValueError where
-    another process trains into --save and OSError where it cannot be written.
+    Raises Stopped where a signal asked for it, FloatingPointError for a loss or parameter that is not finite,
+    ValueError where another process trains into --save and OSError where it cannot be written.
     """
     with runs.locked(opt), Requests() as requests:
         trained = {k: v for k, v in params.items() if v.requires_grad}
@@ -521,7 +523,7 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(
             return say(f'nothing to do: {done} of {opt.epochs} epochs are done')
         runs.open_run(opt, done)
         facts = {**vars(opt), **facts, 'n_parameters': num_trained(params), **environment(device)}
-        run = _Run(opt, params, trained, optimizer, requests, Meters(device, topk), done, progress)
+        run = _Run(opt, f, params, trained, optimizer, requests, Meters(device, topk), done, progress)
         engine = Engine()
         engine.hooks = _hooks(run, f, train_batches, test_batches, device, facts, topk)
         engine.train(
@@ -535,7 +537,8 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(
 class _Run:
     """A training: what it changes, and where it is."""
 
-    def __init__(self, opt, params, trained, optimizer, requests, meters, done, progress):
+    def __init__(self, opt, f, params, trained, optimizer, requests, meters, done, progress):
+        self.f, self.images = f, None  # images: the batch of the last step
         self.opt, self.params, self.trained, self.optimizer = opt, params, trained, optimizer
         self.requests, self.meters, self.epoch, self.progress = requests, meters, done, progress
         self.record, self.batches, self.saved_at = None, None, time.monotonic()
@@ -579,14 +582,38 @@ class _Run:
         batches = {'batch_size': self.opt.batch_size, 'seed': self.opt.seed}
         self.keep({**shared, **batches, 'workers': everyone}, self.epoch - 1)
 
+    def check_finite(self):
+        """FloatingPointError where the last update has spoilt a parameter, its momentum or the network's output."""
+        momentum = {f'the momentum of {k}': m for k, m in self.momentum().items()}
+        values = {**{k: v.detach() for k, v in self.params.items()}, **momentum}
+        finite = torch.stack([v.isfinite().all() for v in values.values()]).tolist()
+        if not all(finite):
+            spoilt = [k for k, good in zip(values, finite) if not good]
+            more = f' and {len(spoilt) - 1} others' if len(spoilt) > 1 else ''
+            raise FloatingPointError(
+                f'epoch {self.epoch}, step {self.meters.steps}: {spoilt[0]}{more} became infinite or NaN; {CALMER}'
+            )
+        with torch.no_grad(), autocast(self.meters.device, self.opt.dtype):
+            logits = self.f(self.images, self.params, False)[0] if self.images is not None else torch.zeros(1)
+        if not logits.isfinite().all():
+            raise FloatingPointError(
+                f'epoch {self.epoch}, step {self.meters.steps}: the output of the network became infinite or NaN; '
+                f'{CALMER}'
+            )
+
+    def momentum(self):
+        """The momentum of what is trained: {name: tensor}."""
+        return {k: self.optimizer.state[v]['momentum_buffer'] for k, v in self.trained.items()}
+
     def keep(self, progress, epochs):
-        """Replace the checkpoint."""
+        """Replace the checkpoint, unless a value in it is not finite: FloatingPointError."""
         self.saved_at = time.monotonic()
+        self.check_finite()
         if not self.opt.save or rank():
             return
         state = {
             'params': {k: v.detach() for k, v in self.params.items()},
-            'optimizer': {k: self.optimizer.state[v]['momentum_buffer'] for k, v in self.trained.items()},
+            'optimizer': self.momentum(),
             'epoch': epochs,
             'progress': progress,
         }
@@ -610,6 +637,7 @@ def _hooks(run, f, train_batches, test_batches, device, facts, topk):
             torch._foreach_div_([v.grad for v in run.trained.values()], _loss_scale(opt))
 
     def on_update(state):
+        run.images = state['sample'][0]
         if len(meters.pending) == FLUSH:
             meters.flush(run.epoch)
             speed = meters.images / meters.elapsed()
@@ -625,6 +653,8 @@ def _hooks(run, f, train_batches, test_batches, device, facts, topk):
         join_statistics_(run.params)
         tested_since, batches = time.perf_counter(), test_batches()
         tested = evaluate(f, run.params, batches, device, opt.dtype, topk, lambda: run.pause(alone=True))
+        if not math.isfinite(tested[0]):
+            raise FloatingPointError(f'epoch {run.epoch}: the test loss is not finite ({tested[0]}); {CALMER}')
         run.record = {
             **facts,
             **_results(opt, run.epoch, meters, trained_for, tested, time.perf_counter() - tested_since),

@@ -12,6 +12,7 @@ ResNet-18 alone errs on 28.5% (CUB) and 28.2% (Scenes), taught by ResNet-34 on 2
 import torch
 
 import checkpoint
+import ending
 import engine
 import imagefolder
 import imagenet
@@ -98,4 +99,4 @@ def main():
 
 
 if __name__ == '__main__':
-    options.run(main)
+    ending.run(main)

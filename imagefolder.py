@@ -8,7 +8,6 @@ workers nor on where a run was resumed.
 import functools
 import itertools
 import math
-import multiprocessing
 import os
 import re
 import signal
@@ -24,6 +23,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
+import readers
 from stopping import STATUS
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # files that cannot be read are named here
@@ -275,23 +275,11 @@ def _loader(files, batches, read, nthread, device):
         batch_sampler=batches,
         collate_fn=read,
         num_workers=nthread,
-        multiprocessing_context=_workers_context() if nthread else None,
+        multiprocessing_context=readers.context() if nthread else None,
         pin_memory=device.type == 'cuda',
         worker_init_fn=_start_worker,
         generator=torch.Generator(),  # or it would draw from the global one
     )
-
-
-@functools.cache
-def _workers_context():
-    """Loader processes are forked from a server without threads.
-
-    Forked from this process, one sooner or later inherits a lock held by a thread (of autograd, of gloo) that it does
-    not have, and waits for ever.
-    """
-    context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['__main__', 'imagefolder'])
-    return context
 
 
 def _start_worker(_):

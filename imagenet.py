@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 import checkpoint
+import ending
 import engine
 import imagefolder
 import options
@@ -94,4 +95,4 @@ def main():
 
 
 if __name__ == '__main__':
-    options.run(main)
+    ending.run(main)

@@ -1,18 +1,11 @@
-"""The flags of the training scripts, their checks, and how a script ends when something is wrong."""
+"""The flags of the training scripts, and their checks."""
 
 import argparse
-import errno
 import json
 import math
-import os
 import re
-import sys
-import time
-
-import torch
 
 from schedules import BETA_DECAYS
-from stopping import Stopped
 from utils import DTYPES
 
 TRANSFERS = (
@@ -20,9 +13,6 @@ TRANSFERS = (
     'or input gradients (section 3.2, eq. 5; table 3)'
 )
 MOST = 1e30  # of a rate or a weight: products of two stay below what float32 holds, or are seen as not finite
-OUT_OF_MEMORY = 'out of memory', "can't allocate memory"  # in what torch says on GPUs and on CPUs
-DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO  # no fault of the command's
-LOST_PEER = 3  # exit status of a worker that stops because another one is gone
 
 
 class Parser(argparse.ArgumentParser):
@@ -203,44 +193,3 @@ def check(opt, teacher, flag):
         raise ValueError('--resume and --overwrite contradict each other')
     if opt.resume == 'auto' and not opt.save:
         raise ValueError('--resume auto continues the run in --save, which is not given')
-
-
-def run(main):
-    """Call a script's main; what goes wrong becomes one line and an exit status (2 wrong use, 1 failed run).
-
-    A run that a signal stopped says how to go on and exits with 143 (SIGTERM), 130 (SIGINT) or 0 (SIGUSR1).
-    With AT_TRACEBACK=1 in the environment the traceback is shown instead.
-    """
-    first = int(os.environ.get('RANK', 0)) == 0
-    try:
-        main()
-    except Stopped as stop:
-        if first:
-            print(f'{os.path.basename(sys.argv[0])}: {stop}', file=sys.stderr)
-        sys.exit(stop.status)
-    except (RuntimeError, MemoryError) as error:
-        if isinstance(error, torch.distributed.DistError) or '/gloo/' in str(error):
-            sys.exit(LOST_PEER)  # another worker is gone, of which the launcher tells
-        full = isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
-        if not full or os.environ.get('AT_TRACEBACK'):
-            raise
-        _report(f'out of memory ({error}); try a smaller --batch_size, --image_size or network', first)
-        sys.exit(1)
-    except (ValueError, OSError, FloatingPointError, KeyboardInterrupt) as error:
-        if os.environ.get('AT_TRACEBACK'):
-            raise
-        if first or not isinstance(error, KeyboardInterrupt):
-            _report(str(error) or 'interrupted', first)
-        failed = isinstance(error, FloatingPointError) or getattr(error, 'errno', None) in DISK_ERRORS
-        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 1 if failed else 2)
-    finally:
-        if torch.distributed.is_initialized():  # or a thread of its may crash the interpreter as that ends
-            torch.distributed.destroy_process_group()
-
-
-def _report(message, first):
-    """Print an error in one line; what all workers run into the first tells alone, and the launcher ends the others."""
-    if not first:
-        time.sleep(5)  # still here: it is this worker's own
-    line = ''.join(c if c.isprintable() else '?' for c in ' '.join(message.split()))  # it may quote a hostile file
-    print(f'{os.path.basename(sys.argv[0])}: error: {line}', file=sys.stderr)

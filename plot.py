@@ -26,6 +26,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 import checkpoint
 import data
+import ending
 import engine
 import imagefolder
 import options
@@ -420,4 +421,4 @@ def main():
 
 
 if __name__ == '__main__':
-    options.run(main)
+    ending.run(main)

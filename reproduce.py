@@ -25,6 +25,7 @@ from functools import partial
 
 import torch
 
+import ending
 import engine
 import options
 from nin import nin
@@ -79,6 +80,7 @@ LABELS = {  # in the order of the tables
     'at-kd': 'AT+KD',
 }
 RUNNING = []  # the processes of cifar.py that train at the moment
+STOPPED = []  # the signals that asked for an end
 UNTAUGHT = ('teacher', 'student', 'min-l2', 'symmetry')
 # What a line of a log has to say to stand in a table.
 PROTOCOL = set('epoch test_acc dataset train_images test_images holdout epochs epoch_step'.split())
@@ -285,9 +287,11 @@ def run(opt, name, arguments, job):
     pipes = {} if alone else {'stdout': subprocess.DEVNULL, 'stderr': subprocess.PIPE, 'text': True}
     with subprocess.Popen(command, env=environment, **pipes) as process:
         RUNNING.append(process)
+        if STOPPED:
+            process.terminate()  # `stop` came before this process was among those that it ends
         _, error = process.communicate()
         RUNNING.remove(process)
-    if process.returncode in (130, 143):
+    if process.returncode in (130, 143, -signal.SIGINT, -signal.SIGTERM):
         raise KeyboardInterrupt
     if process.returncode:
         reason = (error or '').strip().splitlines()[-1:]
@@ -305,6 +309,7 @@ def train(opt, runs):
     title = {name: f'[{number}/{len(runs)}] {name}' for number, name in enumerate(runs, 1)}
     left, jobs, running, failed = list(runs), list(range(opt.jobs)), {}, []
     pool = ThreadPoolExecutor(opt.jobs)
+    STOPPED.clear()
     before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGUSR1)}
     try:
         while left or running:
@@ -331,8 +336,9 @@ def train(opt, runs):
     return failed
 
 
-def stop(*_):
+def stop(signum, _):
     """Ask the runs that train to save and to end: alone they would go on, and hold their folders."""
+    STOPPED.append(signum)
     for process in list(RUNNING):
         process.terminate()
 
@@ -411,4 +417,4 @@ def main():
 
 
 if __name__ == '__main__':
-    options.run(main)
+    ending.run(main)

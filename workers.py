@@ -2,19 +2,24 @@
 
 import contextlib
 import ctypes
+import glob
 import logging
 import os
+import signal
 import sys
+import tempfile
 import warnings
 from functools import partial
 
 import torch
 import torch.distributed as dist
 
-from options import LOST_PEER
+import children
 from stopping import STATUS
 from utils import STATISTICS
 
+LOST_PEER = 3  # exit status of a worker that stops because another one has ended
+TOLD = 'told'  # a file beside the launcher's logs: the exit status of the worker that has said what is wrong
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
@@ -61,6 +66,8 @@ def join(opt):
     find their place in the environment, just as under torchrun.
     """
     cuda = torch.cuda.is_available()
+    if 'TORCHELASTIC_RUN_ID' in os.environ:
+        children.end_with_parent('' if rank() else 'the launcher has died, and its workers end')
     if 'LOCAL_RANK' in os.environ:
         dist.init_process_group('nccl' if cuda else 'gloo')
     elif launches(opt):
@@ -103,7 +110,7 @@ def _check_restarts():
 
 def _launch(opt):
     """Run this very command once per worker, wait, and return the exit status."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -111,31 +118,42 @@ def _launch(opt):
         os.environ.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // opt.ngpu)))
     os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'  # see _check_restarts
     logging.disable(logging.CRITICAL)  # one message is enough, and it is below
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=opt.ngpu,
-        run_id=str(os.getpid()),
-        rdzv_backend='c10d',
-        rdzv_endpoint='localhost:0',
-        max_restarts=opt.max_restarts,
-        monitor_interval=1,
-        signals_to_handle=','.join(s.name for s in STATUS),
-    )
-    try:
-        elastic_launch(config, sys.executable)('-u', *sys.argv)
-    except SignalException as stop:  # it was passed on to the workers, who have saved and said so
-        return STATUS[stop.sigval]
-    except ChildFailedError as error:
-        failures = sorted(error.failures.items(), key=lambda f: (f[1].exitcode == LOST_PEER, f[1].timestamp))
-        failed_rank, failure = failures[0]
-        if failure.exitcode in (1, 2):
-            return failure.exitcode  # it has said why
-        how = f'signal {-failure.exitcode}' if failure.exitcode < 0 else f'exit status {failure.exitcode}'
-        advice = '; go on with --resume auto' if opt.save else ''
-        print(f'worker {failed_rank} died ({how}) and all were stopped{advice}', file=sys.stderr)
-        return 1
+    with tempfile.TemporaryDirectory(prefix='attention-transfer-') as folder:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=opt.ngpu,
+            run_id=str(os.getpid()),
+            rdzv_backend='c10d',
+            rdzv_endpoint='localhost:0',
+            max_restarts=opt.max_restarts,
+            monitor_interval=1,
+            signals_to_handle=','.join(s.name for s in STATUS),
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+        )
+        try:
+            elastic_launch(config, sys.executable)('-u', *sys.argv)
+        except SignalException as stop:  # it was passed on to the workers, who have saved and said so
+            return STATUS[stop.sigval]
+        except ChildFailedError as error:
+            return _explain(error.failures, folder, opt)
     return 0
+
+
+def _explain(failures, folder, opt):
+    """The exit status of workers that failed, {rank: ProcessFailure}; says why, unless one of them has.
+
+    The folder is that of the launcher's logs: <run>/attempt_<number of the restart>/<rank>/.
+    """
+    attempt = max(glob.glob(os.path.join(folder, '*', 'attempt_*')), key=lambda path: int(path.rpartition('_')[2]))
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(attempt, TOLD)) as file:
+        return int(file.read())
+    by_others = LOST_PEER, -signal.SIGTERM  # ends of those that met the end of another, or that the launcher ended
+    failed_rank, failure = min(failures.items(), key=lambda f: (f[1].exitcode in by_others, f[1].timestamp))
+    how = f'signal {-failure.exitcode}' if failure.exitcode < 0 else f'exit status {failure.exitcode}'
+    advice = '; go on with --resume auto' if opt.save else ''
+    print(f'worker {failed_rank} died ({how}) and all were stopped{advice}', file=sys.stderr)
+    return 1
 
 
 class _Module(torch.nn.Module):

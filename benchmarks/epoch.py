@@ -34,6 +34,7 @@ sys.path[:0] = [os.path.join(HERE, '..'), HERE]
 import step as benchmark  # noqa: E402
 
 import data  # noqa: E402
+import ending  # noqa: E402
 import engine  # noqa: E402
 import options  # noqa: E402
 import runs  # noqa: E402
@@ -199,4 +200,4 @@ def main():
 
 
 if __name__ == '__main__':
-    options.run(main)
+    ending.run(main)

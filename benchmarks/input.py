@@ -27,6 +27,7 @@ from torchvision import transforms
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 
 import data  # noqa: E402
+import ending  # noqa: E402
 import imagefolder  # noqa: E402
 import options  # noqa: E402
 
@@ -131,4 +132,4 @@ def main():
 
 
 if __name__ == '__main__':
-    options.run(main)
+    ending.run(main)

@@ -21,6 +21,7 @@ import torch  # noqa: E402
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..')
 sys.path.insert(0, ROOT)
 
+import ending  # noqa: E402
 import options  # noqa: E402
 from runs import read_log  # noqa: E402
 
@@ -47,7 +48,7 @@ def call(command, folder):
         'print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)\n'
         'sys.exit(done.returncode)'
     )
-    watched = [sys.executable, '-c', watch, *command]
+    watched = [sys.executable, '-I', '-c', watch, *command]
     done = subprocess.run(watched, cwd=folder, capture_output=True, text=True)
     if done.returncode:
         raise ValueError(f'{" ".join(command)} failed: {done.stderr.strip().splitlines()[-1]}')
@@ -99,4 +100,4 @@ def main():
 
 
 if __name__ == '__main__':
-    options.run(main)
+    ending.run(main)

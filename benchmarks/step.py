@@ -29,6 +29,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 
+import children  # noqa: E402
+import ending
 import engine  # noqa: E402
 import options  # noqa: E402
 import runs  # noqa: E402
@@ -211,7 +213,7 @@ def default_teacher_dtype(dtype):
 
 def own_process():
     """A new process for what is plain, with the memory allocator that every process begins with."""
-    return ProcessPoolExecutor(1, multiprocessing.get_context('spawn'))
+    return ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), initializer=children.end_with_parent)
 
 
 def settled_seconds(step, *batch, steps=2):
@@ -307,4 +309,4 @@ def main():
 
 
 if __name__ == '__main__':
-    options.run(main)
+    ending.run(main)

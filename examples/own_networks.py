@@ -22,7 +22,8 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'
 import data  # noqa: E402
 import formats  # noqa: E402
 import imagefolder  # noqa: E402
-from options import Parser, number, run  # noqa: E402
+from ending import run  # noqa: E402
+from options import Parser, number  # noqa: E402
 from utils import at_loss  # noqa: E402
 
 # Layers of one name are compared: here the last of strides 4, 8, 16, 32. `get_graph_node_names(network)` lists layers;

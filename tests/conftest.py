@@ -1,5 +1,6 @@
 """Small real data and real runs that several test files share."""
 
+import os
 import sys
 
 import cv2
@@ -8,9 +9,10 @@ import pytest
 import torch
 
 import cifar
-import options
+import ending
 
 torch.set_num_threads(1)
+HANGS = 600  # seconds after which a process that tests wait for is taken to hang
 
 
 def draw(rng, label, size):
@@ -21,6 +23,15 @@ def draw(rng, label, size):
     top, left = divmod(label, 2)
     image[top * half_h : (top + 1) * half_h, left * half_w : (left + 1) * half_w] += 120
     return image
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """What a script changes in the environment ends with its test."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope='session')
@@ -47,7 +58,7 @@ def script(monkeypatch, capfd, tmp_path):
         monkeypatch.setattr(sys, 'argv', [f'{module.__name__}.py', *words])
         status = 0
         try:
-            options.run(module.main)
+            ending.run(module.main)
         except SystemExit as stop:
             status = stop.code or 0
         out, err = capfd.readouterr()

@@ -285,6 +285,25 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_terms(train)
     assert not os.path.exists('logs/run/model.pt7')
 
 
+@pytest.mark.parametrize(
+    'flags, where',
+    [
+        ('--dtype float', 'epoch 7: the test loss is not finite (nan)'),
+        ('--save_every 1e-9', 'epoch 7, step 1: the output of the network became infinite or NaN'),
+        ('--dtype half --beta 1e5 --teacher_id teacher --save_every 1e-9', 'epoch 7, step 1: conv0 and '),
+    ],
+)
+def test_a_run_that_the_last_update_of_an_epoch_spoils_fails_and_replaces_nothing(train, teacher, flags, where):
+    """No loss after that update shows it: the epoch is one step long."""
+    one_step = '--batch_size 60 --lr 1e20 --epochs 7 --epoch_step [4] --save logs/run --resume auto'
+    shutil.copytree('logs/teacher', 'logs/run')
+    before = {name: open(f'logs/run/{name}', 'rb').read() for name in ('model.pt7', 'log.txt')}
+    status, _, err = train(one_step, flags)
+    assert (status, err.count('\n')) == (1, 1), err
+    assert where in err and 'try a lower --lr' in err
+    assert before == {name: open(f'logs/run/{name}', 'rb').read() for name in before}
+
+
 def test_no_space_left_stops_the_run_and_leaves_its_last_checkpoint_whole(train, teacher):
     before = open('logs/teacher/model.pt7', 'rb').read()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -454,9 +454,9 @@ NESTED = (  # t = (t, t, t), thirty times, as a key: to hash it is to visit 3 **
 )
 def test_a_short_pickle_of_gigabytes_or_years_is_refused_at_once(tmp_path, write, content, message):
     assert len(content) < 2000
-    since = time.monotonic()
+    since = time.process_time()
     assert message in reason(write(tmp_path / 'pickle', content))
-    assert time.monotonic() - since < 10
+    assert time.process_time() - since < 10  # of the processor, whatever else it does
 
 
 def test_a_second_directory_in_an_archive_is_not_what_torch_reads(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import SMALL, draw, refused
+from conftest import HANGS, SMALL, draw, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torchnet.meter import AverageValueMeter
@@ -167,6 +167,7 @@ import checkpoint, data, engine
 with open('/proc/self/statm') as file:
     used = int(file.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
+resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 for read, path in zip(sys.argv[1::2], sys.argv[2::2]):
     try:
         eval(read)(path)
@@ -176,10 +177,10 @@ for read, path in zip(sys.argv[1::2], sys.argv[2::2]):
 
 
 def refusals(*reads):
-    """The ValueErrors with which (function, path) pairs are refused within a GiB of memory and a minute."""
+    """The ValueErrors with which (function, path) pairs are refused in a GiB of memory and a minute of a processor."""
     environment = {**os.environ, 'PYTHONPATH': ROOT, 'OMP_NUM_THREADS': '1'}
     command = [sys.executable, '-c', REFUSALS, *(str(word) for pair in reads for word in pair)]
-    ended = subprocess.run(command, env=environment, timeout=60, capture_output=True, text=True)
+    ended = subprocess.run(command, env=environment, timeout=HANGS, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     lines = ended.stdout.splitlines()
     assert [line[: len(str(path))] for line, (_, path) in zip(lines, reads, strict=True)] == [str(p) for _, p in reads]

@@ -1,7 +1,10 @@
 """Photographs from real files: the pixels that PIL would give, and batches that no number of workers changes."""
 
+import importlib.metadata
 import math
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -9,13 +12,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from conftest import draw
+from conftest import HANGS, draw
 from PIL import Image
 from torchvision import transforms
 
 import data
 import imagefolder
 
+ROOT = os.path.dirname(os.path.abspath(imagefolder.__file__))
 CPU = torch.device('cpu')
 SIZE = 16
 TRAINING, TESTING = 25, 9  # images in `folder`
@@ -404,3 +408,65 @@ def test_the_benchmark_prints_ratio_and_pixel_difference(folder):
     assert 'ours, uint8 batch' in out and 'torchvision on PIL' in out
     mean = float(out.split('on equal crops, of 255: mean ')[1].split(',')[0])
     assert 0 <= mean < 0.3
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+
+PLANTED = """
+import os
+open({marks!r} + '/' + __name__ + '-' + str(os.getpid()), 'w').close()
+raise SystemExit('a file of the current folder was executed')
+"""
+
+
+def plant(folder, marks):
+    """Put a Python file under every name that a process could import into a folder; executed, it leaves a mark."""
+    marks.mkdir()
+    installed = importlib.metadata.packages_distributions()
+    ours = (path.stem for path in pathlib.Path(ROOT).glob('*.py'))
+    for name in filter(
+        str.isidentifier, {*sys.stdlib_module_names, *installed, *ours, 'sitecustomize', 'usercustomize'}
+    ):
+        (folder / f'{name}.py').write_text(PLANTED.format(marks=str(marks)))
+
+
+@pytest.mark.parametrize(
+    'command',
+    [
+        'imagenet.py --imagenetpath . --image_size 32 --width 0.0625 --batch_size 4 --nthread 1 --ngpu 2',
+        'cifar.py --dataset digits --image_size 8 --randomcrop_pad 1 --depth 10 --width 0.25 --compile',
+        'reproduce.py demo --methods student --holdout 936 --jobs 2',
+        'benchmarks/step.py --only student --pairs 1 --dtype float --eager',
+    ],
+)
+def test_nothing_in_the_current_folder_is_executed(folder, tmp_path, command):
+    """By none of the processes that are started: launcher, workers, loaders, runs of a table, benchmarks."""
+    here = tmp_path / 'here'
+    shutil.copytree(os.path.dirname(os.path.dirname(os.path.dirname(folder.train.paths[0]))), here)
+    plant(here, tmp_path / 'marks')
+    script, *words = command.split()
+    environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {'OMP_NUM_THREADS': '1'}
+    words += [] if 'benchmarks' in script else ['--epochs', '1']
+    done = subprocess.run(
+        [sys.executable, os.path.join(ROOT, script), *words],
+        **{'cwd': here, 'env': environment, 'capture_output': True, 'text': True, 'timeout': HANGS},
+    )
+    assert done.returncode == 0, done.stderr
+    assert not os.listdir(tmp_path / 'marks') and 'Error' not in done.stderr
+
+
+def test_loader_processes_begin_with_everything_imported_from_wherever_the_run_is_started(folder, tmp_path):
+    """And not with seconds of imports for each process of each epoch."""
+    script = (
+        'import os, sys; sys.path[0] = os.environ["ROOT"]; import readers\n'
+        'def loaded(): os._exit(not {"imagefolder", "torch", "cv2"} <= set(sys.modules))\n'
+        'if __name__ == "__main__":\n'
+        '    process = readers.context().Process(target=loaded); process.start(); process.join()\n'
+        '    sys.exit(process.exitcode)\n'
+    )
+    (tmp_path / 'script.py').write_text(script)
+    environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {'ROOT': ROOT}
+    (tmp_path / 'elsewhere').mkdir()
+    done = subprocess.run([sys.executable, '../script.py'], cwd=tmp_path / 'elsewhere', env=environment)
+    assert done.returncode == 0

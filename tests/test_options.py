@@ -248,9 +248,9 @@ def test_running_out_of_memory_is_told_in_one_line(script):
 
 
 def test_a_network_that_no_memory_holds_takes_none_before_the_rest_is_checked(script):
-    since = time.monotonic()
+    since = time.process_time()
     assert refused(script(cifar, '--dataset folder --dataroot nowhere --width 100 --depth 100'), 'nowhere')
-    assert time.monotonic() - since < 30  # it has 15 billion parameters
+    assert time.process_time() - since < 30  # it has 15 billion parameters
 
 
 def test_main_is_a_table_of_contents():

@@ -1,21 +1,23 @@
 """One worker and several compute the same; dead ones are told of, and a run begins again where it was."""
 
 import os
-import re
+import pathlib
 import signal
 import socket
 import subprocess
 import sys
+import time
 
 import cv2
 import numpy as np
+import paced
 import pytest
 import torch
-from conftest import SMALL, refused
+from conftest import HANGS, SMALL, refused
+from test_stopping import ended, wait_for_epoch
 
 import cifar
 import engine
-import imagenet
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -28,7 +30,7 @@ def torchrun(*words, **more):
 
 
 def finished(process):
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=HANGS)
     assert process.returncode == 0, err
     return out
 
@@ -88,65 +90,96 @@ def test_two_machines_train_together(photos, tmp_path):
 
 
 def start(photos, folder, *more, launcher=(), **environment):
-    """Start cifar.py on 40 epochs of a tiny network, under a launcher or by itself."""
-    words = [*SMALL.split(), '--dataroot', str(photos), '--epochs', '40', '--lr', '0.01', '--save', 'logs/run', *more]
-    command = [sys.executable, *launcher, cifar.__file__, *words]
-    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-    return subprocess.Popen(command, cwd=folder, env={**ENVIRONMENT, **environment}, **pipes)
+    """Start cifar.py on epochs of a tiny network, under a launcher or by itself; it waits at the end of each epoch."""
+    words = [*SMALL.split(), '--dataroot', str(photos), '--epochs', '5', '--lr', '0.01', '--save', 'logs/run', *more]
+    command = [sys.executable, *launcher, paced.__file__, *words]
+    pipes = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.PIPE)
+    environment = {**ENVIRONMENT, 'PACED': 'cifar', **environment}
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes, text=True)
+
+
+def children(pid):
+    """The processes that a process has started: {pid: environment}."""
+    pids = subprocess.run(['pgrep', '-P', str(pid)], capture_output=True, text=True).stdout.split()
+    return {int(child): pathlib.Path(f'/proc/{child}/environ').read_text().split('\0') for child in pids}
 
 
 def kill_second_worker(process, epoch):
-    """Kill worker 1 as soon as the first has told of an epoch."""
-    for line in process.stdout:
-        if line.startswith(f'epoch {epoch}/'):
-            break
-    children = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
-    for child in children:
-        environment = open(f'/proc/{child}/environ').read().split('\0')
-        if 'RANK=1' in environment:
-            os.kill(int(child), signal.SIGKILL)
-            return
-    raise AssertionError('no second worker')
+    """Kill worker 1 while the first waits at the end of an epoch."""
+    wait_for_epoch(process, epoch)
+    (second,) = (child for child, environment in children(process.pid).items() if 'RANK=1' in environment)
+    os.kill(second, signal.SIGKILL)
 
 
 needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/environ'), reason='finds the worker to kill in /proc')
 
 
-def test_what_the_second_worker_alone_meets_is_told_in_one_line(tmp_path):
+@pytest.fixture
+def bad_image(tmp_path):
+    """A folder of images of which one that only the second of two workers reads is damaged."""
     for part in ('train', 'val'):
         for i in range(8):
             (tmp_path / part / 'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
             cv2.imwrite(str(tmp_path / part / 'ab'[i % 2] / f'{i}.png'), np.full((40, 40, 3), 9 * i, np.uint8))
-    bad = tmp_path / 'val' / 'a' / '2.png'  # of all test images, in the order of their names, the second
-    bad.write_text('no image')
-    words = (
-        '--imagenetpath . --ngpu 2 --image_size 32 --width 0.0625 --batch_size 8 --epochs 1 --epoch_step [] --nthread 0'
-    )
-    done = subprocess.run(
-        [sys.executable, imagenet.__file__, *words.split()],
-        **{'cwd': tmp_path, 'env': ENVIRONMENT, 'capture_output': True, 'text': True, 'timeout': 120},
-    )
-    assert refused((done.returncode, done.stdout, done.stderr), 'val/a/2.png is not a readable image', '--skip_bad')
+    (tmp_path / 'val' / 'a' / '2.png').write_text('no image')  # the second test image in the order of names
+    return tmp_path
+
+
+IMAGES = '--imagenetpath . --image_size 32 --width 0.0625 --batch_size 8 --epochs 1 --epoch_step [] --nthread 0'
+TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+
+
+@pytest.mark.parametrize('seconds', [0, 3])
+@pytest.mark.parametrize('launcher', [[], TORCHRUN], ids=['ngpu', 'torchrun'])
+def test_what_the_second_worker_alone_meets_is_told_in_one_line(bad_image, launcher, seconds):
+    """However long that worker takes to end."""
+    command = [sys.executable, *launcher, paced.__file__, *IMAGES.split(), *([] if launcher else ['--ngpu', '2'])]
+    environment = {**ENVIRONMENT, 'PACED': 'imagenet', 'SLOW_END': str(seconds)}
+    pipes = {'stdin': subprocess.DEVNULL, 'capture_output': True, 'text': True}
+    done = subprocess.run(command, cwd=bad_image, env=environment, timeout=HANGS, **pipes)
     assert done.stdout.count('note: without --save') == 1
+    err, told = done.stderr, 'paced.py: error: ./val/a/2.png is not a readable image'
+    assert err.count(told) == err.count('error: ./val') == 1 and '--skip_bad' in err, err
+    if not launcher:  # torchrun adds a report of its own
+        assert done.returncode == 2 and err.count('\n') == 1, err
 
 
 @needs_proc
 def test_a_dead_worker_ends_the_others_with_one_message(photos, tmp_path):
     process = start(photos, tmp_path, '--ngpu', '2')
     kill_second_worker(process, 2)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert 'worker 1 died (signal 9) and all were stopped; go on with --resume auto' in err
-    assert 'Traceback' not in err, err
+    status, _, err = ended(process)
+    assert (status, err) == (1, 'worker 1 died (signal 9) and all were stopped; go on with --resume auto\n')
+
+
+def ends(pids):
+    """Whether processes end, within a time that does not depend on how long they would train."""
+    for _ in range(HANGS):
+        if not any(os.path.exists(f'/proc/{pid}') for pid in pids):
+            return True
+        time.sleep(1)
+    return False
+
+
+@needs_proc
+@pytest.mark.parametrize('launcher', [[], TORCHRUN], ids=['ngpu', 'torchrun'])
+def test_workers_do_not_outlive_their_launcher(photos, tmp_path, launcher):
+    process = start(photos, tmp_path, *([] if launcher else ['--ngpu', '2']), launcher=launcher)
+    wait_for_epoch(process, 1)
+    workers = [child for child, environment in children(process.pid).items() if any('RANK=' in e for e in environment)]
+    assert len(workers) == 2
+    process.kill()
+    assert ends(workers)
+    process.communicate()
 
 
 def begins_again(process, folder):
     kill_second_worker(process, 3)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert re.search(r'resumed from logs/run/model.pt7 after epoch [3-9]', out)
+    status, out, err = ended(process)
+    assert status == 0, err
+    assert 'resumed from logs/run/model.pt7 after epoch 3\n' in out
     records = engine.read_log(folder / 'logs' / 'run' / 'log.txt')
-    return [r['epoch'] for r in records] == list(range(1, 41)) and records[-1]['workers'] == 2
+    return [r['epoch'] for r in records] == list(range(1, 6)) and records[-1]['workers'] == 2
 
 
 @needs_proc
@@ -156,7 +189,7 @@ def test_a_run_begins_again_where_it_was_when_a_worker_dies(photos, tmp_path):
 
 @needs_proc
 def test_a_run_under_torchrun_begins_again_too(photos, tmp_path):
-    launcher = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--max-restarts', '1']
+    launcher = [*TORCHRUN, '--max-restarts', '1']
     process = start(photos, tmp_path, '--resume', 'auto', launcher=launcher, TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1')
     assert begins_again(process, tmp_path)
 

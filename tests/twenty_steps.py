@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 import data
+import ending
 import engine
-import options
 import resnet
 import workers
 
@@ -78,4 +78,4 @@ def main():
 
 
 if __name__ == '__main__':
-    options.run(main)
+    ending.run(main)
