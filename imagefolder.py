@@ -10,21 +10,17 @@ import itertools
 import math
 import os
 import re
-import signal
 import sys
-import warnings
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 import data
 import readers
-from stopping import STATUS
 
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # files that cannot be read are named here
 
@@ -224,14 +220,16 @@ def _within(path, box, height, width):
 # ----------------------------------------------------------------------------------------------------------- batches
 
 
-def read_batch(files, size, augment, indices):
-    """Decode and crop images: (pixels (B, size, size, 3) uint8, labels (B,) int64, what is wrong with bad ones).
+def read_batch(files, size, augment, indices, pixels=None):
+    """Decode and crop images: (pixels (B, size, size, 3) uint8, labels [B numbers], what is wrong with bad ones).
 
-    augment: (seed, epoch) to train, None to test. Bad are files that cannot be read; to train, the next good one takes
-    the place of each, to test they are left out. Each bad file is named by its own index alone: once in an epoch.
+    augment: (seed, epoch) to train, None to test. pixels: an array for the crops, with room for all indices. Bad are
+    files that cannot be read; to train, the next good one takes the place of each, to test they are left out. Each bad
+    file is named by its own index alone: once in an epoch.
     """
     n = len(files.paths)
-    pixels, taken, bad = np.empty((len(indices), size, size, 3), np.uint8), [], []
+    pixels = np.empty((len(indices), size, size, 3), np.uint8) if pixels is None else pixels
+    taken, bad = [], []
     # All draws first: between two images, with the processor's caches full of pixels, they would cost ten times more.
     drawn = {i: augmentation(*augment, i) for i in indices} if augment else {}
     for i in indices:
@@ -250,7 +248,7 @@ def read_batch(files, size, augment, indices):
             pixels[len(taken)] = crop
             taken.append(j)
             break
-    return torch.from_numpy(pixels[: len(taken)]), files.labels[taken], bad
+    return torch.from_numpy(pixels[: len(taken)]), files.labels[taken].tolist(), bad
 
 
 normalize = functools.partial(data.normalize, mean=MEAN, std=STD)
@@ -267,25 +265,22 @@ def sample(files, size, count=64):
     return normalize(pixels)
 
 
-def _loader(files, batches, read, nthread, device):
-    """A loader that reads the batches of indices in `nthread` worker processes, in this one if there are none."""
-    warnings.filterwarnings('ignore', 'This DataLoader will create')  # that --nthread is above the number of cores
-    return DataLoader(
-        range(len(files.paths)),  # a sample is its index: `read` makes a whole batch of them
-        batch_sampler=batches,
-        collate_fn=read,
-        num_workers=nthread,
-        multiprocessing_context=readers.context() if nthread else None,
-        pin_memory=device.type == 'cuda',
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),  # or it would draw from the global one
-    )
+def _read(files, batches, size, augment, nthread):
+    """Yield `read_batch` of each batch of indices, read by `nthread` processes, by this one if there are none."""
+    if not nthread:
+        yield from (read_batch(files, size, augment, batch) for batch in batches)
+    elif batches:
+        files = files._replace(labels=files.labels.numpy())  # tensors would travel through /dev/shm
+        read = functools.partial(read_batch, files, size, augment)
+        yield from readers.read_ahead(read, batches, (max(map(len, batches)), size, size, 3), nthread)
 
 
-def _start_worker(_):
-    cv2.setNumThreads(0)
-    for signum in STATUS:  # the process that trains decides when to stop
-        signal.signal(signum, signal.SIG_IGN)
+def _on_device(pixels, labels, device):
+    """Pixels and labels as images (B, 3, H, W) and labels (B,) on the device, in memory of their own."""
+    labels = torch.tensor(labels)
+    if device.type == 'cuda':
+        pixels, labels = pixels.pin_memory(), labels.pin_memory()
+    return normalize(pixels.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
 
 
 @functools.cache
@@ -308,8 +303,7 @@ class TrainBatches:
         # A last batch too small to give every worker an image is left out.
         batches = [b for b in batches if len(b) >= world][start:]
         self.sizes = [len(b) for b in batches]
-        read = functools.partial(read_batch, files, image_size, (seed, epoch))
-        self.loader = _loader(files, [data.share(b, rank, world) for b in batches], read, nthread, device)
+        self.read = files, [data.share(b, rank, world) for b in batches], image_size, (seed, epoch), nthread
         self.device, self.bad = device, 0
 
     def __len__(self):
@@ -317,13 +311,13 @@ class TrainBatches:
 
     def __iter__(self):
         self.bad = 0
-        for (pixels, labels, bad), size in zip(self.loader, self.sizes):
+        for (pixels, labels, bad), size in zip(_read(*self.read), self.sizes):
             self.bad += len(bad)
             if not len(labels):
                 raise ValueError(f'{bad[0]}; nor can any other training image be read')
             for reason in bad:
                 _warn_once(f'{reason}; another takes its place in training')
-            yield normalize(pixels.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True), size
+            yield *_on_device(pixels, labels, self.device), size
 
 
 class TestBatches:
@@ -335,21 +329,19 @@ class TestBatches:
     def __init__(self, files, batch_size, image_size, rank, world, nthread, device, skip_bad_images=False):
         share = data.share(np.arange(len(files.paths)), rank, world)
         batches = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
-        read = functools.partial(read_batch, files, image_size, None)
-        self.loader = _loader(files, batches, read, nthread, device)
+        self.read = files, batches, image_size, None, nthread
         self.device, self.skip_bad_images, self.bad = device, skip_bad_images, 0
 
     def __len__(self):
-        return len(self.loader)
+        return len(self.read[1])
 
     def __iter__(self):
         self.bad = 0
-        for pixels, labels, bad in self.loader:
+        for pixels, labels, bad in _read(*self.read):
             self.bad += len(bad)
             if bad and not self.skip_bad_images:
                 raise ValueError(f'{bad[0]}; replace it, or leave such images out with --skip_bad_images')
             for reason in bad:
                 _warn_once(f'{reason}; left out of the test')
             if len(labels):
-                images = normalize(pixels.to(self.device, non_blocking=True))
-                yield images, labels.to(self.device, non_blocking=True), len(labels)
+                yield *_on_device(pixels, labels, self.device), len(labels)

@@ -203,10 +203,10 @@ def _imagenet_block(x, params, base, mode, stride):
 
 def _conv_bn(x, params, base, conv, bn, mode, stride, padding):
     if base + conv in params:
-        x = F.conv2d(x, params[base + conv], stride=stride, padding=padding)
+        x = conv2d(x, params[base + conv], stride=stride, padding=padding)
         return batch_norm(x, params, base + bn, mode)
     conv = base + FOLDED_NAMES.get(conv, conv)
-    return F.conv2d(x, params[conv + '.weight'], params[conv + '.bias'], stride=stride, padding=padding)
+    return conv2d(x, params[conv + '.weight'], params[conv + '.bias'], stride, padding)
 
 
 FOLDED_NAMES = {'convdim': 'conv_dim'}  # what the authors' exports call a convolution otherwise

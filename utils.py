@@ -134,15 +134,18 @@ def _stored(x):
 
 
 def conv2d(x, weight, bias=None, stride=1, padding=0):
-    """F.conv2d, of which torch.compile makes other gradients on a CPU in bfloat16, where the stride is 2.
+    """F.conv2d, computed in another way on a CPU where the stride is 2 and oneDNN is slow or wrong.
 
-    Those of oneDNN gain little by a second thread: 1x1 convolutions are taken of every second position instead, and
-    3x3 ones are `_StridedConv`.
+    1x1 convolutions are taken of every second position instead where there are fewer than 16 channels, since oneDNN's
+    gradient of them writes beyond its memory (seen with 8 channels and 56x56 positions, PyTorch 2.14, AVX-512).
+    In bfloat16 with torch.compile they always are, and 3x3 ones are `_StridedConv`: oneDNN's gradients gain little by a
+    second thread.
     """
-    if stride == 2 and x.device.type == 'cpu' and x.dtype == torch.bfloat16 and torch.compiler.is_compiling():
-        if (weight.shape[2], padding) == (1, 0):
+    if stride == 2 and x.device.type == 'cpu' and isinstance(weight, torch.Tensor):  # or it stands for one: see int8
+        compiled = x.dtype == torch.bfloat16 and torch.compiler.is_compiling()
+        if (weight.shape[2], padding) == (1, 0) and (compiled or weight.shape[1] < 16):
             return F.conv2d(x[:, :, ::2, ::2], weight, bias)
-        if (weight.shape[2], padding, bias) == (3, 1, None):
+        if compiled and (weight.shape[2], padding, bias) == (3, 1, None):
             return _strided_conv(x, weight.to(x.dtype))
     return F.conv2d(x, weight, bias, stride, padding)
 

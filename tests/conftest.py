@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 
 import cv2
 import numpy as np
@@ -85,3 +86,22 @@ def refused(result, *words):
     for word in words:
         assert word in err, (word, err)
     return True
+
+
+def state(pid):
+    """The state of a process and its parent, as /proc has them; of one that has ended, None and None."""
+    try:
+        with open(f'/proc/{pid}/stat') as file:
+            letter, parent, *_ = file.read().rpartition(')')[2].split()
+    except OSError:
+        letter = 'Z'
+    return (None, None) if letter in 'ZX' else (letter, int(parent))
+
+
+def ends(pids):
+    """Whether processes end, within a time that does not depend on how long they would train."""
+    for _ in range(10 * HANGS):
+        if not any(state(pid)[0] for pid in pids):
+            return True
+        time.sleep(0.1)
+    return False

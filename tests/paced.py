@@ -2,7 +2,8 @@
 
     PACED=cifar python paced.py FLAGS
 
-The end of the stdin lets it go on freely. With SLOW_END, worker 1 takes so many seconds to end.
+The end of the stdin lets it go on freely. With SLOW_END, worker 1 takes so many seconds to end. With PAUSED, which is
+TrainBatches or TestBatches, each worker waits after its first batch of photographs until the folder has a file GO.
 """
 
 import atexit
@@ -13,6 +14,7 @@ import time
 
 import ending
 import engine
+import imagefolder
 import workers
 
 say = engine.say
@@ -24,8 +26,25 @@ def say_and_wait(*words):
         sys.stdin.readline()
 
 
+def pause(batches):
+    """Let a class of batches wait after the first."""
+    iterate = batches.__iter__
+
+    def waiting(self):
+        for i, batch in enumerate(iterate(self)):
+            yield batch
+            if i == 0:
+                os.write(1, b'paused\n')  # at once, or those of two workers mix
+                while not os.path.exists('GO'):
+                    time.sleep(0.01)
+
+    batches.__iter__ = waiting
+
+
 if __name__ == '__main__':
     engine.say = say_and_wait
+    if 'PAUSED' in os.environ:
+        pause(getattr(imagefolder, os.environ['PAUSED']))
     if workers.rank() == 1:
         atexit.register(time.sleep, float(os.environ.get('SLOW_END', 0)))
     ending.run(importlib.import_module(os.environ['PACED']).main)

@@ -1,5 +1,9 @@
 """The functional networks against an independent one built of torch.nn modules."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -137,3 +141,17 @@ def test_a_folded_network_computes_the_same_with_less_batch_norm(depth, width, l
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
     assert sum(k.endswith('running_mean') for k in folded) == left
     assert all(torch.equal(v, before[k]) for k, v in params.items())
+
+
+NARROW = """
+import torch, resnet
+f, params = resnet.imagenet_resnet(18, 0.0625, 10)
+for _ in range(5):
+    f(torch.randn(8, 3, 224, 224).contiguous(memory_format=torch.channels_last), params, True)[0].sum().backward()
+"""
+
+
+def test_a_narrow_network_on_large_images_trains_and_does_not_crash():
+    """PyTorch 2.14 writes beyond its memory there: see utils.conv2d."""
+    done = subprocess.run([sys.executable, '-c', NARROW], cwd=os.path.dirname(resnet.__file__), capture_output=True)
+    assert done.returncode == 0, done.stderr

@@ -6,14 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 
 import cv2
 import numpy as np
 import paced
 import pytest
 import torch
-from conftest import HANGS, SMALL, refused
+from conftest import HANGS, SMALL, ends, refused
 from test_stopping import ended, wait_for_epoch
 
 import cifar
@@ -150,15 +149,6 @@ def test_a_dead_worker_ends_the_others_with_one_message(photos, tmp_path):
     kill_second_worker(process, 2)
     status, _, err = ended(process)
     assert (status, err) == (1, 'worker 1 died (signal 9) and all were stopped; go on with --resume auto\n')
-
-
-def ends(pids):
-    """Whether processes end, within a time that does not depend on how long they would train."""
-    for _ in range(HANGS):
-        if not any(os.path.exists(f'/proc/{pid}') for pid in pids):
-            return True
-        time.sleep(1)
-    return False
 
 
 @needs_proc
