@@ -10,6 +10,7 @@ import sys
 import tempfile
 import warnings
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,12 +24,29 @@ TOLD = 'told'  # a file beside the launcher's logs: the exit status of the worke
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
+class Place(NamedTuple):
+    """Where a process stands among the workers of a run."""
+
+    rank: int  # its number among all of them
+    local: int | None  # its number among those of its machine; None where nobody has said
+    world: int  # how many there are
+
+
+def place():
+    """The place of this process, from what a launcher has left in the environment; alone where that is not whole."""
+    found = [os.environ.get(name, '').strip() for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')]
+    rank, local, world = (int(text) if text.isascii() and text.isdigit() else None for text in found)
+    if rank is None or world is None or not rank < world or world == 1:
+        return Place(0, local or 0, 1)
+    return Place(rank, local, world)
+
+
 def rank():
-    return int(os.environ.get('RANK', 0))
+    return place().rank
 
 
 def world():
-    return int(os.environ.get('WORLD_SIZE', 1)) if 'LOCAL_RANK' in os.environ else 1
+    return place().world
 
 
 def say(*words):
@@ -39,24 +57,80 @@ def say(*words):
 
 def launches(opt):
     """Whether this process only starts the workers and waits for them."""
-    return opt.ngpu > 1 and 'LOCAL_RANK' not in os.environ
+    return opt.ngpu > 1 and world() == 1 and 'TORCHELASTIC_RUN_ID' not in os.environ
 
 
 def check(opt):
     """Refuse numbers of workers that the machine, the batch size or the launcher cannot follow; ValueError says why."""
-    if opt.gpu_id:
-        os.environ['CUDA_VISIBLE_DEVICES'] = opt.gpu_id
-    cuda = torch.cuda.is_available()
-    there = torch.cuda.device_count() if cuda else os.cpu_count()
+    with _visible(opt.gpu_id) if launches(opt) else contextlib.nullcontext(_show(opt.gpu_id)):
+        cuda = torch.cuda.is_available()
+        there = torch.cuda.device_count() if cuda else os.cpu_count()
     if opt.ngpu > there:
         raise ValueError(f'--ngpu {opt.ngpu}: there are {there} {"GPUs" if cuda else "CPU cores and no GPU"}')
     if opt.cuda_graphs and (not cuda or max(opt.ngpu, world()) > 1):
         raise ValueError('--cuda_graphs: only for a single worker with a GPU')
     if opt.batch_size % max(opt.ngpu, world()):
         raise ValueError(f'--batch_size {opt.batch_size} is not a multiple of the {max(opt.ngpu, world())} workers')
-    if opt.save and int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)):
+    if opt.save and int(os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0):
         opt.resume, opt.overwrite = 'auto', False  # a worker died, and all begin again where the checkpoint is
+    _check_launcher(there if cuda else 1)
     _check_restarts()
+
+
+def _check_launcher(gpus):
+    """Refuse an environment that speaks of several workers and does not say how they find each other."""
+    number = os.environ.get('WORLD_SIZE', '').strip()
+    if not number or number == '1':
+        return  # a RANK alone is a leftover of something else
+    here = {name: os.environ.get(name, '') for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
+    wrong = [name for name, value in here.items() if not value.strip()]
+    if not wrong and world() == 1:
+        wrong = [f'RANK below {number}']
+    if not wrong and place().local is None and gpus > 1:
+        wrong = [f'LOCAL_RANK, which of the {gpus} GPUs is its own']
+    if wrong:
+        raise ValueError(
+            f'WORLD_SIZE={number} in the environment, as of several workers, but no {", ".join(wrong)}: start them with '
+            'torchrun --nnodes N --nproc-per-node GPUS --node-rank I --master-addr HOST, or unset WORLD_SIZE'
+        )
+
+
+def _show(gpu_id):
+    """Let CUDA see the GPUs of --gpu_id alone; all that it may see where that is empty."""
+    if gpu_id:
+        os.environ['CUDA_VISIBLE_DEVICES'] = chosen_gpus(gpu_id, os.environ.get('CUDA_VISIBLE_DEVICES'))
+
+
+@contextlib.contextmanager
+def _visible(gpu_id):
+    """`_show` for a while: the launcher's workers read --gpu_id themselves."""
+    before = os.environ.get('CUDA_VISIBLE_DEVICES')
+    _show(gpu_id)
+    try:
+        yield
+    finally:
+        if gpu_id:
+            os.environ.pop('CUDA_VISIBLE_DEVICES') if before is None else os.environ.update(CUDA_VISIBLE_DEVICES=before)
+
+
+def chosen_gpus(gpu_id, visible):
+    """What CUDA_VISIBLE_DEVICES has to be for --gpu_id, where it is `visible`, None for all: '1' of '2,3' is '3'.
+
+    A GPU is named by its number among those that are visible, or by its identifier (GPU-..., MIG-...) or the beginning
+    of that. ValueError names one that is not visible.
+    """
+    if visible is None:
+        return gpu_id
+    allowed, chosen = [name.strip() for name in visible.split(',') if name.strip()], []
+    for gpu in gpu_id.split(','):
+        if gpu.isdigit():
+            named = allowed[int(gpu) : int(gpu) + 1]
+        else:
+            named = [name for name in allowed if name.startswith(gpu)]
+        if len(named) != 1:
+            raise ValueError(f'--gpu_id {gpu}: CUDA_VISIBLE_DEVICES={visible} allows {len(allowed)} GPUs, not this one')
+        chosen += named
+    return ','.join(chosen)
 
 
 def join(opt):
@@ -68,11 +142,11 @@ def join(opt):
     cuda = torch.cuda.is_available()
     if 'TORCHELASTIC_RUN_ID' in os.environ:
         children.end_with_parent('' if rank() else 'the launcher has died, and its workers end')
-    if 'LOCAL_RANK' in os.environ:
-        dist.init_process_group('nccl' if cuda else 'gloo')
+    if world() > 1:
+        dist.init_process_group('nccl' if cuda else 'gloo', rank=rank(), world_size=world())
     elif launches(opt):
         sys.exit(_launch(opt))
-    device = torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0))) if cuda else torch.device('cpu')
+    device = torch.device('cuda', place().local or 0) if cuda else torch.device('cpu')
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cudnn.deterministic = True  # a resumed run has to repeat every bit
@@ -100,7 +174,7 @@ def _check_restarts():
     Workers exchange addresses through a store of the launcher. PyTorch 2.14 keeps one store over restarts by default,
     where the new workers find the addresses of the old and wait for them until they time out.
     """
-    restarts = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS', 0))
+    restarts = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS') or 0)
     if restarts and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
         raise ValueError(
             f'torchrun --max-restarts {restarts}: its restarts work with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its '

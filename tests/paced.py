@@ -23,6 +23,7 @@ say = engine.say
 def say_and_wait(*words):
     say(*words)
     if workers.rank() == 0 and str(words[0]).startswith('epoch '):
+        print(f'CUDA_VISIBLE_DEVICES={os.environ.get("CUDA_VISIBLE_DEVICES")}', flush=True)
         sys.stdin.readline()
 
 

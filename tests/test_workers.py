@@ -17,6 +17,7 @@ from test_stopping import ended, wait_for_epoch
 
 import cifar
 import engine
+import workers
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -86,6 +87,74 @@ def test_two_machines_train_together(photos, tmp_path):
     assert 'epoch 1/1' in out[0] and out[1] == ''
     (record,) = engine.read_log(tmp_path / 'logs' / 'run' / 'log.txt')
     assert record['workers'] == 2 and record['train_images'] == 60
+
+
+def alone(photos, folder, **environment):
+    """Train an epoch with these variables in the environment, as a job operator or a shell may leave them there."""
+    words = [*SMALL.split(), '--dataroot', str(photos), '--epochs', '1', '--save', 'logs/run']
+    command, environment = [sys.executable, cifar.__file__, *words], {**ENVIRONMENT, **environment}
+    pipes = dict.fromkeys(('stdout', 'stderr'), subprocess.PIPE)
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes, text=True)
+
+
+def test_containers_that_know_rank_and_address_train_together(photos, tmp_path):
+    """Without LOCAL_RANK, as operators start one process a container."""
+    address = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
+    processes = [alone(photos, tmp_path, RANK=str(rank), **address) for rank in (0, 1)]
+    out = [finished(process) for process in processes]
+    assert 'epoch 1/1' in out[0] and out[1] == ''
+    (record,) = engine.read_log(tmp_path / 'logs' / 'run' / 'log.txt')
+    assert record['workers'] == 2
+
+
+@pytest.mark.parametrize('left', [{'RANK': '3'}, {'RANK': ''}, {'RANK': '1', 'WORLD_SIZE': '1'}, {'LOCAL_RANK': '5'}])
+def test_a_variable_that_something_else_left_behind_does_not_bear_on_a_run(photos, tmp_path, left):
+    assert 'epoch 1/1' in finished(alone(photos, tmp_path, **left))
+    assert engine.read_log(tmp_path / 'logs' / 'run' / 'log.txt')[0]['workers'] == 1
+
+
+@pytest.mark.parametrize(
+    'left, word',
+    [
+        ({'RANK': '1', 'WORLD_SIZE': '2'}, 'no MASTER_ADDR, MASTER_PORT'),
+        ({'WORLD_SIZE': '2', 'MASTER_ADDR': 'x', 'MASTER_PORT': '1'}, 'no RANK'),
+        ({'RANK': '2', 'WORLD_SIZE': '2', 'MASTER_ADDR': 'x', 'MASTER_PORT': '1'}, 'no RANK below 2'),
+    ],
+)
+def test_several_workers_that_cannot_find_each_other_are_refused(train, monkeypatch, left, word):
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    assert refused(train('--epochs 1 --save logs/run'), word, 'torchrun', 'unset WORLD_SIZE')
+    assert not os.path.exists('logs')
+
+
+@pytest.mark.parametrize(
+    'gpu_id, visible, expected',
+    [
+        ('0,1', None, '0,1'),
+        ('0', '2,3', '2'),
+        ('1,0', '2,3', '3,2'),
+        ('GPU-b', 'GPU-abc,GPU-bcd', 'GPU-bcd'),
+        ('1', 'MIG-1/2/3, MIG-4', 'MIG-4'),
+        ('2', '2,3', None),
+        ('0', '', None),
+        ('GPU-a', '2,3', None),
+        ('GPU-', 'GPU-abc,GPU-bcd', None),
+    ],
+)
+def test_gpus_are_chosen_among_those_that_are_visible(gpu_id, visible, expected):
+    if expected is None:
+        with pytest.raises(ValueError, match=f'--gpu_id {gpu_id}: CUDA_VISIBLE_DEVICES={visible} allows'):
+            workers.chosen_gpus(gpu_id, visible)
+    else:
+        assert workers.chosen_gpus(gpu_id, visible) == expected
+
+
+def test_workers_see_the_gpus_that_their_command_names(photos, tmp_path):
+    """Once, and not again among those that the launcher has chosen."""
+    process = start(photos, tmp_path, '--ngpu', '2', '--gpu_id', '1,2', CUDA_VISIBLE_DEVICES='4,5,6')
+    status, out, err = ended(process)
+    assert status == 0 and 'CUDA_VISIBLE_DEVICES=5,6' in out, err
 
 
 def start(photos, folder, *more, launcher=(), **environment):
