@@ -296,6 +296,20 @@ def order(n, seed, epoch):
     return np.random.default_rng([seed, epoch, 0]).permutation(n)
 
 
+def global_batches(n, batch_size, seed, epoch, least):
+    """The batches of an epoch for all workers together: [indices (B,), ...] of n samples in their order.
+
+    A last batch of fewer than `least` is left out: every worker needs an image, and batch norm more than one value.
+    Raises ValueError where no batch is left.
+    """
+    shuffled = order(n, seed, epoch)
+    batches = [shuffled[i : i + batch_size] for i in range(0, n, batch_size)]
+    batches = [b for b in batches if len(b) >= least]
+    if not batches:
+        raise ValueError(f'{n} training images in batches of {batch_size}: a batch needs at least {least} here')
+    return batches
+
+
 def augmentation(n, pad, flip, seed, epoch):
     """Where to crop each of n samples and whether to mirror it: an int64 array (n, 3) of row, column, mirrored.
 
@@ -356,10 +370,7 @@ class TrainBatches:
 
     def __init__(self, images, batch_size, pad, flip, seed, rank, world, epoch, start=0):
         n, device = len(images.labels), images.labels.device
-        # A last batch too small to give every worker an image is left out.
-        starts = [i for i in range(0, n, batch_size) if min(batch_size, n - i) >= world]
-        shuffled = order(n, seed, epoch)
-        batches = [shuffled[i : i + batch_size] for i in starts][start:]
+        batches = global_batches(n, batch_size, seed, epoch, least=world)[start:]
         self.sizes = [len(b) for b in batches]
         self.batches = [torch.from_numpy(share(b, rank, world)).to(device) for b in batches]
         self.where = torch.from_numpy(augmentation(n, pad, flip, seed, epoch)).to(device)

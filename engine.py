@@ -49,7 +49,8 @@ from workers import join_statistics_, rank, say, sum_over_workers, world
 
 FLUSH = 20  # steps between two looks at the losses: each look makes the host wait for the device
 CALMER = 'try a lower --lr or --beta, or --dtype float'
-HALF_SCALE = 1024.0  # float16 gradients are computed this many times larger, or small ones would vanish
+HIGH_LOSS = 1000.0  # guessing among n classes has ln(n)
+LEAST_SCALE = 1e-8  # of a float16 loss whose gradients are infinite: a larger one would have done long before
 
 
 def start(opt):
@@ -156,7 +157,7 @@ def _compared(opt, groups):
     chosen = transfer_groups(opt.groups, len(groups))
     if opt.transfer == 'full':
         return {f'full{i}': groups[i] for i in chosen}
-    return {f'at{i}': attention_map(groups[i], opt.power, opt.mapping) for i in chosen}
+    return {f'at{i}': attention_map(groups[i], opt.power, opt.mapping, relative=True) for i in chosen}
 
 
 def transfer_groups(groups, number):
@@ -195,7 +196,10 @@ def prepare(opt, f, params, teacher, image):
         weight = opt.beta / (2 * opt.batch_size)
         say(f'grad: beta {opt.beta:g} weighs the distance of two input gradients by {weight:.4g}')
     for i in chosen if by_group else ():
-        _say_weight(opt, i, groups_t[i].shape[1], *(min(s) for s in zip(groups[i].shape[2:], groups_t[i].shape[2:])))
+        size = [min(s) for s in zip(groups[i].shape[2:], groups_t[i].shape[2:])]
+        _say_weight(opt, i, groups_t[i].shape[1], *size)
+        if opt.transfer == 'activation' and size == [1, 1]:
+            say(f'note: at{i} is of 1x1 maps, which are all equal: it is always 0 and teaches nothing (see --groups)')
     return _adapted(f) if opt.transfer == 'full' else f
 
 
@@ -219,9 +223,36 @@ def _adapted(f):
     return network
 
 
-def sgd(opt, trained):
-    """The optimizer of the paper's recipes: momentum 0.9, weight decay on everything that is trained."""
-    return torch.optim.SGD(trained, opt.lr, momentum=0.9, weight_decay=opt.weight_decay, fused=True)
+class Updates:
+    """The optimizer of the paper's recipes, as torchnet's Engine takes it; in float16 it scales losses.
+
+    SGD with momentum 0.9 and weight decay on everything that is trained. float16 gradients are computed of a loss that
+    is as many times larger as they allow without becoming infinite, or small ones would vanish; a step in which they
+    are infinite is left out (Micikevicius et al. 2018, section 3.2; torch.amp.GradScaler).
+    """
+
+    def __init__(self, opt, trained, device):
+        half = DTYPES[opt.dtype] == torch.float16
+        # Fused, a first step that is left out would leave momentum uninitialised (PyTorch 2.14).
+        self.sgd = torch.optim.SGD(trained, opt.lr, momentum=0.9, weight_decay=opt.weight_decay, fused=not half)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=half)
+
+    def zero_grad(self):
+        self.sgd.zero_grad()
+
+    def step(self, closure):
+        """Take a step by the gradients that closure() leaves, those of a loss as of `scaled`."""
+        closure()
+        self.scaler.step(self.sgd)
+        self.scaler.update()
+
+    def scaled(self, loss, logits):
+        return self.scaler.scale(loss), logits
+
+    def check_scale(self, epoch):
+        """FloatingPointError where gradients are infinite at every scale, so that nothing is learnt."""
+        if self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE:
+            raise FloatingPointError(f'epoch {epoch}: the gradients in float16 are not finite at any scale; {CALMER}')
 
 
 def make_update(opt, f, params, teacher, image):
@@ -232,12 +263,12 @@ def make_update(opt, f, params, teacher, image):
     with contextlib.redirect_stdout(None):
         network = partial(prepare(opt, f, params, teacher, image), params=params, mode=True)
     step, meters = make_step(opt, network, teacher, image.device), Meters(image.device, (1,))
-    optimizer = sgd(opt, [v for v in params.values() if v.requires_grad])
+    updates = Updates(opt, [v for v in params.values() if v.requires_grad], image.device)
 
     def update(images, labels):
-        optimizer.zero_grad()
-        weighted_loss(opt, step, (images, labels, len(images)), 1, meters)[0].backward()
-        optimizer.step()
+        sample = images, labels, len(images)
+        updates.zero_grad()
+        updates.step(lambda: updates.scaled(*weighted_loss(opt, step, sample, 1, meters))[0].backward())
         if len(meters.pending) == FLUSH:
             meters.flush(1)
 
@@ -310,7 +341,7 @@ def frozen(opt, f, params, sample, device):
 
     Raises ValueError for int8 where the device has no such convolutions.
     """
-    folded = checkpoint.fold(params)
+    folded = checkpoint.fold(place(params, opt.dtype, torch.device('cpu')))
     if opt.teacher_dtype == 'int8':
         if device.type != 'cpu' or not torch.backends.mkldnn.is_available():
             raise ValueError('--teacher_dtype int8: only on CPUs, with a PyTorch that has oneDNN')
@@ -437,30 +468,32 @@ class Meters:
         return [100 * (1 - w / n) for w in wrong]
 
 
-def _resume_(opt, params, trained, optimizer, topk):
-    """Load the checkpoint that --resume names into params and optimizer; returns its epoch and progress.
+def _resume_(opt, params, trained, updates, topk):
+    """Load the checkpoint that --resume names into params and updates; returns its epoch and progress.
 
     The epoch is the number of whole ones; progress is what the one that was interrupted had come to, or None. The first
     worker alone reads the file and tells the others, who may be on machines that do not see it.
     """
-    told = list(_load_run_(opt, params, trained, optimizer, topk)) if rank() == 0 else [0, None]
+    told = list(_load_run_(opt, params, trained, updates, topk)) if rank() == 0 else [0, None, {}]
     if world() > 1:
         dist.broadcast_object_list(told, 0)
         for value in params.values():
             dist.broadcast(value.detach(), 0)
-        for value in trained.values() if told != [0, None] else ():
-            buffer = optimizer.state[value].setdefault('momentum_buffer', torch.zeros_like(value))
+        for value in trained.values() if told[:2] != [0, None] else ():
+            buffer = updates.sgd.state[value].setdefault('momentum_buffer', torch.zeros_like(value))
             dist.broadcast(buffer, 0)
-    epoch, progress = told
+    epoch, progress, scale = told
+    if scale and updates.scaler.is_enabled():
+        updates.scaler.load_state_dict(scale)
     if progress and world() > 1:
         checkpoint.restore_(_statistics(params), progress['workers'][rank()]['statistics'], opt.resume)
     return epoch, progress
 
 
-def _load_run_(opt, params, trained, optimizer, topk):
+def _load_run_(opt, params, trained, updates, topk):
     path = os.path.join(opt.save, 'model.pt7') if opt.resume == 'auto' else opt.resume
     if not path or (opt.resume == 'auto' and not os.path.exists(path)):
-        return 0, None
+        return 0, None, {}
     state = checkpoint.load(path)
     momentum, epoch, progress = (state.get(key) for key in ('optimizer', 'epoch', 'progress'))
     if not isinstance(momentum, dict) or type(epoch) is not int or not isinstance(progress, dict | None):
@@ -468,14 +501,21 @@ def _load_run_(opt, params, trained, optimizer, topk):
     shapes = {k: getattr(v, 'shape', None) for k, v in momentum.items()}
     if epoch < 0 or shapes != {k: v.shape for k, v in trained.items()}:
         raise ValueError(f'{path}: its momentum or epoch does not fit the network')
+    scale = state.get('scaler', {})  # empty but for float16, and in older checkpoints
+    if not isinstance(scale, dict) or (scale and _types(scale) != _types(torch.amp.GradScaler('cpu').state_dict())):
+        raise ValueError(f'{path}: the scale of its float16 losses cannot be read')
     if progress is not None:
         _check_progress(progress, opt, params, path, topk)
     checkpoint.restore_(params, state['params'], path)
     for key, value in trained.items():
-        optimizer.state[value]['momentum_buffer'] = momentum[key].to(value, copy=True)
+        updates.sgd.state[value]['momentum_buffer'] = momentum[key].to(value, copy=True)
     place = f'step {progress["steps"]} of epoch {epoch + 1}' if progress else f'epoch {epoch}'
     say(f'resumed from {path} after {place}')
-    return epoch, progress
+    return epoch, progress, scale
+
+
+def _types(values):
+    return {k: type(v) for k, v in values.items()}
 
 
 def _check_progress(progress, opt, params, path, topk):
@@ -517,18 +557,20 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(
     """
     with runs.locked(opt), Requests() as requests:
         trained = {k: v for k, v in params.items() if v.requires_grad}
-        optimizer = sgd(opt, trained.values())
-        done, progress = _resume_(opt, params, trained, optimizer, topk)
+        updates = Updates(opt, trained.values(), device)
+        done, progress = _resume_(opt, params, trained, updates, topk)
         if done >= opt.epochs:
             return say(f'nothing to do: {done} of {opt.epochs} epochs are done')
         runs.open_run(opt, done)
         facts = {**vars(opt), **facts, 'n_parameters': num_trained(params), **environment(device)}
-        run = _Run(opt, f, params, trained, optimizer, requests, Meters(device, topk), done, progress)
+        run = _Run(opt, f, params, trained, updates, requests, Meters(device, topk), done, progress)
         engine = Engine()
         engine.hooks = _hooks(run, f, train_batches, test_batches, device, facts, topk)
-        engine.train(
-            lambda sample: weighted_loss(opt, step, sample, run.epoch, run.meters), None, opt.epochs, optimizer
-        )
+
+        def network(sample):
+            return updates.scaled(*weighted_loss(opt, step, sample, run.epoch, run.meters))
+
+        engine.train(network, None, opt.epochs, updates)
     if opt.save:
         say(f'log: {os.path.join(opt.save, "log.txt")}\nmodel: {os.path.join(opt.save, "model.pt7")}')
     return run.record
@@ -537,11 +579,11 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(
 class _Run:
     """A training: what it changes, and where it is."""
 
-    def __init__(self, opt, f, params, trained, optimizer, requests, meters, done, progress):
+    def __init__(self, opt, f, params, trained, updates, requests, meters, done, progress):
         self.f, self.images = f, None  # images: the batch of the last step
-        self.opt, self.params, self.trained, self.optimizer = opt, params, trained, optimizer
+        self.opt, self.params, self.trained, self.updates = opt, params, trained, updates
         self.requests, self.meters, self.epoch, self.progress = requests, meters, done, progress
-        self.record, self.batches, self.saved_at = None, None, time.monotonic()
+        self.record, self.batches, self.saved_at, self.warned = None, None, time.monotonic(), False
 
     def begin_epoch(self, epoch):
         """Set the rate and the meters; returns how many of its batches are done."""
@@ -549,7 +591,7 @@ class _Run:
         self.meters.reset()
         if progress:
             self.meters.restore(progress, progress['workers'][rank()])
-        _set_rate_(self.opt, self.optimizer, epoch, begins=not progress)
+        _set_rate_(self.opt, self.updates.sgd, epoch, begins=not progress)
         return self.meters.steps
 
     def pause(self, alone=False):
@@ -603,7 +645,8 @@ class _Run:
 
     def momentum(self):
         """The momentum of what is trained: {name: tensor}."""
-        return {k: self.optimizer.state[v]['momentum_buffer'] for k, v in self.trained.items()}
+        state = self.updates.sgd.state
+        return {k: state[v].get('momentum_buffer', torch.zeros_like(v)).detach() for k, v in self.trained.items()}
 
     def keep(self, progress, epochs):
         """Replace the checkpoint, unless a value in it is not finite: FloatingPointError."""
@@ -614,6 +657,7 @@ class _Run:
         state = {
             'params': {k: v.detach() for k, v in self.params.items()},
             'optimizer': self.momentum(),
+            'scaler': self.updates.scaler.state_dict(),
             'epoch': epochs,
             'progress': progress,
         }
@@ -632,14 +676,11 @@ def _hooks(run, f, train_batches, test_batches, device, facts, topk):
         run.batches = train_batches(run.epoch, start)
         state['iterator'] = state['bar'] = _bar(run.batches, f'epoch {run.epoch}/{opt.epochs}', start)
 
-    def on_forward(state):
-        if _loss_scale(opt) != 1:
-            torch._foreach_div_([v.grad for v in run.trained.values()], _loss_scale(opt))
-
     def on_update(state):
         run.images = state['sample'][0]
         if len(meters.pending) == FLUSH:
             meters.flush(run.epoch)
+            run.updates.check_scale(run.epoch)
             speed = meters.images / meters.elapsed()
             state['bar'].set_postfix_str(f'loss {meters.values["loss"].value()[0]:.4f}, {speed:.0f} images/s')
             run.pause()
@@ -664,8 +705,11 @@ def _hooks(run, f, train_batches, test_batches, device, facts, topk):
             run.record['bad_images'] = int(sum_over_workers([bad], device)[0])
         _keep(run)
         _print_epoch(opt, run.record, meters)
+        if tested[0] > HIGH_LOSS and not run.warned:
+            say(f'note: a test loss of {tested[0]:.3g} is far above that of guessing: the run may diverge; {CALMER}')
+            run.warned = True
 
-    return {h.__name__: h for h in (on_start, on_start_epoch, on_forward, on_update, on_end_epoch)}
+    return {h.__name__: h for h in (on_start, on_start_epoch, on_update, on_end_epoch)}
 
 
 def _bar(batches, name, start):
@@ -686,11 +730,7 @@ def weighted_loss(opt, step, sample, epoch, meters):
     total = sum(weights.get(name, beta) * term for name, term in terms.items())
     part = len(labels) / size
     meters.add({name: term.detach() * part for name, term in {'loss': total, **terms}.items()}, logits, labels, size)
-    return total * (part * world() * _loss_scale(opt)), logits
-
-
-def _loss_scale(opt):
-    return HALF_SCALE if DTYPES[opt.dtype] == torch.float16 else 1
+    return total * (part * world()), logits
 
 
 def _set_rate_(opt, optimizer, epoch, begins=True):

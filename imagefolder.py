@@ -291,17 +291,14 @@ def _warn_once(message):
 class TrainBatches:
     """One epoch of augmented batches: (images (B, 3, H, W), labels (B,), size of the global batch).
 
-    files: the training part of what `load` returns. `start` batches are passed over. `bad` counts the images of this
+    files: the training part of what `load` returns. `start` batches are passed over, and a last one of fewer than
+    `least` images, over all workers, is left out. `bad` counts the images of this
     worker's share that could not be read; the next good one takes the place of each. Raises ValueError where no image
     at all can be read.
     """
 
-    def __init__(self, files, batch_size, image_size, seed, rank, world, nthread, device, epoch, start=0):
-        n = len(files.paths)
-        shuffled = data.order(n, seed, epoch)
-        batches = [shuffled[i : i + batch_size] for i in range(0, n, batch_size)]
-        # A last batch too small to give every worker an image is left out.
-        batches = [b for b in batches if len(b) >= world][start:]
+    def __init__(self, files, batch_size, image_size, seed, rank, world, nthread, device, epoch, start=0, least=1):
+        batches = data.global_batches(len(files.paths), batch_size, seed, epoch, max(world, least))[start:]
         self.sizes = [len(b) for b in batches]
         self.read = files, [data.share(b, rank, world) for b in batches], image_size, (seed, epoch), nthread
         self.device, self.bad = device, 0

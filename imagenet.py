@@ -52,11 +52,15 @@ def photograph_flags(flag):
     flag('--skip_teacher_check', action='store_true', help='do not evaluate the teacher first')
 
 
-def build_batches(opt, dataset, device):
-    """What makes batches of a data set as of `imagefolder` on the device: train_batches(epoch) and test_batches()."""
+def build_batches(opt, dataset, device, least=1):
+    """What makes batches of a data set as of `imagefolder` on the device: train_batches(epoch) and test_batches().
+
+    A batch to train on has at least `least` images over all workers.
+    """
     workers.say(f'{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} validation images')
     share = workers.rank(), workers.world(), opt.nthread, device
-    train_batches = partial(imagefolder.TrainBatches, dataset.train, opt.batch_size, opt.image_size, opt.seed, *share)
+    sizes = opt.batch_size, opt.image_size, opt.seed
+    train_batches = partial(imagefolder.TrainBatches, dataset.train, *sizes, *share, least=least)
     test_batches = partial(
         imagefolder.TestBatches, dataset.test, opt.batch_size, opt.image_size, *share, opt.skip_bad_images
     )
@@ -83,7 +87,9 @@ def main():
     device = engine.start(opt)
     workers.say('parsed options:', vars(opt))
     dataset = imagefolder.load(opt.imagenetpath, opt.follow_links)
-    train_batches, test_batches = build_batches(opt, dataset, device)
+    # Batch norm of 1x1 maps, the last at 32 pixels, needs two images: of each worker, or with --sync_bn of all.
+    least = (2 if opt.sync_bn else 2 * workers.world()) if opt.image_size == 32 else 1
+    train_batches, test_batches = build_batches(opt, dataset, device, least)
     topk = 1, min(5, dataset.num_classes)
     f, params = engine.draw(partial(imagenet_resnet, opt.depth, opt.width), opt, dataset.num_classes, device)
     teacher = build_teacher(opt, dataset, test_batches, topk, device)

@@ -106,7 +106,7 @@ def common_flags(
     flag = parser.add_argument_group('transfer from a teacher').add_argument
     flag('--alpha', default=0, type=number(float, 0, 1), help='weight of knowledge distillation (section 4.1: 0.9)')
     beta = 'weight of --transfer (section 4.1: 1e+3 for attention maps)'
-    flag('--temperature', default=4, type=number(float, 1e-6, 1e6), help='of distillation (section 4.1: 4)')
+    flag('--temperature', default=4, type=number(float, 1e-6, 1000), help='of distillation (section 4.1: 4)')
     flag('--beta', default=0, type=number(float, 0, MOST), help=beta)
     flag('--beta_decay', default='none', choices=list(BETA_DECAYS), help='how beta falls to 0 (section 4.1: AT+KD)')
     flag('--transfer', default='activation', choices=['activation', 'full', 'gradient'], help=TRANSFERS)

@@ -267,19 +267,33 @@ def print_tensor_dict(params):
 # -------------------------------------------------------------------------------------------------------- losses
 
 
-def attention_map(x, p=2, mapping='sum'):
+def attention_map(x, p=2, mapping='sum', relative=False):
     """Collapse activations to one map over positions (eq. 1 and section 3.1).
 
     x is (N, C, H, W); the result is (N, H, W) in at least float32: sum_c |x_c|^p, or max_c |x_c|^p for
-    mapping='max'. Raises ValueError for another mapping or p <= 0.
+    mapping='max'. With `relative`, |x| may be taken relative to its largest value in each sample, so that no power
+    over- or underflows; normalised maps and their gradients are the same. The gradient of |x|^p for p < 1, infinite at
+    zero, is zero there. Raises ValueError for another mapping or p <= 0.
     """
     if mapping not in ('sum', 'max') or not p > 0:
         raise ValueError(f"attention map: mapping is 'sum' or 'max' and p > 0, not {mapping!r} and {p}")
     if (p, mapping) == (2, 'sum'):
         return _SumOfSquares.apply(x)
     x = full(x)
-    x = x.square() if p == 2 else x.abs().pow(p)
+    if p == 2:
+        x = x.square()
+    else:
+        x = x.abs()
+        if relative:
+            x = x / x.detach().amax((1, 2, 3), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+        x = x.pow(p) if p >= 1 else _root(x, p)
     return x.sum(1) if mapping == 'sum' else x.amax(1)
+
+
+def _root(x, p):
+    """x^p of x >= 0 for p < 1, with a gradient of zero where it would be without bounds."""
+    flat = x < 1e-12
+    return torch.where(flat, x.detach().pow(p), torch.where(flat, 1, x).pow(p))
 
 
 class _SumOfSquares(torch.autograd.Function):
@@ -308,7 +322,7 @@ def full(x):
 
 def at(x, p=2, mapping='sum'):
     """The attention map of x (N, C, H, W), flattened and L2-normalised per sample: (N, H*W). See `attention_map`."""
-    return F.normalize(attention_map(x, p, mapping).flatten(1))
+    return F.normalize(attention_map(x, p, mapping, relative=True).flatten(1))
 
 
 def at_loss(x, y, p=2, mapping='sum', form='code'):
@@ -316,7 +330,7 @@ def at_loss(x, y, p=2, mapping='sum', form='code'):
 
     See `map_loss` for the forms. Raises what it and `attention_map` raise.
     """
-    return map_loss(attention_map(x, p, mapping), attention_map(y, p, mapping), form)
+    return map_loss(*(attention_map(a, p, mapping, relative=True) for a in (x, y)), form)
 
 
 def map_loss(x, y, form='code'):

@@ -90,8 +90,8 @@ def _check_launcher(gpus):
         wrong = [f'LOCAL_RANK, which of the {gpus} GPUs is its own']
     if wrong:
         raise ValueError(
-            f'WORLD_SIZE={number} in the environment, as of several workers, but no {", ".join(wrong)}: start them with '
-            'torchrun --nnodes N --nproc-per-node GPUS --node-rank I --master-addr HOST, or unset WORLD_SIZE'
+            f'WORLD_SIZE={number} in the environment, as of several workers, without {", ".join(wrong)}: start them '
+            'with torchrun --nnodes N --nproc-per-node GPUS --node-rank I --master-addr HOST, or unset WORLD_SIZE'
         )
 
 

@@ -127,7 +127,7 @@ def frozen_teacher(flags, dataset, device):
 def parts(flags, dataset, device):
     """Seconds of ours by part, over an epoch but for its first step; on a GPU, those of the host."""
     f, params = benchmark.draw(benchmark.WRN_16_1, device)
-    optimizer = engine.sgd(flags, [v for v in params.values() if v.requires_grad])
+    updates = engine.Updates(flags, [v for v in params.values() if v.requires_grad], device)
     step = engine.make_step(flags, partial(f, params=params, mode=True), frozen_teacher(flags, dataset, device), device)
     meters, times, since = engine.Meters(device, (1,)), {}, time.perf_counter()
 
@@ -142,10 +142,10 @@ def parts(flags, dataset, device):
         lap('input')
         loss, _ = engine.weighted_loss(flags, step, sample, 1, meters)
         lap('forward')
-        optimizer.zero_grad()
-        loss.backward()
+        updates.zero_grad()
+        updates.scaled(loss, None)[0].backward()
         lap('backward')
-        optimizer.step()
+        updates.step(lambda: None)
         lap('update')
         if len(meters.pending) == engine.FLUSH:
             meters.flush(1)

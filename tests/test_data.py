@@ -340,3 +340,8 @@ def test_bytes_that_are_no_image_are_refused(tmp_path_factory, content, start):
     path.write_bytes(start + content)
     with pytest.raises(ValueError, match='not a readable image'):
         data.read_image(path)
+
+
+def test_fewer_training_images_than_workers_are_refused():
+    with pytest.raises(ValueError, match='1 training images in batches of 8: a batch needs at least 2'):
+        data.global_batches(1, 8, seed=0, epoch=1, least=2)

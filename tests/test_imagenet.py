@@ -122,6 +122,23 @@ def test_logits_equal_those_of_torchvision_with_the_same_weights(depth):
             assert (logits - expected).norm() <= 1e-5 * expected.norm()
 
 
+def test_a_last_batch_of_one_image_is_left_out_where_batch_norm_needs_two(train):
+    """Of 36 training images; at 32 pixels the last maps are of 1x1."""
+    assert train('--epochs 1 --batch_size 7 --save logs/run')[0] == 0
+    (record,) = engine.read_log('logs/run/log.txt')
+    assert record['images_per_second'] * record['train_time'] == pytest.approx(35)
+    assert train('--epochs 1 --batch_size 7 --image_size 33 --save logs/larger')[0] == 0
+    (record,) = engine.read_log('logs/larger/log.txt')
+    assert record['images_per_second'] * record['train_time'] == pytest.approx(36)
+
+
+def test_maps_of_one_position_are_said_to_teach_nothing(train):
+    write_teacher('teacher.bin', depth=18)
+    out = train('--epochs 1 --teacher_params teacher.bin --beta 10')[1]
+    assert 'note: at3 is of 1x1 maps, which are all equal: it is always 0 and teaches nothing' in out
+    assert out.count('teaches nothing') == 1
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(train, monkeypatch):
     assert train('--epochs 3 --epoch_step [3] --save logs/whole')[0] == 0
     keep = engine._keep

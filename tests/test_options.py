@@ -41,7 +41,7 @@ WRONG = {  # flag: values that it has to refuse
     'weight_decay': ['-1', 'nan', 'inf', '1e300'],
     'seed': ['-1', '1.5', str(2**63)],
     'alpha': ['-0.1', '1.1', 'nan', '0.5'],  # the last for want of a teacher
-    'temperature': ['0', '-4', 'nan', 'inf', '1e300', '1e-300'],
+    'temperature': ['0', '-4', 'nan', 'inf', '1e300', '1e-300', '1001'],
     'beta': ['-1', 'nan', 'inf', '1e300', '1000'],
     'beta_decay': ['cubic'],
     'transfer': ['attention', 'full', 'gradient'],  # the last two for want of --beta

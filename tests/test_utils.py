@@ -100,6 +100,31 @@ def test_larger_maps_are_average_pooled_to_the_smaller():
     assert utils.at_loss(tensor(Y), tensor(large)).item() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize('mapping', ['sum', 'max'])
+@pytest.mark.parametrize('p', [8, 16])
+@pytest.mark.parametrize('scale', [1e-6, 1e-3, 1e3, 1e6])
+def test_a_high_power_neither_over_nor_underflows(p, mapping, scale):
+    """Float32 has no 1e-96 and no 1e96; in float64 both are there."""
+    x, y = (scale * torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    exact = x.double().requires_grad_()
+    x.requires_grad_()
+    loss, expected = (utils.at_loss(a, y.to(a.dtype), p, mapping) for a in (x, exact))
+    (gradient,), (exact_gradient,) = torch.autograd.grad(loss, x), torch.autograd.grad(expected, exact)
+    assert expected > 1e-4
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        gradient.double(), exact_gradient, rtol=1e-3, atol=1e-5 * exact_gradient.abs().max().item()
+    )
+
+
+@pytest.mark.parametrize('p', [0.1, 0.5])
+def test_the_gradient_of_a_low_power_is_finite_at_zero(p):
+    x = torch.rand(2, 3, 4, 4).sub(0.5).relu().requires_grad_()
+    (gradient,) = torch.autograd.grad(utils.at_loss(x, torch.rand(2, 3, 4, 4), p), x)
+    assert gradient.isfinite().all() and (gradient[x > 0] != 0).any() and (gradient[x == 0] == 0).all()
+    torch.testing.assert_close(utils.attention_map(x, p), x.pow(p).sum(1))
+
+
 def test_at_loss_does_not_see_the_scale_of_activations():
     assert utils.at_loss(tensor(X), tensor(3 * X)).item() == pytest.approx(0, abs=1e-30)
 

@@ -116,9 +116,9 @@ def test_a_variable_that_something_else_left_behind_does_not_bear_on_a_run(photo
 @pytest.mark.parametrize(
     'left, word',
     [
-        ({'RANK': '1', 'WORLD_SIZE': '2'}, 'no MASTER_ADDR, MASTER_PORT'),
-        ({'WORLD_SIZE': '2', 'MASTER_ADDR': 'x', 'MASTER_PORT': '1'}, 'no RANK'),
-        ({'RANK': '2', 'WORLD_SIZE': '2', 'MASTER_ADDR': 'x', 'MASTER_PORT': '1'}, 'no RANK below 2'),
+        ({'RANK': '1', 'WORLD_SIZE': '2'}, 'without MASTER_ADDR, MASTER_PORT'),
+        ({'WORLD_SIZE': '2', 'MASTER_ADDR': 'x', 'MASTER_PORT': '1'}, 'without RANK'),
+        ({'RANK': '2', 'WORLD_SIZE': '2', 'MASTER_ADDR': 'x', 'MASTER_PORT': '1'}, 'without RANK below 2'),
     ],
 )
 def test_several_workers_that_cannot_find_each_other_are_refused(train, monkeypatch, left, word):
