@@ -278,7 +278,7 @@ def run(opt, name, arguments, job):
         return 'done'
     if flags.teacher_id and not last_epoch(opt, flags.teacher_id):
         raise ValueError(f'its teacher {flags.teacher_id} is not trained')
-    here, environment = os.path.dirname(os.path.abspath(__file__)), dict(os.environ)
+    here, environment = os.path.dirname(os.path.abspath(__file__)), {**os.environ, 'AT_END_WITH_PARENT': '1'}
     command, alone = [sys.executable, os.path.join(here, 'cifar.py'), *arguments], opt.jobs == 1
     if not alone and torch.cuda.is_available():
         command += ['--gpu_id', str(job % torch.cuda.device_count())]

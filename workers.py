@@ -140,8 +140,8 @@ def join(opt):
     find their place in the environment, just as under torchrun.
     """
     cuda = torch.cuda.is_available()
-    if 'TORCHELASTIC_RUN_ID' in os.environ:
-        children.end_with_parent('' if rank() else 'the launcher has died, and its workers end')
+    if 'TORCHELASTIC_RUN_ID' in os.environ or 'AT_END_WITH_PARENT' in os.environ:
+        children.end_with_parent('' if rank() else 'what started this run has died, and it ends')
     if world() > 1:
         dist.init_process_group('nccl' if cuda else 'gloo', rank=rank(), world_size=world())
     elif launches(opt):

@@ -548,7 +548,7 @@ def test_the_death_of_any_process_of_a_run_ends_all_of_them_with_one_line(folder
         assert process.returncode == 1 and err.count('\n') == 1, err
         assert 'error: a process that reads images died (signal 9)' in err and '--nthread' in err
     else:
-        assert err == ('the launcher has died, and its workers end\n' if ngpu > 1 else '')
+        assert err == ('what started this run has died, and it ends\n' if ngpu > 1 else '')
 
 
 LITTLE = 'umount /dev/shm; mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'

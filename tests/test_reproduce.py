@@ -6,6 +6,8 @@ import pathlib
 import re
 import shlex
 import signal
+import subprocess
+import sys
 import threading
 import time
 from argparse import Namespace
@@ -13,7 +15,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import refused
+from conftest import ends, refused
 
 import cifar
 import engine
@@ -234,6 +236,15 @@ def test_a_signal_is_passed_on_to_the_runs_and_no_other_begins(script, instead, 
     status, out, err = script(reproduce, 'demo --methods teacher,student,kd --jobs 2')
     assert (status, err) == (130, 'reproduce.py: error: interrupted\n') and '[3/3]' not in out
     assert len(list(tmp_path.glob('asked-*'))) == len(list(tmp_path.glob('began-*'))) == 2
+
+
+def test_runs_do_not_outlive_what_started_them(tmp_path):
+    command = [sys.executable, reproduce.__file__, 'demo', '--methods', 'student', '--epochs', '1000']
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        next(line for line in process.stdout if line.startswith('epoch 1/'))
+        found = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+        process.kill()
+        assert found and ends(found)
 
 
 def test_a_broken_run_goes_on_and_several_at_a_time_end_as_one_after_the_other(script, fast, monkeypatch):
