@@ -12,6 +12,7 @@ It is read as data and never as code: nothing in it can run, or open another fil
 import hashlib
 import io
 import os
+import re
 
 import torch
 
@@ -21,6 +22,17 @@ import options
 import resnet
 from nin import fold_nin, nin, nin_shape
 from utils import STATISTICS, num_trained, without_adapters
+from workers import say
+
+# What every network that is read has in its first block, and what stands before its names: module._orig_mod. and so on.
+FIRST = re.compile(
+    r'(.*\.|)(?:layer1\.0\.conv1\.weight|group0\.block0\.conv[01](?:\.weight)?|group0\.conv0)', re.DOTALL
+)
+MAX_NETWORKS = 10  # in one file
+SUPPORTED = (
+    'read are wide ResNets, Networks-in-Network and ResNet-18, 34, 50, 101 and 152; '
+    'examples/own_networks.py pairs any two networks'
+)
 
 
 def save(path, state):
@@ -67,7 +79,7 @@ def load(path):
     if not isinstance(state, dict) or not isinstance(state.get('params'), dict):
         raise ValueError(f'{path} is not a checkpoint: it holds no dictionary of params')
     rest = {k: v for k, v in state.items() if k not in ('params', 'stats')}
-    return {**rest, 'params': _flat_params(state, path)}
+    return {**rest, 'params': _flat_params({k: v for k, v in state.items() if k in ('params', 'stats')}, path)}
 
 
 def load_params(path):
@@ -86,19 +98,59 @@ def load_params(path):
 
 
 def _flat_params(state, path):
-    """The params in what a file holds: bare, or under a name with the statistics inside or apart; prefixes go."""
+    """The params of the network in what a file holds, in whatever dictionaries and behind whatever prefixes."""
     if not isinstance(state, dict):
         raise ValueError(f'{path} is not a checkpoint: it holds a {type(state).__name__}, not a dictionary')
-    part = next((n for n in ('params', 'state_dict', 'model') if isinstance(state.get(n), dict)), None)
-    stats = state.get('stats') if part else None
-    params = {**(state[part] if part else state), **(stats if isinstance(stats, dict) else {})}
+    params = _unwrapped(state, path)
     for key, value in params.items():
         if not isinstance(key, str) or not key.isprintable() or not _is_plain(value):
             raise ValueError(f'{path} is not a checkpoint: {str(key)[:100]!r} in it is not a named tensor')
-    for prefix in ('module.', 'student.'):  # of data parallelism, and of the authors' merged students and teachers
-        if any(key.startswith(prefix) for key in params):
-            params = {k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix)}
-    return params
+    return _without_prefix(params, path)
+
+
+def _unwrapped(state, path):
+    """The innermost dictionary under the names that files hold params under, with the statistics beside it.
+
+    Weights that are averaged over training are taken before plain ones, as timm does, which is said where both are.
+    """
+    for _ in range(MAX_NETWORKS):  # of a dictionary that holds itself, there is no innermost
+        parts = [k for k in formats.PARTS if isinstance(state.get(k), dict)]
+        averaged = [k for k in formats.AVERAGED if isinstance(state.get(k), dict) and state[k]]
+        if averaged and parts:
+            _say_averaged(path, averaged[0], parts[0])
+        if not averaged + parts:
+            return state
+        stats = state.get('stats')
+        state = {**state[(averaged + parts)[0]], **(stats if isinstance(stats, dict) else {})}
+    raise ValueError(f'{path} is not a checkpoint: it has dictionaries in dictionaries without end')
+
+
+def _without_prefix(params, path):
+    """The network among flat params, by its own names.
+
+    Wrappers put words before them (DataParallel `module.`, torch.compile `_orig_mod.`, Lightning those of the user's
+    attributes), and may hold other things beside it: losses, a teacher, an average of the network. Raises ValueError
+    where several networks are left.
+    """
+    found = {match[1] for match in map(FIRST.fullmatch, params) if match}
+    if not found:
+        return params
+    chosen = {p for p in found if 'teacher' not in p} or found
+    averaged = {p for p in chosen if re.search(r'(^|[._])ema[._]', p)}
+    if averaged and averaged != chosen:
+        _say_averaged(path, min(averaged), min(chosen - averaged))
+    chosen = sorted(averaged or chosen)
+    if len(found) > MAX_NETWORKS or (len(chosen) > 1 and '' not in chosen):
+        raise ValueError(
+            f'{path} holds several networks ({_some([p[:99] for p in chosen])}): save the state_dict of one of them'
+        )
+    prefix = chosen[0]
+    others = tuple(p for p in found if len(p) > len(prefix) and p.startswith(prefix))
+    return {k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix) and not k.startswith(others)}
+
+
+def _say_averaged(path, averaged, plain):
+    say(f'note: {path} holds plain weights ({plain[:99]}) and averaged ones ({averaged[:99]}): the averaged are taken')
 
 
 def _is_plain(value):
@@ -148,9 +200,12 @@ def build(loaded, path, shape=None):
     """The network (f, params) that flat params belong to; `path` is what errors call them. See `load_teacher`."""
     loaded = without_adapters(loaded)
     try:
+        if not any(k.startswith('group') for k in loaded):
+            first = ', '.join(key[:99] for key in [*loaded][:3]) or 'none'
+            raise ValueError(f'no network that is known here; its first parameters are {first}')
         f, shapes, found = _READERS[_kind(loaded)](loaded)
     except ValueError as error:
-        raise ValueError(f'{path}: {error}') from None
+        raise ValueError(f'{path}: {error}; {SUPPORTED}') from None
     check_fit(shapes, loaded, path)
     if shape is not None and not _has_shape(shape, found):
         raise ValueError(f'{path} is a {_name(found)}, but its log speaks of a {_name((found[0], *shape))}')
@@ -207,9 +262,11 @@ def _imagenet_resnet(loaded):
 
     Channels are those of the stem's, each group's and the last layer's first array; everything else follows.
     """
-    depth = resnet.imagenet_resnet_depth(loaded)
-    counts, convs = resnet.IMAGENET_DEPTHS[depth]
+    depth, counts, convs = resnet.imagenet_resnet_shape(loaded)
     folded, shapes = 'conv0.weight' in loaded, {}
+    shortcut_norm = any('.bndim.' in k for k in loaded)
+    if convs == 3:
+        _check_groups(loaded, depth)
 
     def rows(name):
         value = loaded.get(f'{name}.weight' if folded or name == 'fc' else name)
@@ -221,7 +278,8 @@ def _imagenet_resnet(loaded):
             name = f'{base}{resnet.FOLDED_NAMES.get(f"conv{number}", f"conv{number}")}'
             shapes.update({f'{name}.weight': kernel, f'{name}.bias': torch.Size((no,))})
         else:
-            norm = {f'{base}bn{number}.{part}': torch.Size((no,)) for part in formats.NORM}
+            normed = number != 'dim' or shortcut_norm
+            norm = {f'{base}bn{number}.{part}': torch.Size((no,)) for part in formats.NORM} if normed else {}
             shapes.update({name: kernel, **norm})
 
     ni = rows('conv0')
@@ -237,6 +295,14 @@ def _imagenet_resnet(loaded):
             ni = no
     shapes |= {'fc.weight': torch.Size((rows('fc'), ni)), 'fc.bias': torch.Size((rows('fc'),))}
     return resnet.imagenet_forward, shapes, ('ResNet', depth, rows('group0.block0.conv0') / 64)
+
+
+def _check_groups(loaded, depth):
+    """Refuse a ResNeXt by name: its 3x3 convolutions are of groups of channels."""
+    weight = loaded.get('group0.block0.conv1')
+    if weight is not None and weight.dim() == 4 and 1 <= weight.shape[1] < weight.shape[0] and weight.shape[2] == 3:
+        groups, width = weight.shape[0] // weight.shape[1], weight.shape[1]
+        raise ValueError(f'a ResNeXt-{depth} of {groups} groups of {width} channels (resnext{depth}_{groups}x{width}d)')
 
 
 _READERS = {'NIN': _network_in_network, 'ResNet': _imagenet_resnet, 'WRN': _wide_resnet}
@@ -279,11 +345,22 @@ def describe(params):
     if kind == 'WRN':
         depth, width, _ = resnet.wide_resnet_shape(params)
         return f'WRN-{depth}-{width:g}, {classes}'
-    depth = resnet.imagenet_resnet_depth(params)
+    depth, counts, convs = resnet.imagenet_resnet_shape(params)
     folded = 'conv0.weight' in params
-    last = f'block0.conv{resnet.IMAGENET_DEPTHS[depth][1] - 1}' + ('.weight' if folded else '')
-    widths = '/'.join(str(len(params[f'group{g}.{last}'])) for g in range(4))
-    return f'ResNet-{depth}, {"folded batch norm, " if folded else ""}{classes}, widths {widths}'
+
+    def channels(group, conv):
+        return len(params[f'group{group}.block0.conv{conv}' + ('.weight' if folded else '')])
+
+    # torchvision's wide_resnet50_2 has twice the inner channels of a ResNet-50.
+    wide = 4 * channels(0, 0) / channels(0, 2) if convs == 3 else 1
+    parts = [f'ResNet-{depth}' if wide == 1 else f'Wide ResNet-{depth}-{wide:g}']
+    if counts != resnet.IMAGENET_DEPTHS[depth][0]:
+        parts.append(f'{"-".join(map(str, counts))} blocks')
+    if folded:
+        parts.append('folded batch norm')
+    elif not any('.bndim.' in key for key in params):
+        parts.append('shortcuts without batch norm')
+    return ', '.join([*parts, classes, f'widths {"/".join(str(channels(g, convs - 1)) for g in range(4))}'])
 
 
 def info(run):

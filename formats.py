@@ -5,10 +5,12 @@ A file is told apart by its content, and is data: nothing in it runs, opens anot
 """
 
 import io
+import json
 import math
 import os
 import pickletools
 import re
+import shlex
 import warnings
 import zipfile
 import zlib
@@ -29,6 +31,18 @@ PICKLED = re.compile(  # all that the pickle of a checkpoint has to name; bytear
     r'collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch\.nn\.parameter Parameter'
     r'|torch (\w+Storage|Size|device|bool|[a-z]+\d+)'
 )
+SETTINGS = re.compile(  # names of what training scripts save beside the weights
+    r'(argparse|collections|datetime|easydict|lightning\w*|numpy|omegaconf|pathlib|pytorch_lightning|torch\.optim|yacs)'
+    r'[. ].*|_codecs encode|(__builtin__|builtins) (dict|list|object|set)|copy_reg _reconstructor'
+)
+# Under these names files hold the params of a network: averaged over training first, as timm takes them.
+PARTS = ('params', 'state_dict', 'model_state_dict', 'model', 'net', 'network', 'module', 'student')
+AVERAGED = ('ema', *(f'{part}_ema' for part in PARTS))
+ADVISED = {*AVERAGED, *PARTS, 'stats'}
+ONE = (1, None)  # one object of a pickle, and no text that matters
+MAX_REFUSED = 1000  # names in one pickle; advice looks at them all
+MAX_NAME = 200  # characters of a module or a class that a pickle names
+MAX_GROWTH = 8  # times, of a pickle that is rewritten
 DEFLATE_RATIO = 1032  # no deflate stream unpacks to more bytes for each of its own (zlib.net/zlib_tech.html)
 NORM = ('weight', 'bias', *STATISTICS)
 
@@ -54,7 +68,9 @@ def read(path):
             warnings.simplefilter('ignore')
             return reader(path)
     except Exception as error:  # whatever a damaged or hostile file makes a reader raise, it is not a checkpoint
-        raise ValueError(f'{path} is not a checkpoint, or is damaged ({_first_line(error)})') from None
+        advice = ''.join(f': {note}' for note in getattr(error, '__notes__', ()))
+        damaged = ' of tensors alone' if advice else ', or is damaged'
+        raise ValueError(f'{path} is not a checkpoint{damaged} ({_first_line(error)}){advice}') from None
 
 
 def _first_line(error):
@@ -67,15 +83,16 @@ def read_torch(path):
     with open(path, 'rb') as file:
         content = io.BytesIO(file.read())
     if content.getbuffer()[:2] == b'PK':  # as torch does, which takes for an archive what zipfile may not
-        content = _plain_archive(content)
-    else:
-        for _ in range(5):  # before there were archives: magic number, version, system, objects, names of storages
-            _check_pickle(content)
+        content = _plain_archive(content, path)
+    else:  # before there were archives: magic number, version, system, objects, names of storages, then their values
+        pickles = b''.join(_checked_pickle(content, path) for _ in range(5))
+        if pickles != content.getbuffer()[: content.tell()]:
+            content = io.BytesIO(pickles + content.read())
     content.seek(0)
     return torch.load(content, map_location='cpu', weights_only=True)
 
 
-def _plain_archive(content):
+def _plain_archive(content, path):
     """A zip archive written again as zipfile understands it: torch could find another directory in the same bytes."""
     plain, archive = io.BytesIO(), zipfile.ZipFile(content)
     unpacked = sum(entry.file_size for entry in archive.infolist())
@@ -85,39 +102,126 @@ def _plain_archive(content):
         for entry in archive.infolist():
             values = archive.read(entry)
             if entry.filename.lower().endswith('.pkl'):
-                _check_pickle(io.BytesIO(values))
+                values = _checked_pickle(io.BytesIO(values), path)
             again.writestr(entry.filename, values)
     return plain
 
 
-def _check_pickle(stream):
+def _checked_pickle(stream, path):
+    """The bytes of the next pickle of a stream, in protocol 2 and checked; `path` is what advice calls the file."""
+    start = stream.tell()
+    if stream.getbuffer()[start : start + 2] in (b'\x80\4', b'\x80\5'):
+        content = _as_protocol_2(stream)
+        _check_pickle(io.BytesIO(content), path)
+        return content
+    _check_pickle(stream, path)
+    return bytes(stream.getbuffer()[start : stream.tell()])
+
+
+def _as_protocol_2(stream):
+    """The next pickle of a stream with the operations of protocol 4 as those of protocol 2, which alone torch reads.
+
+    A class is named by two strings on the stack there, here by an operation that takes their place. What protocol 2
+    has no words for stays as it is, for torch to refuse.
+    """
+    content, start, out = stream.getbuffer(), stream.tell(), bytearray()
+    memo, pushed = {}, []  # strings by number, others None; strings on the stack with nothing above, and where in `out`
+    for code, value, at in pickletools.genops(stream):
+        operation, name = bytes(content[at : stream.tell()]), code.name
+        if name == 'FRAME':
+            continue
+        if name == 'PROTO':
+            operation = b'\x80\2'
+        elif name == 'MEMOIZE':
+            value = len(memo)
+            operation = b'r' + value.to_bytes(4, 'little')
+        elif name == 'STACK_GLOBAL':
+            (at, module), (_, attribute) = pushed[-2:]
+            if not (module + attribute).isprintable() or max(len(module), len(attribute)) > MAX_NAME:
+                raise ValueError(f'{module[:MAX_NAME]!r} {attribute[:MAX_NAME]!r} in it is no name')
+            del out[at:]
+            operation = f'c{module}\n{attribute}\n'.encode()
+        elif name.endswith('GET') and memo.get(value) is not None:  # the place where it was first may have gone
+            name, value = 'BINUNICODE', memo[value]
+        if name.endswith('PUT') or name == 'MEMOIZE':
+            memo[value] = pushed[-1][1] if pushed and len(pushed[-1][1]) <= MAX_NAME else None
+        elif name.endswith(('BINUNICODE', 'BINUNICODE8')):
+            text = value.encode('utf-8', 'surrogatepass')
+            operation = b'X' + len(text).to_bytes(4, 'little') + text
+            pushed.append((len(out), value))
+        else:
+            pushed.clear()
+        out += operation
+        if len(out) > MAX_GROWTH * (stream.tell() - start) + 2**20:
+            raise ValueError(f'a pickle that grows {MAX_GROWTH}-fold in protocol 2')
+    return bytes(out)
+
+
+def _check_pickle(stream, path):
     """Refuse a pickle of other things than tensors in containers, or of tuples in tuples that take for ever to hash.
 
-    Nothing is unpickled: the sizes of what would be on the stack are kept instead, None for a mark.
+    Nothing is unpickled: kept instead is the size of what would be on the stack, and its text if that may tell where
+    the weights are; None for a mark.
     """
-    stack, memo, unfolded = [], {}, 0
+    stack, memo, unfolded, marks, refused, keys = [], {}, 0, 0, [], set()
     for code, value, _ in pickletools.genops(stream):
         if code.name == 'GLOBAL' and not PICKLED.fullmatch(value):
-            raise ValueError(f'{value!r} in it is neither a tensor nor a container of tensors')
-        taken = 1
+            refused.append(value)
+            if len(refused) > MAX_REFUSED:
+                raise ValueError(f'{value!r} in it is neither a tensor nor a container of tensors')
+        taken, text = 1, value if code.name.endswith('UNICODE') and value in ADVISED else None
         if pickletools.markobject in code.stack_before:
-            while (size := stack.pop()) is not None:
-                taken += size
+            while (top := stack.pop()) is not None:
+                taken += top[0]
+            marks -= 1
             if code.name != 'TUPLE':
                 stack.pop()  # the list or dictionary that takes them
         else:
-            taken += sum(stack.pop() for _ in code.stack_before)
+            taken += sum(stack.pop()[0] for _ in code.stack_before)
         unfolded += taken
         if unfolded > MAX_UNFOLDED:
             raise ValueError(f'a pickle of more than {MAX_UNFOLDED:,} objects')
         if code.name.endswith('GET'):
-            stack.append(memo[value])
-        elif code.name.endswith('PUT'):
+            taken, text = memo[value]
+        # A key of the outermost dictionary comes right after that, or after a mark and pairs of key and value.
+        if text and (len(stack) == 1 or marks == 1 and stack[1:2] == [None] and len(stack) % 2 == 0):
+            keys.add(text)
+        if code.name.endswith('PUT'):
             memo[value] = stack[-1]
         elif code.name == 'MARK':
             stack.append(None)
+            marks += 1
         else:
-            stack.extend(taken for _ in code.stack_after)
+            item = ONE if taken == 1 and text is None else (taken, text)
+            stack.extend(item for _ in code.stack_after)
+    if refused:
+        error = ValueError(f'{refused[0]!r} in it is neither a tensor nor a container of tensors')
+        advice = _advice(refused, keys, path)
+        if advice:
+            error.add_note(advice)
+        raise error
+
+
+def _advice(names, keys, path):
+    """What helps where a checkpoint names what is not read; keys: those of `ADVISED` in its outermost dictionary."""
+    if any(name.startswith('torch.nn.modules.') for name in names):
+        return (
+            'it is a whole network, which the code that made it alone can read; save its parameters there instead: '
+            'torch.save(model.state_dict(), "weights.pth")'
+        )
+    if not all(map(SETTINGS.fullmatch, names)):
+        return None
+    part = next((key for key in (*AVERAGED, *PARTS) if key in keys), None)
+    if part is None:
+        return 'save the parameters alone: torch.save(model.state_dict(), "weights.pth")'
+    kept = [part, 'stats'] if part == 'params' and 'stats' in keys else [part]
+    program = (
+        f'import torch; s = torch.load({json.dumps(str(path))}, map_location="cpu", weights_only=False); '
+        f'torch.save({{k: s[k] for k in {json.dumps(kept)}}}, "weights.pth")'
+    )
+    return (
+        f'if you trust it, this takes the weights out, and may run what else is in it: python -c {shlex.quote(program)}'
+    )
 
 
 def read_safetensors(path):
@@ -282,8 +386,13 @@ def _our_name(key):
 def to_torchvision(params):
     """The params of an ImageNet ResNet, folded or not, as the state_dict of a torchvision ResNet.
 
-    Folded params get a batch norm that does nothing but add their bias. Names go as in `from_torchvision`.
+    Folded params get a batch norm that does nothing but add their bias, shortcuts without batch norm one that does
+    nothing. Names go as in `from_torchvision`. Raises ValueError for numbers of blocks that torchvision does not have.
     """
+    depth, counts, _ = resnet.imagenet_resnet_shape(params)
+    if counts != resnet.IMAGENET_DEPTHS[depth][0]:
+        here, there = ('-'.join(map(str, numbers)) for numbers in (counts, resnet.IMAGENET_DEPTHS[depth][0]))
+        raise ValueError(f"torchvision's resnet{depth} has {there} blocks, not {here}; --to upstream can hold them")
     state = {}
     for key, value in unfold_batch_norm(params).items():
         state[_torchvision_name(key)] = value.detach()
@@ -303,25 +412,39 @@ def _torchvision_name(key):
 
 
 def unfold_batch_norm(params):
-    """Undo the layout of `resnet.fold_batch_norm`, though not its arithmetic; unfolded params stay as they are.
+    """Undo the layout of `resnet.fold_batch_norm`, though not its arithmetic; what is not folded stays as it is.
 
-    Each convolution's bias becomes a batch norm of weight 1, mean 0 and variance 1 - eps with that bias.
+    Each convolution's bias becomes a batch norm of weight 1, mean 0 and variance 1 - eps with that bias, and behind a
+    shortcut without batch norm comes one with bias 0.
     """
     if 'conv0.weight' not in params:
-        return params
+        plain = {k: v for k, v in params.items() if k.endswith('convdim') and f'{k[:-7]}bndim.weight' not in params}
+        return params | {k: v for conv, w in plain.items() for k, v in _norm_of(conv, w.new_zeros(len(w))).items()}
     unfolded = {}
     for key, value in params.items():
         conv, _, part = key.rpartition('.')
-        bn = f'{conv.replace("conv_dim", "convdim").replace("conv", "bn")}'
+        conv = conv.replace('conv_dim', 'convdim')
         if key.startswith('fc.'):
             unfolded[key] = value
         elif part == 'weight':
-            unfolded[conv.replace('conv_dim', 'convdim')] = value
+            unfolded[conv] = value
         else:
-            ones = torch.ones_like(value)
-            norm = ones, value, torch.zeros_like(value), ones - 1e-5
-            unfolded |= {f'{bn}.{name}': tensor for name, tensor in zip(NORM, norm)}
+            unfolded |= _norm_of(conv, value)
     return unfolded
+
+
+def _norm_of(conv, bias):
+    """The batch norm of a convolution that does nothing but add a bias (C,)."""
+    ones = torch.ones_like(bias)
+    norm = ones, bias, torch.zeros_like(bias), ones - 1e-5
+    return {f'{conv.replace("conv", "bn")}.{name}': tensor for name, tensor in zip(NORM, norm)}
+
+
+def check_name(name):
+    """Refuse a name that is none of the networks that `download` fetches."""
+    names = [f'resnet{depth}' for depth in resnet.IMAGENET_DEPTHS]
+    if name not in names:
+        raise ValueError(f'torchvision:{name}: there are {", ".join(f"torchvision:{n}" for n in names)}')
 
 
 def download(name):
@@ -332,9 +455,7 @@ def download(name):
     """
     import torchvision  # slow to import, and needed by no training script
 
-    names = [f'resnet{depth}' for depth in resnet.IMAGENET_DEPTHS]
-    if name not in names:
-        raise ValueError(f'torchvision:{name}: there are {", ".join(f"torchvision:{n}" for n in names)}')
+    check_name(name)
     weights = torchvision.models.get_model_weights(name).DEFAULT
     try:
         with warnings.catch_warnings():

@@ -132,6 +132,7 @@ IMAGENET_DEPTHS = {
     101: ((3, 4, 23, 3), 3),
     152: ((3, 8, 36, 3), 3),
 }
+AUTHORS_34 = (3, 4, 6, 5), 2  # the ResNet-34 of the authors' imagenet.py
 
 
 def imagenet_resnet(depth, width, num_classes):
@@ -172,7 +173,10 @@ def imagenet_resnet(depth, width, num_classes):
 
 
 def imagenet_forward(x, params, mode, base=''):
-    """The function of every ImageNet ResNet, whose depth and widths are read from its params, folded or not."""
+    """The function of every ImageNet ResNet, whose blocks and widths are read from its params, folded or not.
+
+    A shortcut may lack batch norm, as in the students of the authors' imagenet.py.
+    """
     dtype = params[base + 'fc.weight'].dtype
     x = F.relu(_conv_bn(x.to(dtype), params, base, 'conv0', 'bn0', mode, 2, 3), inplace=True)
     x = F.max_pool2d(x, 3, 2, 1)
@@ -204,7 +208,7 @@ def _imagenet_block(x, params, base, mode, stride):
 def _conv_bn(x, params, base, conv, bn, mode, stride, padding):
     if base + conv in params:
         x = conv2d(x, params[base + conv], stride=stride, padding=padding)
-        return batch_norm(x, params, base + bn, mode)
+        return batch_norm(x, params, base + bn, mode) if f'{base}{bn}.weight' in params else x
     conv = base + FOLDED_NAMES.get(conv, conv)
     return conv2d(x, params[conv + '.weight'], params[conv + '.bias'], stride, padding)
 
@@ -216,7 +220,8 @@ def fold_batch_norm(params):
     """Fold batch norm into the convolutions of an ImageNet ResNet, in the layout of the authors' exports.
 
     `conv0` and `bn0.*` become `conv0.weight` and `conv0.bias`, `convdim` and `bndim.*` become `conv_dim.weight` and
-    `conv_dim.bias`; computed in float64, returned in the dtype that there was. For evaluation only.
+    `conv_dim.bias`, zero for a shortcut without batch norm; computed in float64, returned in the dtype that there was.
+    For evaluation only.
     """
     if not any(key.endswith(STATISTICS) for key in params):
         return params  # folded already
@@ -227,22 +232,30 @@ def fold_batch_norm(params):
         if name.startswith('conv'):
             conv = base + FOLDED_NAMES.get(name, name)
             bn = f'{base}bn{name.removeprefix("conv")}'
-            folded[conv + '.weight'], folded[conv + '.bias'] = folded_conv(value, params, bn)
+            plain = value, value.new_zeros(len(value))
+            normed = f'{bn}.weight' in params
+            folded[conv + '.weight'], folded[conv + '.bias'] = folded_conv(value, params, bn) if normed else plain
         elif key.startswith('fc.'):
             folded[key] = value
     return {k: v.detach() for k, v in folded.items()}
 
 
 def imagenet_resnet_depth(params):
-    """The depth of the ImageNet ResNet that a flat dictionary, folded or not, belongs to.
+    """The depth of the ImageNet ResNet that a flat dictionary belongs to: see `imagenet_resnet_shape`."""
+    return imagenet_resnet_shape(params)[0]
 
-    Raises ValueError where the blocks in it are those of none of `IMAGENET_DEPTHS`.
+
+def imagenet_resnet_shape(params):
+    """The depth of an ImageNet ResNet, its blocks in each group and the convolutions of a block: (34, (3, 4, 6, 3), 2).
+
+    They are read from the flat dictionary that belongs to it, folded or not. Raises ValueError where they are those of
+    neither `IMAGENET_DEPTHS` nor `AUTHORS_34`.
     """
     pattern = re.compile(r'group(\d)\.block(\d{1,2})\.conv(\d)(\.weight)?')
     found = [match.groups() for match in map(pattern.fullmatch, params) if match]
     counts = tuple(len({block for g, block, *_ in found if g == str(group)}) for group in range(4))
     convs = len({conv for *_, conv, _ in found})
-    for depth, shape in IMAGENET_DEPTHS.items():
+    for depth, shape in (*IMAGENET_DEPTHS.items(), (34, AUTHORS_34)):
         if shape == (counts, convs):
-            return depth
+            return depth, counts, convs
     raise ValueError(f'no ImageNet ResNet: {counts} blocks of {convs} convolutions in its groups')

@@ -6,9 +6,11 @@ import resource
 
 import pytest
 import torch
+import torchvision
 from conftest import refused
 
 import checkpoint
+import formats
 import resnet
 import runs
 
@@ -126,6 +128,123 @@ def test_the_authors_layouts_are_read(tmp_path):
     assert same_logits(f, params, tmp_path / 'merged_apart.pt7')
 
 
+class Lightning(torch.nn.Module):
+    """What a Lightning module's state_dict is like: a network under a name of its author's, and more."""
+
+    def __init__(self, name, network, **more):
+        super().__init__()
+        self.loss = torch.nn.Linear(2, 2)
+        for key, module in {name: network, **more}.items():
+            self.add_module(key, module)
+
+
+@pytest.fixture(scope='module')
+def resnets():
+    """Two ResNet-18 of torchvision and of other weights: (network, another)."""
+    torch.manual_seed(0)
+    return tuple(torchvision.models.resnet18(num_classes=5).eval() for _ in range(2))
+
+
+def holds(path, network):
+    """Whether a file is read as a network of torchvision, to the bit."""
+    _, params = checkpoint.load_teacher(path)
+    expected = formats.from_torchvision(network.state_dict())
+    return params.keys() == expected.keys() and all(torch.equal(params[k], v) for k, v in expected.items())
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        torch.compile,
+        torch.nn.DataParallel,
+        lambda net: torch.nn.DataParallel(torch.compile(net)),
+        lambda net: torch.compile(torch.nn.DataParallel(net)),
+        lambda net: Lightning('model', net),
+        lambda net: Lightning('net', torch.compile(net)),
+        lambda net: torch.nn.DataParallel(torch.compile(Lightning('model', net))),
+        lambda net: Lightning('backbone', Lightning('encoder', net)),
+        lambda net: Lightning('model', net, teacher=torchvision.models.resnet18()),
+        lambda net: Lightning('student', net, teacher_model=torch.nn.DataParallel(torchvision.models.resnet50())),
+    ],
+)
+def test_what_wraps_a_network_is_taken_off_whatever_it_is_and_however_deep(tmp_path, resnets, wrap):
+    network, _ = resnets
+    state = wrap(network).state_dict()
+    assert not set(state) & set(network.state_dict())
+    torch.save({'state_dict': state}, tmp_path / 'a')
+    torch.save(state, tmp_path / 'b')
+    assert holds(tmp_path / 'a', network) and holds(tmp_path / 'b', network)
+
+
+@pytest.mark.parametrize('names', ['net', 'model', 'state_dict', 'model_state_dict', 'model state_dict', 'net module'])
+def test_the_dictionaries_that_people_save_params_in_are_opened(tmp_path, resnets, names):
+    state = resnets[0].state_dict()
+    for name in reversed(names.split()):
+        state = {'epoch': 3, name: state, 'accuracy': 93.4, 'optimizer': {'state': {0: torch.ones(3)}}}
+    torch.save(state, tmp_path / 'a')
+    assert holds(tmp_path / 'a', resnets[0])
+
+
+def test_of_plain_and_averaged_weights_the_averaged_are_taken_and_that_is_said(tmp_path, resnets, capfd):
+    plain, averaged = (network.state_dict() for network in resnets)
+    ema = torch.optim.swa_utils.AveragedModel(resnets[1]).state_dict()  # it counts, too: n_averaged
+    path = tmp_path / 'a'
+    for i, (state, names) in enumerate(
+        [
+            ({'model': plain, 'model_ema': ema}, '(model) and averaged ones (model_ema)'),
+            (
+                {'state_dict': plain, 'state_dict_ema': {'state_dict': averaged}},
+                '(state_dict) and averaged ones (st',
+            ),
+            (Lightning('model', resnets[0], ema=resnets[1]).state_dict(), '(model.) and averaged ones (ema.)'),
+            ({'model_ema': averaged}, None),
+            ({'model': averaged, 'model_ema': None}, None),
+        ]
+    ):
+        torch.save(state, path)
+        assert holds(path, resnets[1]), i
+        note = f'note: {path} holds plain weights {names}'
+        out = capfd.readouterr().out
+        assert (out.count('\n') == 1 and out.startswith(note) and 'averaged are taken' in out) if names else not out
+
+
+def test_of_several_networks_none_is_guessed(tmp_path, resnets):
+    torch.save(Lightning('left', resnets[0], right=resnets[1]).state_dict(), tmp_path / 'a')
+    with pytest.raises(ValueError, match=r'a holds several networks \(left\.; right\.\): save the state_dict of one'):
+        checkpoint.load_teacher(tmp_path / 'a')
+    state = {f'teacher{i}.layer1.0.conv1.weight': torch.ones(1) for i in range(10_000)}
+    torch.save(state, tmp_path / 'many')
+    with pytest.raises(ValueError, match='holds several networks'):
+        checkpoint.load_teacher(tmp_path / 'many')
+    endless = {'epoch': 3}
+    endless['model'] = endless
+    torch.save(endless, tmp_path / 'endless')
+    with pytest.raises(ValueError, match='is not a checkpoint: it has dictionaries in dictionaries without end'):
+        checkpoint.load_teacher(tmp_path / 'endless')
+
+
+def test_networks_of_no_known_kind_are_refused_with_what_is_read(tmp_path):
+    for network, named in {
+        'mobilenet_v3_small': 'no network that is known here; its first parameters are features.0.0.weight, ',
+        'resnext50_32x4d': 'a ResNeXt-50 of 32 groups of 4 channels (resnext50_32x4d)',
+    }.items():
+        torch.save(torchvision.models.get_model(network).state_dict(), tmp_path / 'a')
+        with pytest.raises(ValueError) as error:
+            checkpoint.load_teacher(tmp_path / 'a')
+        assert str(error.value).startswith(f'{tmp_path / "a"}: {named}')
+        assert str(error.value).endswith(checkpoint.SUPPORTED)
+
+
+def test_a_wide_resnet_of_torchvision_is_read_and_named(script, tmp_path):
+    torch.manual_seed(0)
+    network, images = torchvision.models.wide_resnet50_2(num_classes=3).eval(), torch.randn(1, 3, 32, 32)
+    torch.save(network.state_dict(), tmp_path / 'wide.pth')
+    f, params = checkpoint.load_teacher(tmp_path / 'wide.pth')
+    with torch.no_grad():
+        torch.testing.assert_close(f(images, params, False)[0], network(images))
+    assert 'wide.pth: Wide ResNet-50-2, 3 classes, widths 256/' in script(checkpoint, 'info wide.pth')[1]
+
+
 def test_what_does_not_fit_is_named(tmp_path):
     path, (_, params) = tmp_path / 'model.pt7', trained_wide_resnet()
 
@@ -140,7 +259,11 @@ def test_what_does_not_fit_is_named(tmp_path):
     assert 'unknown extra' in message({**params, 'extra': torch.ones(1)})
     assert 'conv0 is (3, 3), not (16, 3, 3, 3)' in message({**params, 'conv0': torch.ones(3, 3)})
     assert 'conv0 is torch.int64' in message({**params, 'conv0': torch.ones(16, 3, 3, 3).long()})
-    assert 'no wide ResNet' in message({'weight': torch.ones(1)})
+    found = message({'weight': torch.ones(1)})
+    assert (
+        'no network that is known here; its first parameters are weight; read are wide ResNets, Networks-in-' in found
+    )
+    assert 'ResNet-18, 34, 50, 101 and 152; examples/own_networks.py pairs any two networks' in found
 
 
 def test_slim_keeps_the_parameters_alone(tmp_path, script):
