@@ -54,11 +54,12 @@ LEAST_SCALE = 1e-8  # of a float16 loss whose gradients are infinite: a larger o
 
 
 def start(opt):
-    """Check --ngpu and --save, start the workers and join them: returns the torch.device of this worker.
+    """Check --ngpu, --save and the files to read, start the workers and join them: the torch.device of this worker.
 
-    Raises ValueError where the flags cannot be followed.
+    Raises ValueError where the flags cannot be followed and OSError where a file that they name is missing.
     """
     workers.check(opt)
+    runs.check_files(opt)
     with contextlib.redirect_stdout(None) if workers.launches(opt) else contextlib.nullcontext():
         runs.check_save(opt)  # what it notes, the first worker tells
     return workers.join(opt)
@@ -364,23 +365,30 @@ def counts(dataset):
     return {'num_classes': dataset.num_classes, **images}
 
 
-def check_classes(teacher, params, num_classes):
-    """Refuse a teacher of another number of classes than the data."""
+def check_classes(opt, teacher, params, num_classes):
+    """Whether a teacher has the classes of the data, so that its accuracy can be tested.
+
+    One of other classes can teach what does not take its logits; that its accuracy is not tested is said. Raises
+    ValueError where the flags have its logits teach.
+    """
     found = len(params['fc.bias'])
-    if found != num_classes:
-        raise ValueError(f'{teacher} tells {found} classes apart, but the data have {num_classes}')
+    if found == num_classes:
+        return True
+    classes = f'{teacher} has {found} output classes, the data set has {num_classes}'
+    if opt.beta and opt.transfer == 'gradient':
+        raise ValueError(f'{classes}: --transfer gradient differentiates the loss of both by the same labels')
+    if opt.alpha:
+        raise ValueError(f'{classes}: distillation compares them one by one (--alpha 0 lets it teach attention)')
+    say(f'teacher: {classes}; its logits are not used, and its accuracy is not tested')
+    return False
 
 
 def find_teacher(teacher_id):
-    """The network and the last log line of the run logs/<teacher_id>: (f, params, record).
+    """The network and the last log line of a run, named as `runs.find` takes it: (f, params, record).
 
     Raises OSError where log or model is missing and ValueError where they are damaged or of different networks.
     """
-    run = os.path.join('logs', teacher_id)
-    log, model = (os.path.join(run, name) for name in ('log.txt', 'model.pt7'))
-    for path in (log, model):
-        if not os.path.isfile(path):
-            raise OSError(f'--teacher_id {teacher_id}: there is no {path}')
+    log, model = runs.find(teacher_id)
     records = read_log(log)
     if not records:
         raise ValueError(f'--teacher_id {teacher_id}: {log} has no line of results')

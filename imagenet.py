@@ -68,14 +68,17 @@ def build_batches(opt, dataset, device, least=1):
 
 
 def build_teacher(opt, dataset, test_batches, topk, device):
-    """The teacher as x -> (logits, groups), its batch norm folded; None where no teacher is named."""
+    """The teacher as x -> (logits, groups), its batch norm folded; None where no teacher is named.
+
+    One of other classes is not evaluated, and teaches by its activations alone.
+    """
     if not opt.teacher_params:
         return None
     f, params = checkpoint.load_teacher(opt.teacher_params)
-    engine.check_classes(opt.teacher_params, params, dataset.num_classes)
+    same_classes = engine.check_classes(opt, opt.teacher_params, params, dataset.num_classes)
     sample = partial(imagefolder.sample, dataset.train, opt.image_size)
     params = engine.frozen(opt, f, params, sample, device)
-    if not opt.skip_teacher_check:
+    if same_classes and not opt.skip_teacher_check:
         accuracies = engine.evaluate_teacher(opt.teacher_params, f, params, test_batches(), device, opt.dtype, topk)
         workers.say('teacher:', ', '.join(f'top-{k} {a:.2f}%' for k, a in zip(topk, accuracies)))
     return partial(f, params=params, mode=False)

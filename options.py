@@ -12,6 +12,7 @@ TRANSFERS = (
     'attention maps (section 3.1, eq. 2), all activations (F-ActT, section 4.1, table 1) '
     'or input gradients (section 3.2, eq. 5; table 3)'
 )
+TEACHERS = {'--teacher_id': '--teacher_params', '--teacher_params': '--teacher_id'}  # what the other scripts call it
 MOST = 1e30  # of a rate or a weight: products of two stay below what float32 holds, or are seen as not finite
 
 
@@ -23,6 +24,9 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def error(self, message):
+        for flag, other in TEACHERS.items():
+            if f' {flag}' in message.replace('=', ' ') and other in self._option_string_actions:
+                message += f' (here a teacher is named with {other})'
         self.exit(2, f'{self.prog}: error: {message}\n')
 
 
@@ -146,7 +150,7 @@ def parse_cifar(description, words=None):
     pad = number(float, 0, 511)
     flag('--randomcrop_pad', default=4, type=pad, help='pixels around an image to crop from (default: 4; table 3: 0)')
     flag('--holdout', default=0, type=number(int, 0), help='test on the last N training images instead')
-    flag('--teacher_id', default='', help='name of the run in logs/ whose network teaches')
+    flag('--teacher_id', default='', help='run that teaches: its name in logs/, its folder or model.pt7')
     flag = parser.add_argument_group('kind of network (section 4.1)').add_argument
     flag('--net', default='wrn', choices=['wrn', 'nin'], help='wide ResNet or Network-in-Network (table 1)')
     flag('--no_bn', action='store_true', help='a Network-in-Network with biases instead of batch norm (table 3)')

@@ -1,6 +1,7 @@
 """A run's folder: its log, and who may write to it."""
 
 import contextlib
+import difflib
 import fcntl
 import json
 import math
@@ -8,9 +9,11 @@ import os
 import subprocess
 
 import checkpoint
+import formats
 from schedules import lr_at
 from workers import rank, say
 
+MAX_NAMES = 10_000  # in a folder that is searched for what was meant
 MAX_LOG = 2**28  # characters; an epoch takes 2,000
 NOT_SETTINGS = set(
     'save resume overwrite save_every nthread gpu_id dataroot imagenetpath follow_links max_restarts'.split()
@@ -76,6 +79,57 @@ def commit():
         return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def find(teacher_id):
+    """The paths of a run's log and model: of logs/<teacher_id>, or of a run's folder or model.pt7 that it leads to.
+
+    Raises OSError where one of them is missing, and says which run of logs/ has nearly that name.
+    """
+    names_model = os.path.basename(teacher_id) == 'model.pt7'
+    folder = os.path.normpath(os.path.dirname(teacher_id) if names_model else teacher_id)
+    places = [folder] if names_model and os.path.isfile(teacher_id) else [os.path.join('logs', folder), folder]
+    run = next((place for place in places if os.path.isdir(place)), folder if os.sep in folder else places[0])
+    log, model = (os.path.join(run, name) for name in ('log.txt', 'model.pt7'))
+    missing = next((path for path in (log, model) if not os.path.isfile(path)), None)
+    if missing:
+        advice = _nearest(os.path.basename(folder), os.path.dirname(folder) or 'logs')
+        if ':' in teacher_id or (os.path.isfile(teacher_id) and not names_model):
+            advice = (
+                '; a run with its log teaches here, a file teaches in imagenet.py and finetune.py (--teacher_params)'
+            )
+        raise OSError(f'--teacher_id {teacher_id}: there is no {missing}{advice}')
+    return log, model
+
+
+def _nearest(name, folder):
+    """A hint at what a folder holds of nearly the name that is missing; empty where it holds nothing of the kind."""
+    with contextlib.suppress(OSError):
+        near = difflib.get_close_matches(name, sorted(os.listdir(folder))[:MAX_NAMES])
+        if near:
+            return f'; {folder} holds {", ".join(near)}'
+    return ''
+
+
+def check_files(opt):
+    """Refuse a teacher, pretrained network or checkpoint that is not there, before any data are read.
+
+    Raises OSError, and ValueError for a name that torchvision does not have. The checkpoint to go on from concerns the
+    first worker alone, who reads it.
+    """
+    if getattr(opt, 'teacher_id', ''):
+        find(opt.teacher_id)
+    resumed = opt.resume if opt.resume != 'auto' and rank() == 0 else ''
+    for flag, path in {**vars(opt), 'resume': resumed}.items():
+        if flag not in ('teacher_params', 'pretrained', 'resume') or not path or os.path.isfile(path):
+            continue
+        if path.startswith('torchvision:') and flag != 'resume':
+            formats.check_name(path.removeprefix('torchvision:'))
+            continue
+        runs = (os.path.join(base, path, 'model.pt7') for base in ('', 'logs'))
+        model = next((run for run in runs if os.path.isfile(run)), None)
+        advice = f'; did you mean {model}?' if model else _nearest(os.path.basename(path), os.path.dirname(path) or '.')
+        raise OSError(f'--{flag} {path}: no such checkpoint{advice}')
 
 
 def check_save(opt):

@@ -248,9 +248,56 @@ def test_unusable_teachers_are_refused_and_nothing_is_written(train, script, tea
     assert refused(train(student, 'damaged'), 'logs/damaged/model.pt7 is not a checkpoint')
     assert refused(train(student, 'wrong_log'), 'is a WRN-10-0.25, but its log speaks of a WRN-16-0.25')
     assert refused(train(student, 'boaster'), '99.90% by its own log')
-    other = script(cifar, '--dataset digits --image_size 16 --depth 10 --width 0.25', student, 'teacher')
-    assert refused(other, 'tells 3 classes apart, but the data have 10')
+    other = '--dataset digits --image_size 16 --depth 10 --width 0.25'
+    for flags in ('--alpha 0.5', '--transfer gradient'):
+        classes = '--teacher_id teacher has 3 output classes, the data set has 10', flags.split()[0]
+        assert refused(script(cifar, other, student, 'teacher', flags), *classes)
     assert not os.path.exists('logs/student')
+
+
+@pytest.mark.parametrize('flags, term', [('', 'at2'), ('--transfer full', 'full2'), ('--groups 2', 'at2')])
+def test_a_teacher_of_other_classes_teaches_by_its_activations_and_is_not_tested(script, teacher, flags, term):
+    student = '--dataset digits --image_size 16 --randomcrop_pad 2 --depth 10 --width 0.125 --epochs 1 --epoch_step []'
+    status, out, err = script(cifar, student, '--beta 1 --teacher_id teacher --save logs/run', flags)
+    assert status == 0, err
+    said = 'teacher: --teacher_id teacher has 3 output classes, the data set has 10; its logits are not used, and its '
+    assert out.count(said) == 1 and 'by its log' not in out
+    assert term in logged('run')[0]
+
+
+def test_a_teacher_is_named_by_run_folder_or_model(train, teacher, tmp_path):
+    shutil.copytree('logs/teacher', 'elsewhere/run')
+    names = 'teacher', 'teacher/', 'logs/teacher', 'logs/teacher/model.pt7', 'elsewhere/run', 'elsewhere/run/model.pt7'
+    for name in (*names, tmp_path / 'elsewhere' / 'run', './elsewhere/../logs/teacher'):
+        status, out, err = train('--epochs 1 --beta 1 --teacher_id', [name])
+        assert status == 0 and '% by its log' in out, (name, err)
+    os.chdir('elsewhere/run')
+    assert train('--epochs 1 --beta 1 --teacher_id model.pt7')[0] == 0
+
+
+def test_a_teacher_that_is_not_there_is_told_before_any_data_are_read(script, teacher):
+    nowhere = '--dataset folder --dataroot nowhere --beta 1 --teacher_id'
+    shutil.copytree('logs/teacher', 'logs/no_log')
+    os.unlink('logs/no_log/log.txt')
+    os.makedirs('logs/no_model')
+    shutil.copy('logs/teacher/log.txt', 'logs/no_model')
+    shutil.copy('logs/teacher/model.pt7', 'weights.pth')
+    files = 'imagenet.py and finetune.py (--teacher_params)'
+    for name, told in {
+        'taecher': 'there is no logs/taecher/log.txt; logs holds teacher',
+        'logs/teachr': 'there is no logs/teachr/log.txt; logs holds teacher',
+        'logs/teachr/model.pt7': 'there is no logs/teachr/log.txt; logs holds teacher',
+        'x': 'there is no logs/x/log.txt\n',
+        'no_log': 'there is no logs/no_log/log.txt',
+        'logs/no_log/model.pt7': 'there is no logs/no_log/log.txt',
+        'no_model': 'there is no logs/no_model/model.pt7',
+        'weights.pth': files,
+        'torchvision:resnet34': files,
+    }.items():
+        assert refused(script(cifar, nowhere, name), f'--teacher_id {name}: ', told)
+    assert refused(script(cifar, '--dataroot nowhere --resume on.pt7'), '--resume on.pt7: no such checkpoint')
+    named = script(cifar, '--teacher_params weights.pth')
+    assert refused(named, '(here a teacher is named with --teacher_id)')
 
 
 def test_unusable_data_is_refused_and_nothing_is_written(script, tmp_path):

@@ -265,7 +265,11 @@ def test_networks_that_cannot_be_fine_tuned_are_refused(script, tune, cub, pretr
     torch.save(folded, 'folded.pth')
     assert refused(tune(cub, '--pretrained folded.pth'), 'not folded')
     assert refused(tune(cub, '--pretrained none.pth'), 'none.pth')
-    assert refused(tune(cub, '--teacher_params', [pretrained], '--beta 1'), '10 classes', '3')
+    for flag in ('--pretrained', '--teacher_params', '--resume'):
+        told = f'{flag} wide.pt: no such checkpoint; . holds wide.pt7'
+        assert refused(tune('nowhere', flag, 'wide.pt --beta 1' if 'teacher' in flag else 'wide.pt'), told)
+    other = tune(cub, '--teacher_params', [pretrained], '--beta 1 --alpha 0.5')
+    assert refused(other, 'has 10 output classes, the data set has 3', '(--alpha 0 lets it teach attention)')
     assert refused(tune(cub, '--sync_bn'), '--sync_bn', 'fixed')
     assert refused(tune(cub, '--fixed_groups 5'), '--fixed_groups')
     assert refused(tune(cub, '--dataset birds'), '--dataset')
@@ -278,3 +282,14 @@ def test_torchvisions_networks_can_be_fine_tuned(script, cub):
     words = f'{SMALL} --lr 1e-6 --pretrained torchvision.pth --dataroot {cub} --save logs/run'
     status, out, err = script(finetune, words)
     assert status == 0 and '11,011,587 trained parameters' in out, err
+
+
+def test_a_student_of_the_authors_is_fine_tuned_by_a_teacher_of_other_classes(tune, cub, pretrained):
+    """Its shortcuts have no batch norm, and learn."""
+    state = checkpoint.load(pretrained)['params']
+    torch.save({'params': {f'student.{k}': v for k, v in state.items() if 'bndim' not in k}}, 'authors.pt7')
+    flags = '--pretrained authors.pt7 --beta 1 --save logs/run --teacher_params'
+    status, out, err = tune(cub, flags, [pretrained])
+    assert status == 0 and 'has 10 output classes, the data set has 3; its logits are not used' in out, err
+    after = checkpoint.load('logs/run/model.pt7')['params']
+    assert not torch.equal(after['group3.block0.convdim'], state['group3.block0.convdim'])

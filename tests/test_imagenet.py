@@ -167,9 +167,114 @@ def test_unusable_input_is_refused_in_one_line_and_nothing_is_written(script, tr
     (tmp_path / 'text.pth').write_text('nothing')
     assert refused(train(run, 'text.pth'), 'text.pth')
     write_teacher('other.pth', classes=7, depth=18)
-    assert refused(train(run, 'other.pth'), 'other.pth tells 7 classes apart, but the data have 6')
+    classes = 'other.pth has 7 output classes, the data set has 6', '(--alpha 0 lets it teach attention)'
+    assert refused(train(run, 'other.pth --alpha 0.5'), *classes)
     state = torch.load('other.pth')
     del state['layer2.0.conv2.weight']
     torch.save(state, 'missing.pth')
     assert refused(train(run, 'missing.pth'), 'group1.block0.conv1')
     assert not os.path.exists('logs')
+
+
+def authors_student(blocks, classes=6, stats_apart=True):
+    """A student as the authors' imagenet.py makes and saves it, and the same network of torchvision's classes."""
+    torch.manual_seed(0)
+    network = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, blocks, num_classes=classes).eval()
+    for layer in (network.layer2, network.layer3, network.layer4):
+        layer[0].downsample[1] = torch.nn.Identity()  # its shortcuts have no batch norm
+    for name, buffer in network.named_buffers():
+        if buffer.is_floating_point():
+            buffer.uniform_(0.8, 1.2) if name.endswith('var') else buffer.normal_(0, 0.1)
+    params = {f'student.{k}': v for k, v in formats.from_torchvision(network.state_dict()).items()}
+    params |= {f'teacher.{k}': v for k, v in resnet.fold_batch_norm(resnet.imagenet_resnet(18, 0.125, 6)[1]).items()}
+    stats = {k: params.pop(k) for k in [*params] if stats_apart and 'running' in k}
+    return network, {'params': params, 'stats': stats, 'epoch': 100}
+
+
+AUTHORS = pytest.mark.parametrize(
+    'depth, blocks, said', [(18, [2, 2, 2, 2], 'ResNet-18, '), (34, [3, 4, 6, 5], 'ResNet-34, 3-4-6-5 blocks, ')]
+)
+
+
+@AUTHORS
+def test_students_of_the_authors_are_read_folded_and_exported(script, depth, blocks, said):
+    network, state = authors_student(blocks)
+    torch.save(state, 'model.pt7')
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = network(images)
+
+    def assert_near(logits):
+        assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+    f, params = checkpoint.load_teacher('model.pt7')
+    assert f'{said}shortcuts without batch norm, 6 classes, widths 64/' in script(checkpoint, 'info model.pt7')[1]
+    assert_near(f(images, params, False)[0])
+    assert_near(f(images, checkpoint.fold(params), False)[0])
+    for to in ('upstream', 'safetensors', 'hkl'):
+        status, out, err = script(checkpoint, f'export model.pt7 {to} --to {to}')
+        assert status == 0 and said in out, err
+        assert_near(f(images, checkpoint.load_teacher(to)[1], False)[0])
+    for file in ('model.pt7', 'upstream'):
+        result = script(checkpoint, f'export {file} {file}.pth --to torchvision')
+        if depth == 34:
+            assert refused(result, "torchvision's resnet34 has 3-4-6-3 blocks, not 3-4-6-5; --to upstream")
+            assert not os.path.exists(f'{file}.pth')
+        else:
+            usual = torchvision.models.resnet18(num_classes=6).eval()
+            usual.load_state_dict(torch.load(f'{file}.pth'), strict=True)
+            with torch.no_grad():
+                assert_near(usual(images))
+
+
+@AUTHORS
+@pytest.mark.parametrize('flags', ['--transfer full', '--teacher_dtype int8', '--transfer gradient'])
+def test_students_of_the_authors_teach(train, depth, blocks, said, flags):
+    torch.save(authors_student(blocks, stats_apart=False)[1], 'model.pt7')
+    status, _, err = train('--epochs 1 --teacher_params model.pt7 --beta 10 --alpha 0.5', flags)
+    assert status == 0, err
+
+
+@pytest.mark.parametrize(
+    'flags, terms',
+    [
+        ('--beta 1', {'ce', 'at0', 'at1', 'at2', 'at3'}),
+        ('--beta 1 --transfer full', {'ce', 'full0', 'full1', 'full2', 'full3'}),
+        ('--beta 1 --teacher_dtype int8', {'ce', 'at0', 'at1', 'at2', 'at3'}),
+    ],
+)
+def test_a_teacher_of_other_classes_teaches_attention_unchecked(train, flags, terms):
+    write_teacher('other.pth', classes=7, depth=18)
+    status, out, err = train('--epochs 1 --save logs/run --teacher_params other.pth', flags)
+    assert status == 0, err
+    said = 'teacher: other.pth has 7 output classes, the data set has 6; its logits are not used, and its accuracy is'
+    assert out.count(said) == 1 and 'top-1' not in out.split('trained parameters')[0]
+    (record,) = engine.read_log('logs/run/log.txt')
+    assert terms == {k for k in record if re.fullmatch(r'ce|kd|grad|(at|full)\d', k)}
+
+
+def test_a_teacher_of_other_classes_has_no_logits_to_teach_with(train):
+    write_teacher('other.pth', classes=7, depth=18)
+    run = '--epochs 1 --beta 1 --teacher_params other.pth'
+    assert refused(train(run, '--alpha 0.1'), 'has 7 output classes', '(--alpha 0 lets it teach attention)')
+    assert refused(train(run, '--transfer gradient'), 'has 7 output classes', '--transfer gradient differentiates')
+
+
+def test_files_that_are_not_there_are_told_before_any_data_are_read(script, tmp_path):
+    nowhere = '--imagenetpath nowhere --beta 1 --teacher_params'
+    (tmp_path / 'logs' / 'resnet_34').mkdir(parents=True)
+    (tmp_path / 'logs' / 'resnet_34' / 'model.pt7').touch()
+    (tmp_path / 'resnet-34-export.hkl').touch()
+    for missing, advice in {
+        'resnet-34-exprot.hkl': '; . holds resnet-34-export.hkl',
+        'logs/resnet_34': '; did you mean logs/resnet_34/model.pt7?',
+        'resnet_34': '; did you mean logs/resnet_34/model.pt7?',
+        'logs/resnet_43': '; logs holds resnet_34',
+        'far/from/anything.pth': '',
+    }.items():
+        told = f'--teacher_params {missing}: no such checkpoint{advice}\n'
+        assert refused(script(imagenet, nowhere, [missing]), told)
+    assert refused(script(imagenet, nowhere, 'torchvision:resnet7'), 'torchvision:resnet7: there are torchvision:res')
+    assert refused(script(imagenet, '--imagenetpath nowhere --resume on.pt7'), '--resume on.pt7: no such checkpoint')
+    assert refused(script(imagenet, '--imagenetpath nowhere --ngpu 2 --resume on.pt7'), '--resume on.pt7: no such')
+    assert refused(script(imagenet, '--teacher_id resnet_34'), '(here a teacher is named with --teacher_params)')
