@@ -7,6 +7,8 @@ workers nor on where a run was resumed.
 import functools
 import os
 import stat
+import unicodedata
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from typing import NamedTuple
@@ -20,6 +22,7 @@ import torch  # noqa: E402
 import torchvision  # noqa: E402
 
 cv2.setNumThreads(0)
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # files that cannot be read are named here
 
 MEAN = (125.3, 123.0, 113.9)  # of CIFAR-10's training images, red, green, blue; used for every data set here
 STD = (63.0, 62.1, 66.7)
@@ -27,7 +30,13 @@ BINARY_FOLDER = 'cifar-10-batches-bin'
 BINARY_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then the red, green and blue planes
 BINARY_RECORDS = 10_000  # in each official file
 MAX_BYTES = 2**28  # of an image file
-IMAGE_SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.tif', '.tiff', '.ppm', '.pgm')
+IMAGE_SUFFIXES = tuple('.png .jpg .jpeg .jfif .bmp .gif .webp .tif .tiff .ppm .pgm'.split())
+# What systems leave in folders, besides names that begin with a dot.
+SYSTEM_NAMES = {*'__macosx @eadir thumbs.db desktop.ini lost+found $recycle.bin'.split(), 'system volume information'}
+TIFF_ALPHA, TIFF_BITS, TIFF_PLANES = 338, 258, 284  # tags: ExtraSamples, BitsPerSample, PlanarConfiguration
+PREMULTIPLIED, PLAIN_ALPHA, SEPARATE = 1, 2, 2  # values of the first and of the last
+MAX_TAGS = 2**16
+MAX_GIF_HEADER = 2**20  # bytes
 
 
 class Images(NamedTuple):
@@ -55,14 +64,14 @@ class Dataset(NamedTuple):
 def load(dataset, root='.', image_size=32, holdout=0, nthread=4, note=print, follow_links=False):
     """Load a data set: 'CIFAR10', 'CIFAR100', 'folder' or 'digits'.
 
-    With `holdout`, the last that many training images take the place of the test set. `note` is told what the reader
-    should know; `follow_links` is as of `find_images`. Raises ValueError or OSError, with a message for the user, where
-    data is missing or damaged.
+    With `holdout`, that many training images take the place of the test set: the last, or of a folder, where they stand
+    class by class, those of `hold_out`. `note` is told what the reader should know; `follow_links` is as of
+    `find_images`. Raises ValueError or OSError, with a message for the user, where data is missing or damaged.
     """
     if dataset == 'digits':
         loaded = _digits(image_size)
     elif dataset == 'folder':
-        loaded = _folder(root, image_size, nthread, follow_links)
+        loaded = _folder(root, image_size, nthread, follow_links, note)
     elif dataset == 'CIFAR10' and os.path.isdir(os.path.join(root, BINARY_FOLDER)):
         loaded = _cifar10_binary(os.path.join(root, BINARY_FOLDER), note)
     elif dataset in ('CIFAR10', 'CIFAR100'):
@@ -74,10 +83,36 @@ def load(dataset, root='.', image_size=32, holdout=0, nthread=4, note=print, fol
     if not holdout:
         return loaded
     kept = len(loaded.train.labels) - holdout
-    if kept < 1:
+    if dataset == 'folder':
+        parts = hold_out(loaded.train.labels, holdout)
+    elif kept < 1:
         raise ValueError(f'--holdout {holdout}: {dataset} has only {kept + holdout} training images')
-    train, test = (Images(*(t[part] for t in loaded.train)) for part in (slice(kept), slice(kept, None)))
+    else:
+        parts = slice(kept), slice(kept, None)
+    train, test = (Images(*(t[part] for t in loaded.train)) for part in parts)
     return loaded._replace(train=train, test=test)
+
+
+def hold_out(labels, count):
+    """Divide training images into those to train on and `count` to test on: two sorted lists of indices.
+
+    Each class gives at least one and about the same part of its images, evenly spread over their order, and keeps at
+    least one. The choice depends on the labels (N,) alone. Raises ValueError where there are too few images.
+    """
+    sizes = np.bincount(labels)
+    most = len(labels) - len(sizes)
+    if count > most:
+        raise ValueError(
+            f'--holdout {count}: at most {most} of the {len(labels)} training images, or a class would keep none'
+        )
+    if count < len(sizes):
+        raise ValueError(f'--holdout {count}: at least {len(sizes)}, an image of each class')
+    # The next image comes from the class of which the least part is held out, at first from one after the other.
+    parts = [(taken / size, label) for label, size in enumerate(sizes.tolist()) for taken in range(size - 1)]
+    counts = Counter(label for _, label in sorted(parts)[:count])
+    of_class = [np.flatnonzero(np.asarray(labels) == label) for label in range(len(sizes))]
+    held = np.concatenate([indices[spread(len(indices), counts[i])] for i, indices in enumerate(of_class)])
+    return np.setdiff1d(np.arange(len(labels)), held).tolist(), np.sort(held).tolist()
 
 
 def _images(pixels, labels):
@@ -138,40 +173,75 @@ def _digits(image_size):
     return Dataset(_images(pixels[:1000], labels[:1000]), _images(pixels[1000:], labels[1000:]), 10, flip=False)
 
 
-def _folder(root, image_size, nthread, follow_links):
+def _folder(root, image_size, nthread, follow_links, note):
     if not os.path.isdir(root):
         raise OSError(f'--dataroot {root}: no such folder')
-    parts, names = [], []
-    for part in ('train', 'test'):
-        classes, files = find_images(root, part, follow_links)
+    num_classes, *found = find_parts(root, ('train', 'test'), follow_links, note)
+    parts = []
+    for files in found:
         with ThreadPoolExecutor(max(1, nthread)) as pool:
             pixels = list(pool.map(lambda file: _square(read_image(file[0]), image_size), files))
-        names.append(classes)
         parts.append(_images(np.stack(pixels), [label for _, label in files]))
-    if names[0] != names[1]:
-        odd = sorted(set(names[0]) ^ set(names[1]))
-        raise ValueError(f'{root}: train and test have different classes; in one only: {", ".join(odd[:5])}')
-    return Dataset(*parts, len(names[0]), flip=True)
+    return Dataset(*parts, num_classes, flip=True)
 
 
-def find_images(root, part, follow_links=False):
+def find_parts(root, parts, follow_links=False, note=print):
+    """The number of classes, and the images of each of two parts, as of `find_images`, whose classes are the same.
+
+    Raises what that raises, and ValueError where there are other classes in one part than in the other.
+    """
+    (classes, found), (others, found_too) = (find_images(root, part, follow_links, note) for part in parts)
+    odd = sorted(set(classes) ^ set(others))
+    alike = {}
+    for name in odd:
+        alike.setdefault(unicodedata.normalize('NFC', name).casefold(), []).append(name)
+    pair = next((pair for pair in alike.values() if len(pair) == 2 and len(set(pair) & set(classes)) == 1), None)
+    if pair:
+        a, b = sorted(pair, key=lambda name: name in others)
+        same = len({unicodedata.normalize('NFC', name) for name in pair}) == 1
+        raise ValueError(
+            f'{root}: the class {a} ({ascii(a)}) of {parts[0]} and {b} ({ascii(b)}) of {parts[1]} differ only '
+            f'in {"the Unicode form of their letters (NFC or NFD)" if same else "case"}: rename one of them'
+        )
+    if odd:
+        more = f' and {len(odd) - 5} more' if len(odd) > 5 else ''
+        names = ' and '.join(parts)
+        raise ValueError(f'{root}: {names} have different classes; in one only: {", ".join(odd[:5])}{more}')
+    return len(classes), found, found_too
+
+
+def is_hidden(name):
+    """Whether a file or folder is one of the system's, or hidden from the user by a dot before its name."""
+    return name.startswith('.') or name.lower() in SYSTEM_NAMES
+
+
+def find_images(root, part, follow_links=False, note=print):
     """The files root/part/<class>/...: (names of the classes, [(path, number of the class), ...]), in order of names.
 
-    Raises OSError and ValueError, with a message for the user, where there are none, and ValueError for a link that
-    leads out of `root`, unless `follow_links` allows it. No link to a folder inside a class is followed: it may loop.
+    What is hidden is no class and no image. `note` is told how many other files are passed over. Raises OSError and
+    ValueError, with a message for the user, where there are no images, and ValueError for a link that leads out of
+    `root`, unless `follow_links` allows it. No link to a folder inside a class is followed: it may loop.
     """
     folder = os.path.join(root, part)
     if not os.path.isdir(folder):
         raise OSError(f'{root} has no folder {part!r}: expected {part}/<class>/*')
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    entries = [entry for entry in os.scandir(folder) if not is_hidden(entry.name)]
+    classes = sorted(entry.name for entry in entries if entry.is_dir())
     if not classes:
         raise ValueError(f'{folder} has no folders of classes: expected {part}/<class>/*')
     tops, allowed = [os.path.join(folder, name) for name in classes], None if follow_links else root
     for path in (folder, *tops):
         check_link(path, allowed)
-    files = [(path, label) for label, top in enumerate(tops) for path in _images_below(top, allowed)]
+    below = [(path, label) for label, top in enumerate(tops) for path in files_below(top, allowed)]
+    files = [file for file in below if file[0].lower().endswith(IMAGE_SUFFIXES)]
+    expected = f'{part}/<class>/* of {" ".join(IMAGE_SUFFIXES)}'
+    others = [path for path, _ in below if not path.lower().endswith(IMAGE_SUFFIXES)]
+    others += sorted(entry.path for entry in entries if not entry.is_dir())
+    if others:
+        many = f'{len(others):,} files in {folder} are' if len(others) > 1 else f'a file in {folder} is'
+        note(f'note: {many} passed over, like {others[0]}: expected {expected}')
     if not files:
-        raise ValueError(f'{folder} holds no images: expected {part}/<class>/* of {" ".join(IMAGE_SUFFIXES)}')
+        raise ValueError(f'{folder} holds no images: expected {expected}')
     if len(classes) < 2:
         raise ValueError(f'{folder} has only one class, {classes[0]!r}: nothing to learn')
     empty = set(range(len(classes))) - {label for _, label in files}
@@ -180,10 +250,14 @@ def find_images(root, part, follow_links=False):
     return classes, files
 
 
-def _images_below(folder, allowed):
+def files_below(folder, allowed):
+    """Yield the paths of all files below a folder, but for hidden ones, in order of names; `find_images` says what of.
+
+    Raises ValueError for a link that leads out of the folder `allowed`, if one is given, or to a folder.
+    """
     left = [folder]
     while left:
-        entries = sorted(os.scandir(left.pop()), key=lambda entry: entry.name)
+        entries = sorted((e for e in os.scandir(left.pop()) if not is_hidden(e.name)), key=lambda entry: entry.name)
         for entry in entries:
             if entry.is_symlink():  # known from the listing: no look at each of a million files
                 check_link(entry.path, allowed)
@@ -191,7 +265,7 @@ def _images_below(folder, allowed):
                     raise ValueError(f'{entry.path} is a link to a folder inside a class: it is not followed')
         folders = {entry.path for entry in entries if entry.is_dir()}
         left += sorted(folders, reverse=True)
-        yield from (e.path for e in entries if e.path not in folders and e.name.lower().endswith(IMAGE_SUFFIXES))
+        yield from (entry.path for entry in entries if entry.path not in folders)
 
 
 def check_link(path, allowed):
@@ -226,7 +300,7 @@ def read_image(path, box=None):
         if image is not None:
             return image
     if whole:
-        image = _decode(content)
+        image = _decode_opaque(content)
     if image is None:
         raise ValueError(f'{path} is not a readable image{"" if whole else ": it is empty or cut short"}')
     return _part(image, box(*image.shape[:2])) if box else image
@@ -236,12 +310,71 @@ def _open_at_once(path, flags):
     return os.open(path, flags | os.O_NONBLOCK)  # or a named pipe would wait for a writer
 
 
-def _decode(content):
+def _decode(content, flags=cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION):
     try:
-        flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         return cv2.imdecode(np.frombuffer(content, np.uint8), flags)
     except cv2.error:  # more pixels than OpenCV's limit, for one
         return None
+
+
+def _decode_opaque(content):
+    """Decode to the plain colours whatever the alpha, as PIL's convert('RGB') gives them.
+
+    OpenCV does so by itself but for GIF and TIFF, which it darkens: their headers are changed to some without alpha.
+    """
+    if content.startswith((b'GIF87a', b'GIF89a')):
+        return _decode(_opaque_gif(content))
+    if not content.startswith((b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')):
+        return _decode(content)
+    (alpha, where), (bits, _) = (_tiff_tag(content, tag) for tag in (TIFF_ALPHA, TIFF_BITS))
+    if alpha == PREMULTIPLIED and bits in (8, 16):
+        image = _decode(content, cv2.IMREAD_UNCHANGED)
+        if image is not None and image.ndim == 3 and image.shape[2] == 4:  # OpenCV drops the alpha of grey
+            if bits == 16 and _tiff_tag(content, TIFF_PLANES)[0] == SEPARATE:
+                return None  # OpenCV mixes such planes up
+            return _unmultiplied(image >> 8 if image.dtype == np.uint16 else image)
+    return _decode(content[:where] + b'\0\0' + content[where + 2 :] if alpha == PLAIN_ALPHA else content)
+
+
+def _opaque_gif(content):
+    """A GIF of whose first picture no colour is transparent; extensions of more than a MiB are not looked through."""
+    at = 13 + (3 << (content[10] & 7) + 1 if content[10:11] >= b'\x80' else 0)  # behind the header and its palette
+    while content[at : at + 1] == b'!' and at < MAX_GIF_HEADER:
+        if content[at + 1 : at + 3] == b'\xf9\x04':  # the first bit of what follows says that there is such a colour
+            flags = int.from_bytes(content[at + 3 : at + 4])
+            return content[: at + 3] + bytes([flags & ~1]) + content[at + 4 :]
+        at += 2
+        while content[at : at + 1] > b'\0' and at < MAX_GIF_HEADER:
+            at += 1 + content[at]
+        at += 1
+    return content
+
+
+def _tiff_tag(content, tag):
+    """The first number of a tag, if it is of 16 bits, in the first directory of a TIFF, and its position; or (0, 0)."""
+    order = 'little' if content.startswith(b'II') else 'big'
+
+    def number(at, size):
+        return int.from_bytes(content[at : at + size], order)
+
+    size, entry = (8, 20) if number(2, 2) == 43 else (4, 12)  # of an offset, and of an entry; 43: BigTIFF
+    directory = number(size, size)
+    first = directory + (8 if size == 8 else 2)
+    count = min(number(directory, first - directory), MAX_TAGS)
+    at = next((at for at in range(first, first + entry * count, entry) if number(at, 2) == tag), None)
+    if at is None or number(at + 2, 2) != 3:  # another type than 16 bits
+        return 0, 0
+    where = at + 4 + size  # of the value, or of what tells where more than fits is
+    where = where if 2 * number(at + 4, size) <= size else number(where, size)
+    return number(where, 2), where
+
+
+def _unmultiplied(image):
+    """The colours (H, W, 3), red, green, blue, of an image (H, W, 4), blue first, that was multiplied by its alpha."""
+    alpha, colours = image[..., 3:], image[..., 2::-1].astype(np.uint16)
+    colours *= np.where(alpha, 255, 0).astype(np.uint16)
+    colours //= np.maximum(alpha, 1)
+    return np.minimum(colours, 255, out=colours).astype(np.uint8)
 
 
 def _part(image, box):

@@ -55,7 +55,7 @@ def parse():
 
 def load_folder(root, follow_links):
     """One's own images, cropped as those of the other data sets are."""
-    dataset = imagefolder.load(root, follow_links)
+    dataset = imagefolder.load(root, follow_links, workers.say)
     return dataset._replace(train=dataset.train._replace(scaled=True))
 
 
@@ -86,7 +86,7 @@ def main():
     opt = parse()
     device = engine.start(opt)
     workers.say('parsed options:', vars(opt))
-    dataset = DATASETS[opt.dataset](opt.dataroot, opt.follow_links)
+    dataset = imagefolder.hold_out(DATASETS[opt.dataset](opt.dataroot, opt.follow_links), opt.holdout)
     train_batches, test_batches = imagenet.build_batches(opt, dataset, device)
     topk = 1, min(5, dataset.num_classes)
     f, params = build_student(opt, dataset.num_classes, device)

@@ -5,6 +5,7 @@ Order, crops and mirroring are a pure function of (seed, epoch, sample index): t
 workers nor on where a run was resumed.
 """
 
+import codecs
 import functools
 import itertools
 import math
@@ -21,8 +22,6 @@ from tqdm import tqdm
 
 import data
 import readers
-
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_ERROR)  # files that cannot be read are named here
 
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet's training images, red, green, blue: 255 * (0.485, 0.456, 0.406)
 STD = (58.395, 57.12, 57.375)  # 255 * (0.229, 0.224, 0.225)
@@ -50,20 +49,30 @@ class Dataset(NamedTuple):
 # -------------------------------------------------------------------------------------------------------- the folder
 
 
-def load(root, follow_links=False):
+def load(root, follow_links=False, note=print):
     """List the images root/train/<class>/* and root/val/<class>/*; classes are numbered in the order of their names.
 
     Raises ValueError or OSError, with a message for the user, where folders or images are missing or links lead out of
-    `root`: see `data.find_images`.
+    `root`: see `data.find_parts`.
     """
     if not os.path.isdir(root):
         raise OSError(f'{root}: no such folder')
-    (classes, train), (test_classes, test) = (data.find_images(root, part, follow_links) for part in ('train', 'val'))
-    odd = sorted(set(classes) ^ set(test_classes))
-    if odd:
-        more = f' and {len(odd) - 5} more' if len(odd) > 5 else ''
-        raise ValueError(f'{root}: train and val have different classes; in one only: {", ".join(odd[:5])}{more}')
-    return Dataset(_files(train), _files(test), len(classes))
+    num_classes, train, test = data.find_parts(root, ('train', 'val'), follow_links, note)
+    return Dataset(_files(train), _files(test), num_classes)
+
+
+def hold_out(dataset, count):
+    """A data set with `count` of its training files, as of `data.hold_out`, in place of the test; with 0 as it is."""
+    if not count:
+        return dataset
+    files = dataset.train
+
+    def part(indices):
+        boxes = [files.boxes[i] for i in indices] if files.boxes else None
+        return files._replace(paths=[files.paths[i] for i in indices], labels=files.labels[indices], boxes=boxes)
+
+    kept, held = data.hold_out(files.labels, count)
+    return dataset._replace(train=part(kept), test=part(held))
 
 
 def _files(found, **more):
@@ -107,8 +116,12 @@ def _lines(root, name, pattern):
         raise OSError(f'--dataroot {root} has no {name}')
     if os.path.getsize(path) > MAX_LIST:
         raise ValueError(f'{path} has more than {MAX_LIST:,} bytes: it is no list of images')
-    with open(path, encoding='utf-8', errors='replace') as file:
-        lines = [line.strip() for line in file if not line.isspace()]
+    with open(path, 'rb') as file:
+        content = file.read().removeprefix(codecs.BOM_UTF8)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f'{path} is a text in UTF-16: save it in UTF-8')
+    # Names are bytes to the system, in whatever encoding.
+    lines = [os.fsdecode(line.strip()) for line in content.splitlines() if line and not line.isspace()]
     found = [re.fullmatch(pattern, line) for line in lines]
     if not all(found):
         wrong = lines[found.index(None)]
@@ -130,7 +143,8 @@ def _listed(root, folder, train, test, follow_links):
         files, boxes = [], []
         for name, box in listed:
             label, path = name.partition('/')[0], os.path.join(top, name)
-            if label not in numbers or label.startswith('.') or not name.lower().endswith(data.IMAGE_SUFFIXES):
+            hidden = any(map(data.is_hidden, name.split('/')))
+            if label not in numbers or hidden or not name.lower().endswith(data.IMAGE_SUFFIXES):
                 raise ValueError(f'{root} lists {name[:200]!r}, which is no image of a class to train on')
             data.check_link(path, allowed)
             if not os.path.isfile(path):

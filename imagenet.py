@@ -46,6 +46,8 @@ def parse():
 def photograph_flags(flag):
     """Add the flags that `build_batches` and `build_teacher` read; flag: add_argument of a group."""
     flag('--follow_links', action='store_true', help='read images that links out of that folder lead to')
+    held = f'{options.HOLDOUT}: the same part of each class'
+    flag('--holdout', default=0, type=options.number(int, 0), metavar='N', help=held)
     flag('--image_size', default=224, type=options.number(int, 32, 1024), help='like 64, 128, 160, 224 (default), 256')
     flag('--skip_bad_images', action='store_true', help='leave unreadable images out of the evaluation')
     flag('--teacher_params', default='', help='file with the teacher, or torchvision:resnet34; none trains a baseline')
@@ -89,7 +91,7 @@ def main():
     opt = parse()
     device = engine.start(opt)
     workers.say('parsed options:', vars(opt))
-    dataset = imagefolder.load(opt.imagenetpath, opt.follow_links)
+    dataset = imagefolder.hold_out(imagefolder.load(opt.imagenetpath, opt.follow_links, workers.say), opt.holdout)
     # Batch norm of 1x1 maps, the last at 32 pixels, needs two images: of each worker, or with --sync_bn of all.
     least = (2 if opt.sync_bn else 2 * workers.world()) if opt.image_size == 32 else 1
     train_batches, test_batches = build_batches(opt, dataset, device, least)

@@ -13,6 +13,7 @@ TRANSFERS = (
     'or input gradients (section 3.2, eq. 5; table 3)'
 )
 TEACHERS = {'--teacher_id': '--teacher_params', '--teacher_params': '--teacher_id'}  # what the other scripts call it
+HOLDOUT = 'test on N training images instead'
 MOST = 1e30  # of a rate or a weight: products of two stay below what float32 holds, or are seen as not finite
 
 
@@ -149,7 +150,8 @@ def parse_cifar(description, words=None):
     flag('--image_size', default=32, type=number(int, 8, 512), help='for folder and digits (default: 32)')
     pad = number(float, 0, 511)
     flag('--randomcrop_pad', default=4, type=pad, help='pixels around an image to crop from (default: 4; table 3: 0)')
-    flag('--holdout', default=0, type=number(int, 0), help='test on the last N training images instead')
+    held = f'{HOLDOUT}: the last, of a folder the same part of each class'
+    flag('--holdout', default=0, type=number(int, 0), metavar='N', help=held)
     flag('--teacher_id', default='', help='run that teaches: its name in logs/, its folder or model.pt7')
     flag = parser.add_argument_group('kind of network (section 4.1)').add_argument
     flag('--net', default='wrn', choices=['wrn', 'nin'], help='wide ResNet or Network-in-Network (table 1)')

@@ -273,8 +273,11 @@ def load_images(images, dataroot, count, image_size, imagenet):
         return test.pixels[spread(test.labels.tolist(), count)]
     if not os.path.isdir(images):
         raise OSError(f'--images {images}: no such folder, nor CIFAR10, CIFAR100 or digits')
-    files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(images) for name in names)
-    files = [file for file in files if file.lower().endswith(data.IMAGE_SUFFIXES)]
+    files = []
+    for folder, folders, names in os.walk(images):
+        folders[:] = [name for name in folders if not data.is_hidden(name)]
+        files += [os.path.join(folder, name) for name in names if not data.is_hidden(name)]
+    files = sorted(file for file in files if file.lower().endswith(data.IMAGE_SUFFIXES))
     if not files:
         raise ValueError(f'--images {images} holds no images ({" ".join(data.IMAGE_SUFFIXES)})')
     size = image_size or (IMAGENET_SIZE if imagenet else SMALL_SIZE)

@@ -5,6 +5,8 @@ import hashlib
 import http.server
 import os
 import pickle
+import shutil
+import struct
 import tarfile
 import threading
 
@@ -13,11 +15,14 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import draw
+from conftest import draw, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+import cifar
 import data
+import imagefolder
 
 REAL = os.path.join('data', data.BINARY_FOLDER)
 
@@ -114,6 +119,40 @@ def test_holdout_tests_on_the_last_training_images():
     assert torch.equal(held.test.labels, whole.train.labels[900:])
     with pytest.raises(ValueError, match='only 1000 training images'):
         data.load('digits', holdout=1000)
+
+
+def test_a_folder_holds_out_the_same_part_of_every_class_spread_over_its_names(tmp_path):
+    root = write_folder(tmp_path / 'here', count=8)
+    whole, held = data.load('folder', root), data.load('folder', root, holdout=8)
+    assert held.train.labels.tolist() == held.test.labels.tolist() == [0] * 4 + [1] * 4
+    assert torch.equal(held.test.pixels, whole.train.pixels[[0, 2, 4, 7, 8, 10, 12, 15]])
+    shutil.copytree(root, tmp_path / 'moved' / 'there')
+    again = data.load('folder', tmp_path / 'moved' / 'there', holdout=8, nthread=0)
+    assert torch.equal(again.test.pixels, held.test.pixels) and torch.equal(again.train.pixels, held.train.pixels)
+
+
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=9), st.data())
+def test_any_classes_give_their_part_keep_an_image_and_lose_none(sizes, drawn):
+    labels, most = np.repeat(np.arange(len(sizes)), sizes), sum(sizes) - len(sizes)
+    if most < len(sizes):
+        with pytest.raises(ValueError, match=f'--holdout {most + 1}: at most {most} of the .* would keep none'):
+            data.hold_out(labels, most + 1)
+        return
+    count = drawn.draw(st.integers(len(sizes), most))
+    kept, held = data.hold_out(labels, count)
+    assert sorted(kept + held) == list(range(len(labels))) and len(held) == count
+    assert kept == sorted(kept) and held == sorted(held)
+    given = np.bincount(labels[held], minlength=len(sizes))
+    assert all(min(1, n - 1) <= k < n for k, n in zip(given, sizes))
+    if len(set(sizes)) == 1:
+        assert max(given) - min(given) <= 1
+    with pytest.raises(ValueError, match=f'--holdout {len(sizes) - 1}: at least {len(sizes)}, an image of each class'):
+        data.hold_out(labels, len(sizes) - 1)
+
+
+def test_held_out_images_keep_the_proportions_of_the_classes():
+    labels = np.repeat([0, 1, 2], [1000, 100, 10])
+    assert np.bincount(labels[data.hold_out(labels, 111)[1]]).tolist() == [100, 10, 1]
 
 
 def binary_cifar(root, monkeypatch, test_records=10, records=10):
@@ -238,13 +277,14 @@ def test_folder_is_read_alike_by_any_number_of_threads(photos, nthread):
     assert torch.equal(loaded.train.pixels, alone.train.pixels)
 
 
-def write_folder(root, train=('a', 'b'), test=('a', 'b')):
+def write_folder(root, train=('a', 'b'), test=('a', 'b'), count=1):
     rng = np.random.default_rng(0)
     for part, classes in (('train', train), ('test', test)):
         (root / part).mkdir(parents=True)
         for label, name in enumerate(classes):
             (root / part / name).mkdir()
-            cv2.imwrite(str(root / part / name / '0.png'), draw(rng, label, (9, 9)))
+            for i in range(count):
+                cv2.imwrite(str(root / part / name / f'{i}.png'), draw(rng, label, (9, 9)))
     return root
 
 
@@ -262,6 +302,54 @@ def test_unusable_folders_are_refused_by_name(tmp_path):
     os.unlink(root / 'train' / 'b' / '0.png')
     with pytest.raises(ValueError, match='bare/train/b holds no images'):
         data.load('folder', root)
+
+
+HIDDEN = '.DS_Store .ipynb_checkpoints __MACOSX @eaDir Thumbs.db desktop.ini lost+found $RECYCLE.BIN .x'.split()
+HIDDEN += ['System Volume Information', '._a']
+
+
+@pytest.mark.parametrize('load, parts', [(imagefolder.load, ('train', 'val')), (data.load, ('train', 'test'))])
+def test_what_systems_leave_in_folders_is_neither_class_nor_image_at_any_depth(tmp_path, load, parts):
+    root, notes = write_folder(tmp_path / 'root'), []
+    (root / 'test').rename(root / parts[1])
+    for top in (root / 'train', root / 'train' / 'a', root / 'train' / 'a' / 'deeper', root / parts[1]):
+        top.mkdir(exist_ok=True)
+        for i, name in enumerate(HIDDEN):
+            (top / name).mkdir()
+            shutil.copy(root / 'train' / 'a' / '0.png', top / name / '0.png')
+            shutil.copy(root / 'train' / 'a' / '0.png', top / f'._{i}.png')
+    (root / 'train' / 'b' / '.link').symlink_to('/')
+    loaded = load(root, note=notes.append) if load is imagefolder.load else load('folder', root, note=notes.append)
+    assert (loaded.num_classes, len(loaded.train.labels), len(loaded.test.labels), notes) == (2, 2, 2, [])
+
+
+@pytest.mark.parametrize('load, parts', [(imagefolder.load, ('train', 'val')), (data.load, ('train', 'test'))])
+def test_files_that_are_passed_over_are_counted_in_one_line(tmp_path, load, parts):
+    root, notes = write_folder(tmp_path / 'root'), []
+    (root / 'test').rename(root / parts[1])
+    for name in ('train/b/notes.txt', 'train/b/more/1.heic', 'train/0.png', f'{parts[1]}/a/raw.cr2'):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).touch()
+    load(root, note=notes.append) if load is imagefolder.load else load('folder', root, note=notes.append)
+    expected = ' '.join(data.IMAGE_SUFFIXES)
+    assert notes == [
+        f'note: 3 files in {root}/train are passed over, like {root}/train/b/notes.txt: '
+        f'expected train/<class>/* of {expected}',
+        f'note: a file in {root}/{parts[1]} is passed over, like {root}/{parts[1]}/a/raw.cr2: '
+        f'expected {parts[1]}/<class>/* of {expected}',
+    ]
+
+
+@pytest.mark.parametrize(
+    'train, test, words',
+    [
+        ('caf\u00e9', 'cafe\u0301', ['Unicode form', r"'caf\xe9'", r"'cafe\u0301'"]),
+        ('Cat', 'cat', ["'Cat'", "'cat'", 'differ only in case']),
+    ],
+)
+def test_classes_whose_names_only_look_alike_are_told_so(script, tmp_path, train, test, words):
+    write_folder(tmp_path / 'root', train=('a', train), test=('a', test))
+    assert refused(script(cifar, '--dataset folder --dataroot root'), 'root: the class', *words)
 
 
 def test_links_out_of_the_folder_are_refused_unless_they_may_be_followed(tmp_path):
@@ -308,9 +396,83 @@ def test_grey_alpha_and_turned_images_are_read_as_they_are_stored(tmp_path):
     np.testing.assert_array_equal(data.read_image(tmp_path / 'turned.png'), data.read_image(tmp_path / 'plain.jpg'))
 
 
-@pytest.mark.parametrize('kind', ['.jpg', '.png', '.bmp', '.webp'])
+def with_alpha(rng, channels, dtype=np.uint8, planar=False, alpha=2, order='<'):
+    """Random pixels (20, 30, channels) of which the last is alpha, and a TIFF of them; alpha 1: they are multiplied."""
+    pixels = rng.integers(0, np.iinfo(dtype).max, (20, 30, channels), endpoint=True, dtype=dtype)
+    planes = (pixels.transpose(2, 0, 1) if planar else pixels).astype(np.dtype(dtype).newbyteorder(order)).tobytes()
+    count = channels if planar else 1
+    tags = {
+        **{256: [30], 257: [20], 258: [pixels.itemsize * 8] * channels, 259: [1], 262: [2 if channels > 2 else 1]},
+        **{273: [1000 + i * len(planes) // count for i in range(count)], 277: [channels], 278: [20]},
+        **{279: [len(planes) // count] * count, 284: [1 + planar], 338: [alpha]},
+    }
+    entries, more, at = b'', b'', 8 + 2 + 12 * len(tags) + 4
+    for tag, values in tags.items():
+        value = struct.pack(f'{order}{len(values)}H', *values)
+        if len(value) > 4:
+            more, value = more + value, struct.pack(f'{order}I', at + len(more))
+        entries += struct.pack(f'{order}HHI', tag, 3, len(values)) + value.ljust(4, b'\0')
+    start = {'<': b'II*\0', '>': b'MM\0*'}[order] + struct.pack(f'{order}IH', 8, len(tags))
+    return pixels, (start + entries + bytes(4) + more).ljust(1000, b'\0') + planes
+
+
+@pytest.mark.parametrize('order', '<>')
+@pytest.mark.parametrize('planar', [False, True])
+@pytest.mark.parametrize('channels, dtype', [(2, np.uint8), (4, np.uint8), (4, np.uint16)])
+def test_a_tiff_is_not_darkened_by_its_alpha(tmp_path, channels, dtype, planar, order):
+    path = tmp_path / 'image.tif'
+    pixels, content = with_alpha(np.random.default_rng(0), channels, dtype, planar, order=order)
+    path.write_bytes(content)
+    plain = np.broadcast_to(pixels[..., : channels - 1] >> 8 * (pixels.itemsize - 1), (20, 30, 3))
+    found = data.read_image(path)
+    assert np.abs(found.astype(int) - plain).max() <= (dtype == np.uint16)  # libtiff rounds to 8 bits, PIL cuts
+    if not planar:
+        assert np.array_equal(np.asarray(Image.open(path).convert('RGB')), plain)
+    np.testing.assert_array_equal(data.read_image(path, lambda height, width: (3, 4, 5, 6)), found[3:8, 4:10])
+
+
+@pytest.mark.parametrize('order', '<>')
+@pytest.mark.parametrize('dtype', [np.uint8, np.uint16])
+def test_colours_that_a_tiff_multiplied_by_its_alpha_are_divided_by_it_as_pil_does(tmp_path, dtype, order):
+    path = tmp_path / 'image.tif'
+    path.write_bytes(with_alpha(np.random.default_rng(0), 4, dtype, alpha=1, order=order)[1])
+    np.testing.assert_array_equal(data.read_image(path), np.asarray(Image.open(path).convert('RGB')))
+
+
+SAVED = {  # mode of the image, and what PIL is told
+    'packed.tif': ('RGBA', {'compression': 'tiff_lzw'}),
+    'big.tif': ('RGBA', {'big_tiff': True}),
+    'grey.tif': ('LA', {}),
+    'image.bmp': ('RGBA', {}),
+    'image.webp': ('RGBA', {'lossless': True, 'exact': True}),
+    'image.png': ('RGBA', {}),
+    'grey.png': ('LA', {}),
+    'palette.png': ('P', {'transparency': 3}),
+    'image.gif': ('P', {}),
+    'clear.gif': ('P', {'transparency': 3, 'comment': b'before it'}),
+    'woven.gif': ('P', {'transparency': 3, 'interlace': 1}),
+    'grey.gif': ('L', {}),
+    'moving.gif': ('P', {'save_all': True, 'append_images': [Image.new('L', (30, 20), 9)], 'transparency': 3}),
+    'image.jfif': ('RGB', {'format': 'JPEG'}),
+}
+
+
+@pytest.mark.parametrize('name', SAVED)
+def test_every_kind_of_file_has_the_plain_colours_that_pil_gives(tmp_path, name):
+    mode, options = SAVED[name]
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    image = Image.fromarray(pixels, 'RGBA')
+    (image.convert('RGB').quantize(16) if mode == 'P' else image.convert(mode)).save(tmp_path / name, **options)
+    assert name.endswith(data.IMAGE_SUFFIXES)
+    expected = np.asarray(Image.open(tmp_path / name).convert('RGB'))
+    np.testing.assert_array_equal(data.read_image(tmp_path / name), expected)
+    if mode == 'RGBA':
+        np.testing.assert_array_equal(expected, pixels[..., :3])
+
+
+@pytest.mark.parametrize('kind', ['.jpg', '.png', '.bmp', '.webp', '.gif', '.tif'])
 @pytest.mark.parametrize('part', [0, 0.1, 0.5, 0.9])
-def test_an_image_cut_short_is_refused_by_name(tmp_path, kind, part):
+def test_an_image_cut_short_is_refused_by_name_alone(tmp_path, capfd, kind, part):
     picture = draw(np.random.default_rng(1), 1, (60, 80))
     content = cv2.imencode(kind, picture)[1].tobytes()
     path = tmp_path / f'cut{kind}'
@@ -319,6 +481,7 @@ def test_an_image_cut_short_is_refused_by_name(tmp_path, kind, part):
     path.write_bytes(content[: int(part * len(content))])
     with pytest.raises(ValueError, match=f'cut{kind} is not a readable image'):
         data.read_image(path)
+    assert kind == '.png' or capfd.readouterr().err == ''  # but for libpng, which has no switch for it
 
 
 def test_a_cut_jpeg_is_refused_even_if_its_thumbnail_is_whole(tmp_path):
@@ -333,8 +496,11 @@ def test_a_cut_jpeg_is_refused_even_if_its_thumbnail_is_whole(tmp_path):
         data.read_image(tmp_path / 'cut.jpg')
 
 
+STARTS = [b'', b'\xff\xd8\xff\xe0', b'\x89PNG\r\n\x1a\n', b'BM', b'GIF89a', b'II*\0', b'MM\0+']
+
+
 @settings(max_examples=60, deadline=None)
-@given(st.binary(max_size=300), st.sampled_from([b'', b'\xff\xd8\xff\xe0', b'\x89PNG\r\n\x1a\n', b'BM']))
+@given(st.binary(max_size=300), st.sampled_from(STARTS))
 def test_bytes_that_are_no_image_are_refused(tmp_path_factory, content, start):
     path = tmp_path_factory.getbasetemp() / 'noise.jpg'
     path.write_bytes(start + content)

@@ -210,6 +210,25 @@ def test_ones_own_folder_is_cropped_in_the_same_way(cub, tmp_path):
     assert finetune.load_folder(tmp_path / 'photos', False).train.scaled
 
 
+@pytest.mark.parametrize('dataset', ['cub', 'scenes'])
+def test_held_out_training_images_of_every_class_are_tested_on_with_their_boxes(request, tune, dataset):
+    root = request.getfixturevalue(dataset)
+    train = finetune.DATASETS[dataset](root).train
+    held = imagefolder.hold_out(finetune.DATASETS[dataset](root), 6)
+    assert held.test.labels.tolist() == [0, 0, 1, 1, 2, 2] and held.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    for part in (held.train, held.test):
+        where = [train.paths.index(path) for path in part.paths]
+        assert part.boxes == [train.boxes[i] for i in where] and part.labels.tolist() == train.labels[where].tolist()
+    assert sorted(held.train.paths + held.test.paths) == sorted(train.paths)
+    found = imagefolder.read_batch(held.test, SIZE, None, [0])[0][0]
+    assert np.array_equal(found, imagefolder.test_crop(held.test.paths[0], SIZE, held.test.boxes[0]))
+    status, _, err = tune(root, f'--dataset {dataset} --holdout 6 --save logs/run')
+    assert status == 0, err
+    (record,) = engine.read_log('logs/run/log.txt')
+    assert (record['holdout'], record['train_images'], record['test_images']) == (6, 12, 6)
+    assert refused(tune(root, f'--dataset {dataset} --holdout 16'), '--holdout 16: at most 15 of the 18', 'keep none')
+
+
 @pytest.mark.parametrize(
     'name, change, words',
     [
@@ -217,6 +236,7 @@ def test_ones_own_folder_is_cropped_in_the_same_way(cub, tmp_path):
         ('images.txt', lambda text: text.replace('1 001.Ant/0.jpg', '1 ../0.jpg'), ['../0.jpg']),
         ('images.txt', lambda text: text.replace('1 001.Ant/0.jpg', '1 001.Ant/none.jpg'), ['none.jpg', 'missing']),
         ('images.txt', lambda text: text.replace('1 001.Ant/0.jpg', '1 001.Ant/0.txt'), ['0.txt']),
+        ('images.txt', lambda text: text.replace('1 001.Ant/0.jpg', '1 001.Ant/._0.jpg'), ['._0.jpg']),
         ('images.txt', lambda text: text + '99 001.Ant/0.jpg\n', ['same images']),
         ('images.txt', lambda text: text + 'x\n', ['does not belong', "'x'"]),
         ('images.txt', lambda text: '', ['images.txt']),
@@ -248,6 +268,27 @@ def test_any_bytes_in_the_lists_are_read_or_refused(cub, scenes):
                     refusals += 1
             path.write_bytes(content)
     assert refusals > 100
+
+
+@pytest.mark.parametrize('dataset', ['cub', 'scenes'])
+@pytest.mark.parametrize('encoding', ['latin-1', 'utf-8', 'utf-8-sig'])
+def test_lists_of_windows_or_of_names_in_any_encoding_find_their_files(request, tune, dataset, encoding):
+    """With CRLF at the end of each line, and a byte order mark where the encoding has one."""
+    root, name = request.getfixturevalue(dataset), '002.B\u00ead'.encode(encoding.removesuffix('-sig'))
+    folder = root / {'cub': 'images', 'scenes': 'Images'}[dataset]
+    (folder / CLASSES[1]).rename(folder / os.fsdecode(name))
+    for path in root.glob('*.txt'):
+        content = path.read_bytes().replace(CLASSES[1].encode(), name).replace(b'\n', b'\r\n')
+        path.write_bytes((b'\xef\xbb\xbf' if encoding == 'utf-8-sig' else b'') + content)
+    loaded = finetune.DATASETS[dataset](root)
+    assert loaded.train.labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
+    status, _, err = tune(root, f'--dataset {dataset}')
+    assert status == 0, err
+
+
+def test_a_list_in_utf_16_is_refused_by_that_name(tune, cub):
+    (cub / 'images.txt').write_bytes((cub / 'images.txt').read_text(encoding='utf-8').encode('utf-16'))
+    assert refused(tune(cub), 'images.txt is a text in UTF-16: save it in UTF-8')
 
 
 def test_links_out_of_the_folder_are_refused_unless_allowed(tune, cub, tmp_path):

@@ -1,5 +1,6 @@
 """Files from strangers: whatever is in them, nothing runs, memory and time have a limit, and the error is one line."""
 
+import io
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ import torch
 from conftest import HANGS, SMALL, draw, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torchnet.meter import AverageValueMeter
 
 import checkpoint
@@ -98,13 +100,15 @@ def test_a_mutated_network_is_read_or_refused(network_files, tmp_path_factory, k
         assert all(v.isfinite().all() for v in params.values())
 
 
-@pytest.mark.parametrize('suffix', ['.jpg', '.png', '.bmp', '.webp'])
+@pytest.mark.parametrize('suffix', ['.jpg', '.png', '.bmp', '.webp', '.gif', '.tif'])
 @FUZZ
 @given(mutations=MUTATIONS, boxed=st.booleans())
 def test_a_mutated_image_is_read_or_refused(tmp_path_factory, suffix, mutations, boxed):
     path = tmp_path_factory.getbasetemp() / f'mutated{suffix}'
-    image = draw(np.random.default_rng(0), 1, (80, 40))
-    path.write_bytes(mutate(cv2.imencode(suffix, image)[1].tobytes(), mutations))
+    content, image = io.BytesIO(), Image.fromarray(draw(np.random.default_rng(0), 1, (80, 40)))
+    image.putalpha(image.convert('L'))  # of which a JPEG has none
+    image.convert('RGB' if suffix == '.jpg' else 'RGBA').save(content, Image.registered_extensions()[suffix])
+    path.write_bytes(mutate(content.getvalue(), mutations))
     try:
         trials = imagefolder.augmentation(0, 1, 0)[1]
         found = data.read_image(path, (lambda h, w: imagefolder.random_box(h, w, trials)) if boxed else None)

@@ -155,6 +155,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, monkeypatch):
     assert all(torch.equal(whole['params'][k], part['params'][k]) for k in whole['params'])
 
 
+def test_held_out_training_images_of_every_class_take_the_place_of_the_validation(train):
+    status, out, err = train('--epochs 1 --holdout 12 --save logs/run')
+    assert status == 0 and '24 training and 12 validation images' in out, err
+    (record,) = engine.read_log('logs/run/log.txt')
+    assert (record['holdout'], record['train_images'], record['test_images']) == (12, 24, 12)
+    assert refused(train('--holdout 31'), '--holdout 31: at most 30 of the 36 training images')
+    assert refused(train('--holdout 5'), '--holdout 5: at least 6, an image of each class')
+
+
 def test_unusable_input_is_refused_in_one_line_and_nothing_is_written(script, train, folder, tmp_path):
     run = '--epochs 1 --beta 1 --save logs/run --teacher_params'
     assert refused(script(imagenet, '--imagenetpath nowhere --save logs/run'), 'nowhere')

@@ -67,6 +67,7 @@ WRONG = {  # flag: values that it has to refuse
 
 IMAGENET_WRONG = {  # the flags that imagenet.py alone has, or reads otherwise
     'imagenetpath': ['nowhere'],
+    'holdout': ['-1', '0.5', 'many'],
     'image_size': ['0', '31', '32.5', '1000000'],
     'skip_bad_images': ['yes'],
     'teacher_params': [],  # in test_imagenet.py, with data
@@ -76,6 +77,7 @@ IMAGENET_WRONG = {  # the flags that imagenet.py alone has, or reads otherwise
 FINETUNE_WRONG = {  # likewise of finetune.py
     'dataset': ['birds', ''],
     'dataroot': ['nowhere'],
+    'holdout': ['-1', '0.5', 'many'],
     'image_size': ['0', '31', '32.5', '1000000'],
     'skip_bad_images': ['yes'],
     'teacher_params': [],  # in test_finetune.py, with data
@@ -85,7 +87,7 @@ FINETUNE_WRONG = {  # likewise of finetune.py
     'lr': ['0'],
     'groups': ['a'],
 }
-CIFAR_ONLY = {'net', 'no_bn', 'dataset', 'dataroot', 'randomcrop_pad', 'holdout', 'teacher_id'}
+CIFAR_ONLY = {'net', 'no_bn', 'dataset', 'dataroot', 'randomcrop_pad', 'teacher_id'}
 
 
 def parser(monkeypatch, words=(), module=cifar):

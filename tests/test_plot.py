@@ -340,6 +340,13 @@ def test_a_folder_gives_the_first_images_of_each_of_its_folders(photos):
     assert np.array_equal(pixels[0], imagefolder.resize(data.read_image(first[0]), 32, 32))  # whole, not its centre
 
 
+def test_hidden_files_are_not_looked_at(photos, tmp_path):
+    for name in ('._0.png', '.thumbnails/0.png', '__MACOSX/0.png', 'b/0.png'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes((photos / 'test' / 'ant' / '0.png').read_bytes() if name == 'b/0.png' else b'')
+    assert plot.load_images(str(tmp_path), '.', 9, 16, imagenet=False).shape == (1, 16, 16, 3)
+
+
 def test_the_default_size_is_that_of_the_network(photos):
     assert plot.load_images(str(photos), '.', 1, None, imagenet=True).shape == (1, 224, 224, 3)
     assert plot.load_images('digits', '.', 1, None, imagenet=False).shape == (1, 32, 32, 3)
