@@ -23,6 +23,9 @@ def run(main):
     With AT_TRACEBACK=1 in the environment the traceback is shown instead.
     """
     children.import_safely()
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')  # or a name that the terminal cannot show would end the run
     try:
         main()
     except Stopped as stop:
@@ -64,7 +67,7 @@ def _tell(status, message):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends the others when it sees that one has ended
         attempt = os.path.dirname(os.path.dirname(os.environ['TORCHELASTIC_ERROR_FILE']))
         try:
-            with open(os.path.join(attempt, TOLD), 'x') as file:
+            with open(os.path.join(attempt, TOLD), 'x', encoding='utf-8') as file:
                 file.write(str(status))
         except FileExistsError:
             return

@@ -802,7 +802,7 @@ def environment(device):
 
 def _processor():
     try:
-        with open('/proc/cpuinfo') as file:
+        with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
             model = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), 'CPU')
     except OSError:
         model = 'CPU'

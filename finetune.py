@@ -27,10 +27,12 @@ def parse():
     parser = options.Parser(__doc__)
     flag = parser.add_argument_group('data and teacher (section 4.2.1)').add_argument
     flag('--dataset', default='cub', choices=list(DATASETS), help='cub (default), scenes or folder')
-    flag('--dataroot', default='.', help='CUB_200_2011, or has Images/ and TrainImages.txt, or train/ and val/')
+    root = 'CUB_200_2011, or has Images/ and TrainImages.txt, or train/ and val/'
+    flag('--dataroot', default='.', type=options.path, help=root)
     imagenet.photograph_flags(flag)
     flag = parser.add_argument_group('pretrained network (section 4.2.1)').add_argument
-    flag('--pretrained', default='torchvision:resnet18', help='file with it (default: torchvision:resnet18)')
+    pretrained = 'torchvision:resnet18'
+    flag('--pretrained', default=pretrained, type=options.path, help='file with it (default: %(default)s)')
     flag('--fixed_groups', default=1, type=options.number(int, 0, 4), help='groups that stay as they are (default: 1)')
     options.common_flags(
         parser,

@@ -24,7 +24,7 @@ def parse():
     """The flags, with the recipe of section 4.2.2 as defaults; ValueError where they cannot be followed."""
     parser = options.Parser(__doc__)
     flag = parser.add_argument_group('data and teacher (section 4.2.2)').add_argument
-    flag('--imagenetpath', default='.', help='folder that holds train/<class>/* and val/<class>/*')
+    flag('--imagenetpath', default='.', type=options.path, help='folder that holds train/<class>/* and val/<class>/*')
     photograph_flags(flag)
     options.common_flags(
         parser,
@@ -50,7 +50,8 @@ def photograph_flags(flag):
     flag('--holdout', default=0, type=options.number(int, 0), metavar='N', help=held)
     flag('--image_size', default=224, type=options.number(int, 32, 1024), help='like 64, 128, 160, 224 (default), 256')
     flag('--skip_bad_images', action='store_true', help='leave unreadable images out of the evaluation')
-    flag('--teacher_params', default='', help='file with the teacher, or torchvision:resnet34; none trains a baseline')
+    teacher = 'file with the teacher, or torchvision:resnet34; none trains a baseline'
+    flag('--teacher_params', default='', type=options.path, help=teacher)
     flag('--skip_teacher_check', action='store_true', help='do not evaluate the teacher first')
 
 

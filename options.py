@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 import re
 
 from schedules import BETA_DECAYS
@@ -52,6 +53,11 @@ def number(kind, low, high=math.inf, above=False):
         return value
 
     return parse
+
+
+def path(text):
+    """An argparse type, of every flag that names a file or folder: ~ is the home folder, also behind an =."""
+    return os.path.expanduser(text)
 
 
 def epoch_list(text):
@@ -127,8 +133,9 @@ def common_flags(
     flag('--gamma', default=0, type=number(float, 0, MOST), help='weight of --penalty (section 3.2)')
 
     flag = parser.add_argument_group('run').add_argument
-    flag('--save', default='', help='folder for log.txt and model.pt7; without it, nothing is kept')
-    flag('--resume', default='', help="a checkpoint to go on from, or 'auto' for the one in --save, if there is one")
+    flag('--save', default='', type=path, help='folder for log.txt and model.pt7; without it, nothing is kept')
+    resume = "a checkpoint to go on from, or 'auto' for the one in --save, if there is one"
+    flag('--resume', default='', type=path, help=resume)
     flag(
         '--save_every', default=0, type=number(float, 0), metavar='MINUTES', help='also within an epoch (default: not)'
     )
@@ -145,14 +152,14 @@ def parse_cifar(description, words=None):
     parser = Parser(description)
     flag = parser.add_argument_group('data and teacher (section 4.1)').add_argument
     flag('--dataset', default='CIFAR10', help='CIFAR10 (default), CIFAR100, folder or digits')
-    flag('--dataroot', '--data_root', default='.', help='where the data set is, or is to be downloaded')
+    flag('--dataroot', '--data_root', default='.', type=path, help='where the data set is, or is to be downloaded')
     flag('--follow_links', action='store_true', help='of a folder, read images that links out of it lead to')
     flag('--image_size', default=32, type=number(int, 8, 512), help='for folder and digits (default: 32)')
     pad = number(float, 0, 511)
     flag('--randomcrop_pad', default=4, type=pad, help='pixels around an image to crop from (default: 4; table 3: 0)')
     held = f'{HOLDOUT}: the last, of a folder the same part of each class'
     flag('--holdout', default=0, type=number(int, 0), metavar='N', help=held)
-    flag('--teacher_id', default='', help='run that teaches: its name in logs/, its folder or model.pt7')
+    flag('--teacher_id', default='', type=path, help='run that teaches: its name in logs/, its folder or model.pt7')
     flag = parser.add_argument_group('kind of network (section 4.1)').add_argument
     flag('--net', default='wrn', choices=['wrn', 'nin'], help='wide ResNet or Network-in-Network (table 1)')
     flag('--no_bn', action='store_true', help='a Network-in-Network with biases instead of batch norm (table 3)')

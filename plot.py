@@ -192,6 +192,7 @@ def draw_curves(paths):
 
 
 def _plain(text):
+    text = text.encode(errors='backslashreplace').decode()  # a name of any bytes
     return text.replace('$', r'\$')  # between two dollars matplotlib would read mathematics
 
 
@@ -383,6 +384,7 @@ def attention(opt):
 
 def picture(text):
     """An argparse type: the name of a .png or .svg in a folder that exists."""
+    text = options.path(text)
     folder = os.path.dirname(text) or '.'
     if not text.lower().endswith(('.png', '.svg')):
         raise argparse.ArgumentTypeError(f'{text!r} ends neither in .png nor in .svg')
@@ -405,12 +407,14 @@ def main():
     parser = options.Parser(__doc__)
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=options.subcommand)
     flag = commands.add_parser('curves', help='errors and loss terms of runs over epochs').add_argument
-    flag('logs', nargs='+', metavar='LOG', help="a folder that holds log.txt, or a log, ours or the authors'")
+    logs = "a folder that holds log.txt, or a log, ours or the authors'"
+    flag('logs', nargs='+', type=options.path, metavar='LOG', help=logs)
     flag('--out', default='curves.png', type=picture, help='.png or .svg (default: %(default)s)')
     flag = commands.add_parser('attention', help='where a teacher and a student look').add_argument
-    flag('--model', action='append', required=True, help='a run, a file or torchvision:NAME; twice, the teacher first')
-    flag('--images', required=True, help='a folder of images, or CIFAR10, CIFAR100 or digits')
-    flag('--dataroot', default='.', help='where the data set is, as of cifar.py')
+    model = 'a run, a file or torchvision:NAME; twice, the teacher first'
+    flag('--model', action='append', required=True, type=options.path, help=model)
+    flag('--images', required=True, type=options.path, help='a folder of images, or CIFAR10, CIFAR100 or digits')
+    flag('--dataroot', default='.', type=options.path, help='where the data set is, as of cifar.py')
     flag('--count', default=4, type=options.number(int, 1, 32), help='number of images (default: 4)')
     size = options.number(int, 8, 1024)
     flag('--image_size', type=size, metavar='N', help='height and width (default: 224 for ImageNet networks, else 32)')

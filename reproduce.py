@@ -112,11 +112,12 @@ def parse():
     flag('--methods', default='', help=f'some of {",".join(METHODS)} (default: all of the table)')
     flag('--seeds', type=options.number(int, 1, 1000), help='number of seeds, from 0 on (default: 5, demo: 1)')
     flag('--epochs', type=options.number(int, 1), help='the schedule scales with it (default: 200, demo: 10)')
-    flag('--dataroot', default='.', help='as of cifar.py')
+    flag('--dataroot', default='.', type=options.path, help='as of cifar.py')
     flag('--holdout', default=0, type=options.number(int, 0), help='as of cifar.py: to choose between variants')
     flag('--dtype', default='', choices=['', *options.DTYPES], help='as of cifar.py')
     flag('--jobs', default=1, type=options.number(int, 1, 1024), help='runs at a time, one a GPU where there are GPUs')
-    flag('--markdown', default='', metavar='FILE', help='also write the table into FILE, between its markers')
+    markdown = 'also write the table into FILE, between its markers'
+    flag('--markdown', default='', type=options.path, metavar='FILE', help=markdown)
     flag = parser.add_mutually_exclusive_group().add_argument
     flag('--dry_run', action='store_true', help='print the commands that are left to run and their time, and stop')
     flag('--show', action='store_true', help='print the table from the logs that are there, and stop')
@@ -284,7 +285,8 @@ def run(opt, name, arguments, job):
         command += ['--gpu_id', str(job % torch.cuda.device_count())]
     elif not alone:
         environment.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // opt.jobs)))
-    pipes = {} if alone else {'stdout': subprocess.DEVNULL, 'stderr': subprocess.PIPE, 'text': True}
+    text = {'encoding': 'utf-8', 'errors': 'replace'}
+    pipes = {} if alone else {'stdout': subprocess.DEVNULL, 'stderr': subprocess.PIPE, **text}
     with subprocess.Popen(command, env=environment, **pipes) as process:
         RUNNING.append(process)
         if STOPPED:
@@ -388,13 +390,14 @@ def protocol(record):
 
 
 def around(path, table):
-    """What stands in a file up to the line <!-- table -->, and from <!-- /table --> on; ValueError without the two."""
-    with open(path) as file:
+    """The bytes of a file up to the line <!-- table -->, and from <!-- /table --> on; ValueError without the two."""
+    with open(path, 'rb') as file:
         text = file.read()
-    begin, end = f'<!-- {table} -->\n', f'<!-- /{table} -->'
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(end) < text.index(begin):
-        raise ValueError(f'{path} has no lines {begin.strip()} and {end} to write between')
-    return text[: text.index(begin) + len(begin)], text[text.index(end) :]
+    begin, end = f'<!-- {table} -->', f'<!-- /{table} -->'
+    lines, at = list(re.finditer(begin.encode() + rb'\r?\n', text)), text.find(end.encode())
+    if len(lines) != 1 or text.count(end.encode()) != 1 or at < lines[0].start():
+        raise ValueError(f'{path} has no lines {begin} and {end} to write between')
+    return text[: lines[0].end()], text[at:]
 
 
 def main():
@@ -411,7 +414,9 @@ def main():
     print('\n'.join(lines))
     if opt.markdown:
         head, rest = around(opt.markdown, opt.table)
-        engine.checkpoint.write_whole(opt.markdown, ''.join([head, *(f'{line}\n' for line in lines), rest]).encode())
+        end = b'\r\n' if head.endswith(b'\r\n') else b'\n'
+        table = b''.join(line.encode(errors='backslashreplace') + end for line in lines)
+        engine.checkpoint.write_whole(opt.markdown, head + table + rest)
     if failed:
         sys.exit(1)
 

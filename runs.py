@@ -25,11 +25,13 @@ def read_log(path):
 
     Raises OSError where there is no such file and ValueError where another line cannot be read.
     """
-    with open(path, errors='replace') as file:
+    with open(path, encoding='utf-8', errors='replace') as file:
         text = file.read(MAX_LOG + 1)
     if len(text) > MAX_LOG:
         raise ValueError(f'{path} has more than {MAX_LOG:,} characters: it is no log')
-    lines = text.splitlines()
+    if text.startswith('\ufffd\ufffd'):  # FE FF or FF FE, which are no UTF-8
+        raise ValueError(f'{path} is a text in UTF-16: save it in UTF-8')
+    lines = [line.lstrip('\ufeff') for line in text.splitlines()]  # without byte order marks
     records = []
     for number, line in enumerate(lines, 1):
         if not line.startswith('json_stats'):
@@ -59,7 +61,7 @@ def line_of(record):
 def append_line(path, line):
     """Add a line to a log and flush it to the disk; OSError where that fails."""
     try:
-        with open(path, 'a', opener=_open_no_link) as file:
+        with open(path, 'a', encoding='utf-8', opener=_open_no_link) as file:
             file.write(line)
             file.flush()
             os.fsync(file.fileno())
@@ -76,7 +78,8 @@ def commit():
     here = os.path.dirname(os.path.abspath(__file__))
     command = 'git describe --always --dirty --abbrev=12'.split()
     try:
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        done = subprocess.run(command, cwd=here, capture_output=True, check=True)
+        return done.stdout.decode(errors='replace').strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -220,7 +220,7 @@ def _explain(failures, folder, opt):
     The folder is that of the launcher's logs: <run>/attempt_<number of the restart>/<rank>/.
     """
     attempt = max(glob.glob(os.path.join(folder, '*', 'attempt_*')), key=lambda path: int(path.rpartition('_')[2]))
-    with contextlib.suppress(OSError, ValueError), open(os.path.join(attempt, TOLD)) as file:
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(attempt, TOLD), encoding='utf-8') as file:
         return int(file.read())
     by_others = LOST_PEER, -signal.SIGTERM  # ends of those that met the end of another, or that the launcher ended
     failed_rank, failure = min(failures.items(), key=lambda f: (f[1].exitcode in by_others, f[1].timestamp))

@@ -159,7 +159,7 @@ def main():
     """Measure both epochs in turns and print the table."""
     parser = options.Parser(__doc__)
     flag = parser.add_argument
-    flag('--dataroot', default='', help='where CIFAR-10 is (default: random images)')
+    flag('--dataroot', default='', type=options.path, help='where CIFAR-10 is (default: random images)')
     flag('--images', default=10_000, type=options.number(int, 256), help='to train on (default: 10,000)')
     flag('--dtype', default='bfloat16', choices=list(options.DTYPES), help='of the fast epoch (default: bfloat16)')
     flag('--eager', action='store_true', help='the fast epoch without --compile')

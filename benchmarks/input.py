@@ -120,7 +120,7 @@ def main():
     """Read the flags, make images where none are named, and compare."""
     parser = options.Parser(__doc__)
     flag = parser.add_argument
-    flag('--imagenetpath', help='folder with train/<class>/*; without it, images are made')
+    flag('--imagenetpath', type=options.path, help='folder with train/<class>/*; without it, images are made')
     flag('--image_size', default=224, type=options.number(int, 8, 1024), help='default: 224')
     flag('--repeats', default=7, type=options.number(int, 1, 10_000), help='default: 7')
     opt = parser.parse_args()

@@ -49,7 +49,7 @@ def call(command, folder):
         'sys.exit(done.returncode)'
     )
     watched = [sys.executable, '-I', '-c', watch, *command]
-    done = subprocess.run(watched, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(watched, cwd=folder, capture_output=True, encoding='utf-8', errors='replace')
     if done.returncode:
         raise ValueError(f'{" ".join(command)} failed: {done.stderr.strip().splitlines()[-1]}')
     unit = 1 if sys.platform == 'darwin' else 1024  # bytes there, kilobytes elsewhere
@@ -75,7 +75,7 @@ def main():
     """Train a run for each row, print the table and draw it."""
     parser = options.Parser(__doc__)
     parser.add_argument('--dtype', default='bfloat16', choices=list(options.DTYPES), help='default: bfloat16')
-    parser.add_argument('--out', metavar='FILE', help='also draw a picture, .svg or .png')
+    parser.add_argument('--out', type=options.path, metavar='FILE', help='also draw a picture, .svg or .png')
     opt = parser.parse_args()
     print('| batch size | width | processes | images/s | seconds an epoch of 50,000 | MB of the largest process |')
     print('|---|---|---|---|---|---|')

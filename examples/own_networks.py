@@ -23,7 +23,7 @@ import data  # noqa: E402
 import formats  # noqa: E402
 import imagefolder  # noqa: E402
 from ending import run  # noqa: E402
-from options import Parser, number  # noqa: E402
+from options import Parser, number, path  # noqa: E402
 from utils import at_loss  # noqa: E402
 
 # Layers of one name are compared: here the last of strides 4, 8, 16, 32. `get_graph_node_names(network)` lists layers;
@@ -63,7 +63,8 @@ def load_teacher(weights):
 def main():
     """Train the student for some steps on handwritten digits."""
     parser = Parser(__doc__)
-    parser.add_argument('--teacher_weights', default='', help="a state_dict's file, or DEFAULT for torchvision's own")
+    weights = "a state_dict's file, or DEFAULT for torchvision's own"
+    parser.add_argument('--teacher_weights', default='', type=path, help=weights)
     parser.add_argument('--steps', default=20, type=number(int, 1), help='how many (default: 20)')
     parser.add_argument('--batch_size', default=16, type=number(int, 1, 1000), help='images a step (default: 16)')
     parser.add_argument('--beta', default=1e3, type=number(float, 0), help='of the attention losses (default: 1e3)')
