@@ -2,47 +2,57 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/pip --disable-pip-version-check --quiet install
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-build-isolation
+# In .venv: that it was made here, that an installation has begun, and copies of the lists of what is installed.
+MADE := .venv/made-by-make
+BEGUN := .venv/installing
+RUNTIME := cmp -s requirements.txt .venv/requirements.txt
+DEVELOPMENT := cmp -s requirements-dev.txt .venv/requirements-dev.txt
+# What an interrupted installation has left may look whole to pip.
+AGAIN = $$([ ! -e $(BEGUN) ] || echo --ignore-installed)
 
-.PHONY: venv demo test test-long lint format table clean
+.PHONY: venv venv-dev demo test test-long lint format table clean
 
-venv: .venv/runtime
+# A .venv that was not made here is installed into, and never removed.
+venv:
+	@[ -e .venv ] || { mkdir .venv && touch $(MADE); }
+	@[ -x $(BIN)/python ] || [ -e $(MADE) ] || \
+	    { echo '.venv is no virtual environment, it has no bin/python: move it away' >&2; exit 1; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	@$(RUNTIME) || $(BIN)/python -m pip --version > /dev/null 2>&1 || $(BIN)/python -m ensurepip
+	@$(RUNTIME) || echo 'installing requirements.txt: some minutes, 6 GB'
+	@$(RUNTIME) || $(PIP) 'setuptools<81' wheel
+	@$(RUNTIME) || { again=$(AGAIN); touch $(BEGUN) && $(PIP) $$again -r requirements.txt && rm $(BEGUN); }
+	@$(RUNTIME) || cp requirements.txt .venv
 
-# The marks are written last: what was interrupted starts over.
-.venv/runtime: requirements.txt
-	rm -rf .venv
-	$(PYTHON) -m venv .venv
-	@echo 'installing requirements.txt: some minutes, 6 GB'
-	$(PIP) 'setuptools<81' wheel
-	$(PIP) --no-build-isolation -r requirements.txt
-	touch $@
+venv-dev: venv
+	@$(DEVELOPMENT) || { again=$(AGAIN); touch $(BEGUN) && $(PIP) $$again -r requirements-dev.txt && rm $(BEGUN); }
+	@$(DEVELOPMENT) || cp requirements-dev.txt .venv
 
-.venv/development: .venv/runtime requirements-dev.txt
-	$(PIP) -r requirements-dev.txt
-	touch $@
-
-demo: .venv/runtime
+demo: venv
 	$(BIN)/python reproduce.py demo
 
-test: .venv/development
+test: venv-dev
 	$(BIN)/python -m pytest
 
 # With 20 kills instead of 2, three seeds, and thousands of mutated files.
-test-long: .venv/development
+test-long: venv-dev
 	AT_LONG_TESTS=1 $(BIN)/python -m pytest
 
-lint: .venv/development
+lint: venv-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: .venv/development
+format: venv-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # The results in README.md, from the logs in logs/.
-table: .venv/runtime
+table: venv
 	$(BIN)/python reproduce.py table1 --rows 2 --epochs 16 --seeds 3 --show --markdown README.md
 
+# An older Makefile, which made every .venv anew, left .venv/runtime.
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .hypothesis logs/digits-*
-	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	[ -L .venv ] || [ ! -e $(MADE) -a ! -e .venv/runtime ] || rm -rf .venv
+	rm -rf .pytest_cache .ruff_cache .hypothesis logs/digits-*
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
