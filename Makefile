@@ -13,12 +13,15 @@ AGAIN = $$([ ! -e $(BEGUN) ] || echo --ignore-installed)
 
 .PHONY: venv venv-dev demo test test-long lint format table clean
 
-# A .venv that was not made here is installed into, and never removed.
+# A .venv that was not made here is installed into, and never removed. An older Makefile, which made every .venv, left empty
+# files in it, runtime and development, whose times told what is installed.
 venv:
 	@[ -e .venv ] || { mkdir .venv && touch $(MADE); }
 	@[ -x $(BIN)/python ] || [ -e $(MADE) ] || \
 	    { echo '.venv is no virtual environment, it has no bin/python: move it away' >&2; exit 1; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv
+	@[ ! -e .venv/runtime ] || { [ requirements.txt -nt .venv/runtime ] || cp requirements.txt .venv; }
+	@[ ! -e .venv/runtime ] || mv .venv/runtime $(MADE)
 	@$(RUNTIME) || $(BIN)/python -m pip --version > /dev/null 2>&1 || $(BIN)/python -m ensurepip
 	@$(RUNTIME) || echo 'installing requirements.txt: some minutes, 6 GB'
 	@$(RUNTIME) || $(PIP) 'setuptools<81' wheel
@@ -26,6 +29,8 @@ venv:
 	@$(RUNTIME) || cp requirements.txt .venv
 
 venv-dev: venv
+	@[ ! -e .venv/development ] || { [ requirements-dev.txt -nt .venv/development ] || cp requirements-dev.txt .venv; }
+	@rm -f .venv/development
 	@$(DEVELOPMENT) || { again=$(AGAIN); touch $(BEGUN) && $(PIP) $$again -r requirements-dev.txt && rm $(BEGUN); }
 	@$(DEVELOPMENT) || cp requirements-dev.txt .venv
 
@@ -51,7 +56,6 @@ format: venv-dev
 table: venv
 	$(BIN)/python reproduce.py table1 --rows 2 --epochs 16 --seeds 3 --show --markdown README.md
 
-# An older Makefile, which made every .venv anew, left .venv/runtime.
 clean:
 	[ -L .venv ] || [ ! -e $(MADE) -a ! -e .venv/runtime ] || rm -rf .venv
 	rm -rf .pytest_cache .ruff_cache .hypothesis logs/digits-*

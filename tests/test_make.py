@@ -134,11 +134,18 @@ def test_an_environment_whose_making_was_interrupted_is_made_again(make):
     assert make('venv') == (True, '', ['system -m venv .venv', *INSTALLS])
 
 
-def test_the_environment_of_an_older_makefile_is_kept_until_clean(make):
+@pytest.mark.parametrize('used', [False, True])
+@pytest.mark.parametrize('newer, told', [(False, []), (True, [*INSTALLS, INSTALLS[1].replace('.txt', '-dev.txt')])])
+def test_the_environment_of_an_older_makefile_is_kept_until_clean(make, newer, told, used):
     foreign()
-    for mark in ('runtime', 'development'):
+    for mark, name in (('runtime', 'requirements.txt'), ('development', 'requirements-dev.txt')):
         pathlib.Path('.venv', mark).touch()
-    assert make('venv') == (True, '', INSTALLS) and os.path.exists('.venv/precious')
+        os.utime(name, (2**32 if newer else 1000,) * 2)
+    if used:
+        assert make('venv-dev') == (True, '', told) and os.path.exists('.venv/precious')
+        pathlib.Path('requirements.txt').write_text('a==2\n')
+        os.utime('requirements.txt', (1000, 1000))
+        assert make('venv-dev') == (True, '', INSTALLS)
     assert make('clean')[0] and not os.path.exists('.venv')
 
 
