@@ -49,6 +49,7 @@ from workers import join_statistics_, rank, say, sum_over_workers, world
 
 FLUSH = 20  # steps between two looks at the losses: each look makes the host wait for the device
 CALMER = 'try a lower --lr or --beta, or --dtype float'
+LITTLE_MORE = 1.25  # times the accuracy of guessing: a teacher of less has little to teach
 HIGH_LOSS = 1000.0  # guessing among n classes has ln(n)
 LEAST_SCALE = 1e-8  # of a float16 loss whose gradients are infinite: a larger one would have done long before
 
@@ -318,10 +319,16 @@ def evaluate(f, params, batches, device, dtype='float', topk=(1,), on_batch=lamb
 
 
 def evaluate_teacher(name, *network_and_batches):
-    """The accuracies that `evaluate` finds; ValueError where the logits of the teacher of that name are not finite."""
+    """The accuracies that `evaluate` finds, and a note where they are those of guessing.
+
+    Raises ValueError where the logits of the teacher of that name are not finite.
+    """
     loss, accuracies = evaluate(*network_and_batches)
+    classes = len(network_and_batches[1]['fc.bias'])
     if not math.isfinite(loss):
         raise ValueError(f'{name} cannot teach: its logits on the test images are not finite (cross entropy {loss})')
+    if accuracies[0] < LITTLE_MORE * 100 / classes:
+        say(f'note: {name} is right on {accuracies[0]:.2f}%, hardly more than by guessing among {classes} classes')
     return accuracies
 
 

@@ -139,6 +139,19 @@ def test_maps_of_one_position_are_said_to_teach_nothing(train):
     assert out.count('teaches nothing') == 1
 
 
+def test_a_teacher_that_guesses_and_a_test_loss_far_above_guessing_are_said_once(train):
+    f, params = resnet.imagenet_resnet(18, 0.0625, 6)
+    params['fc.bias'].detach()[0] = 1e6  # always the first class, right on a sixth
+    checkpoint.save('teacher.pt7', {'params': {k: v.detach() for k, v in params.items()}})
+    assert train('--epochs 2 --lr 1e-9 --save logs/run')[0] == 0
+    state = checkpoint.load('logs/run/model.pt7')
+    state['params']['fc.bias'][0] = 1e6
+    checkpoint.save('start.pt7', state)
+    out = train('--epochs 4 --lr 1e-9 --resume start.pt7 --beta 1e-9 --teacher_params teacher.pt7')[1]
+    assert out.count('note: teacher.pt7 is right on 16.67%, hardly more than by guessing among 6 classes') == 1
+    assert len(re.findall(r'note: a test loss of \S+e\+05 is far above that of guessing', out)) == 1
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(train, monkeypatch):
     assert train('--epochs 3 --epoch_step [3] --save logs/whole')[0] == 0
     keep = engine._keep

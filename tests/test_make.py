@@ -132,26 +132,3 @@ def test_an_environment_whose_making_was_interrupted_is_made_again(make):
     assert not make('venv')[0]
     os.unlink('stopped')
     assert make('venv') == (True, '', ['system -m venv .venv', *INSTALLS])
-
-
-@pytest.mark.parametrize('used', [False, True])
-@pytest.mark.parametrize('newer, told', [(False, []), (True, [*INSTALLS, INSTALLS[1].replace('.txt', '-dev.txt')])])
-def test_the_environment_of_an_older_makefile_is_kept_until_clean(make, newer, told, used):
-    foreign()
-    for mark, name in (('runtime', 'requirements.txt'), ('development', 'requirements-dev.txt')):
-        pathlib.Path('.venv', mark).touch()
-        os.utime(name, (2**32 if newer else 1000,) * 2)
-    if used:
-        assert make('venv-dev') == (True, '', told) and os.path.exists('.venv/precious')
-        pathlib.Path('requirements.txt').write_text('a==2\n')
-        os.utime('requirements.txt', (1000, 1000))
-        assert make('venv-dev') == (True, '', INSTALLS)
-    assert make('clean')[0] and not os.path.exists('.venv')
-
-
-def test_clean_leaves_the_caches_of_an_environment_that_is_not_its_own(make):
-    foreign()
-    for folder in ('.venv/lib/__pycache__', 'tests/__pycache__', 'logs/digits-a', 'logs/b'):
-        os.makedirs(folder)
-    assert make('clean')[0]
-    assert os.path.exists('.venv/lib/__pycache__') and os.listdir('tests') == [] and os.listdir('logs') == ['b']
