@@ -527,11 +527,19 @@ IMAGES = '--image_size 32 --width 0.0625 --epochs 1 --batch_size 4 --nthread 2 -
         (2, 'TrainBatches', 'main'),
     ],
 )
-def test_the_death_of_any_process_of_a_run_ends_all_of_them_with_one_line(folder, tmp_path, ngpu, paused, victim):
+def test_the_death_of_any_process_of_a_run_ends_all_of_them_with_one_line(tmp_path, ngpu, paused, victim):
     """A loader's, by the system for lack of memory; the main one's, be it trainer or launcher."""
-    root = os.path.dirname(os.path.dirname(os.path.dirname(folder.train.paths[0])))
+    root = str(write(tmp_path / 'photos', train=24, test=24))  # more than loaders read ahead
     environment = {**os.environ, 'PYTHONPATH': ROOT, 'OMP_NUM_THREADS': '1', 'PACED': 'imagenet', 'PAUSED': paused}
-    command = [sys.executable, paced.__file__, *IMAGES.split(), root, '--ngpu', str(ngpu)]
+    command = [
+        sys.executable,
+        paced.__file__,
+        *IMAGES.split(),
+        root,
+        *'--image_size 33 --batch_size 2'.split(),
+        '--ngpu',
+        str(ngpu),
+    ]
     pipes = dict.fromkeys(('stdout', 'stderr'), subprocess.PIPE)
     with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes) as process:
         for _ in range(ngpu):
