@@ -4,6 +4,7 @@ A file is told apart by its content, and is data: nothing in it runs, opens anot
 `MAX_BYTES` and the file's own size allow.
 """
 
+import collections
 import io
 import json
 import math
@@ -125,7 +126,8 @@ def _as_protocol_2(stream):
     has no words for stays as it is, for torch to refuse.
     """
     content, start, out = stream.getbuffer(), stream.tell(), bytearray()
-    memo, pushed = {}, []  # strings by number, others None; strings on the stack with nothing above, and where in `out`
+    memo = {}  # strings by number, others None
+    pushed = collections.deque(maxlen=2)  # strings on top of the stack, and where they are in `out`
     for code, value, at in pickletools.genops(stream):
         operation, name = bytes(content[at : stream.tell()]), code.name
         if name == 'FRAME':
@@ -136,7 +138,7 @@ def _as_protocol_2(stream):
             value = len(memo)
             operation = b'r' + value.to_bytes(4, 'little')
         elif name == 'STACK_GLOBAL':
-            (at, module), (_, attribute) = pushed[-2:]
+            (at, module), (_, attribute) = pushed
             if not (module + attribute).isprintable() or max(len(module), len(attribute)) > MAX_NAME:
                 raise ValueError(f'{module[:MAX_NAME]!r} {attribute[:MAX_NAME]!r} in it is no name')
             del out[at:]
@@ -181,8 +183,10 @@ def _check_pickle(stream, path):
         unfolded += taken
         if unfolded > MAX_UNFOLDED:
             raise ValueError(f'a pickle of more than {MAX_UNFOLDED:,} objects')
+        item = ONE if taken == 1 and text is None else (taken, text)
         if code.name.endswith('GET'):
-            taken, text = memo[value]
+            item = memo[value]
+            _, text = item
         # A key of the outermost dictionary comes right after that, or after a mark and pairs of key and value.
         if text and (len(stack) == 1 or marks == 1 and stack[1:2] == [None] and len(stack) % 2 == 0):
             keys.add(text)
@@ -192,7 +196,6 @@ def _check_pickle(stream, path):
             stack.append(None)
             marks += 1
         else:
-            item = ONE if taken == 1 and text is None else (taken, text)
             stack.extend(item for _ in code.stack_after)
     if refused:
         error = ValueError(f'{refused[0]!r} in it is neither a tensor nor a container of tensors')
