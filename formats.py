@@ -39,8 +39,8 @@ SETTINGS = re.compile(  # names of what training scripts save beside the weights
 # Under these names files hold the params of a network: averaged over training first, as timm takes them.
 PARTS = ('params', 'state_dict', 'model_state_dict', 'model', 'net', 'network', 'module', 'student')
 AVERAGED = ('ema', *(f'{part}_ema' for part in PARTS))
-ADVISED = {*AVERAGED, *PARTS, 'stats'}
-ONE = (1, None)  # one object of a pickle, and no text that matters
+ADVISED = {name: (1, name) for name in (*AVERAGED, *PARTS, 'stats')}  # one object of a pickle, with its text
+ONE = (1, None)  # the same without a text that matters
 MAX_REFUSED = 1000  # names in one pickle; advice looks at them all
 MAX_NAME = 200  # characters of a module or a class that a pickle names
 MAX_GROWTH = 8  # times, of a pickle that is rewritten
@@ -171,7 +171,7 @@ def _check_pickle(stream, path):
             refused.append(value)
             if len(refused) > MAX_REFUSED:
                 raise ValueError(f'{value!r} in it is neither a tensor nor a container of tensors')
-        taken, text = 1, value if code.name.endswith('UNICODE') and value in ADVISED else None
+        taken, item = 1, ADVISED.get(value, ONE) if code.name.endswith('UNICODE') else ONE
         if pickletools.markobject in code.stack_before:
             while (top := stack.pop()) is not None:
                 taken += top[0]
@@ -183,13 +183,14 @@ def _check_pickle(stream, path):
         unfolded += taken
         if unfolded > MAX_UNFOLDED:
             raise ValueError(f'a pickle of more than {MAX_UNFOLDED:,} objects')
-        item = ONE if taken == 1 and text is None else (taken, text)
         if code.name.endswith('GET'):
             item = memo[value]
-            _, text = item
+        elif taken > 1:
+            item = (taken, None)
         # A key of the outermost dictionary comes right after that, or after a mark and pairs of key and value.
-        if text and (len(stack) == 1 or marks == 1 and stack[1:2] == [None] and len(stack) % 2 == 0):
-            keys.add(text)
+        outermost = len(stack) == 1 or (marks == 1 and stack[1:2] == [None] and len(stack) % 2 == 0)
+        if outermost and item and item[1]:
+            keys.add(item[1])
         if code.name.endswith('PUT'):
             memo[value] = stack[-1]
         elif code.name == 'MARK':
