@@ -62,7 +62,8 @@ def start(opt):
     workers.check(opt)
     runs.check_files(opt)
     with contextlib.redirect_stdout(None) if workers.launches(opt) else contextlib.nullcontext():
-        runs.check_save(opt)  # what it notes, the first worker tells
+        if rank() == 0:
+            runs.check_save(opt)  # what it notes, the first worker tells
     return workers.join(opt)
 
 
@@ -517,7 +518,8 @@ def _load_run_(opt, params, trained, updates, topk):
     if epoch < 0 or shapes != {k: v.shape for k, v in trained.items()}:
         raise ValueError(f'{path}: its momentum or epoch does not fit the network')
     scale = state.get('scaler', {})  # empty but for float16, and in older checkpoints
-    if not isinstance(scale, dict) or (scale and _types(scale) != _types(torch.amp.GradScaler('cpu').state_dict())):
+    usual = _types(torch.amp.GradScaler('cpu').state_dict())
+    if scale != {} and not (isinstance(scale, dict) and _types(scale) == usual and 0 < scale['scale'] < math.inf):
         raise ValueError(f'{path}: the scale of its float16 losses cannot be read')
     if progress is not None:
         _check_progress(progress, opt, params, path, topk)
@@ -629,6 +631,7 @@ class _Run:
 
     def save(self):
         """Save in the middle of an epoch: its progress, which is in part every worker's own, is saved too."""
+        self.check_finite()
         shared, mine = self.meters.state(getattr(self.batches, 'bad', 0))
         if world() > 1:
             mine['statistics'] = {k: v.cpu() for k, v in _statistics(self.params).items()}
@@ -640,23 +643,31 @@ class _Run:
         self.keep({**shared, **batches, 'workers': everyone}, self.epoch - 1)
 
     def check_finite(self):
-        """FloatingPointError where the last update has spoilt a parameter, its momentum or the network's output."""
+        """FloatingPointError, in all workers, where the last updates have spoilt something in any of them."""
+        self.updates.check_scale(self.epoch)
+        spoilt = [self.spoilt()]
+        if world() > 1:
+            spoilt = [None] * world()
+            dist.all_gather_object(spoilt, self.spoilt())
+        if any(spoilt):
+            what = next(filter(None, spoilt))
+            raise FloatingPointError(
+                f'epoch {self.epoch}, step {self.meters.steps}: {what} became infinite or NaN; {CALMER}'
+            )
+
+    def spoilt(self):
+        """What is not finite of this worker's parameters, their momentum and the network's output; '' where all is."""
         momentum = {f'the momentum of {k}': m for k, m in self.momentum().items()}
         values = {**{k: v.detach() for k, v in self.params.items()}, **momentum}
         finite = torch.stack([v.isfinite().all() for v in values.values()]).tolist()
-        if not all(finite):
-            spoilt = [k for k, good in zip(values, finite) if not good]
-            more = f' and {len(spoilt) - 1} others' if len(spoilt) > 1 else ''
-            raise FloatingPointError(
-                f'epoch {self.epoch}, step {self.meters.steps}: {spoilt[0]}{more} became infinite or NaN; {CALMER}'
-            )
+        wrong = [k for k, good in zip(values, finite) if not good]
+        if wrong:
+            return wrong[0] + (f' and {len(wrong) - 1} others' if len(wrong) > 1 else '')
+        if self.images is None:
+            return ''
         with torch.no_grad(), autocast(self.meters.device, self.opt.dtype):
-            logits = self.f(self.images, self.params, False)[0] if self.images is not None else torch.zeros(1)
-        if not logits.isfinite().all():
-            raise FloatingPointError(
-                f'epoch {self.epoch}, step {self.meters.steps}: the output of the network became infinite or NaN; '
-                f'{CALMER}'
-            )
+            logits = self.f(self.images, self.params, False)[0]
+        return '' if logits.isfinite().all() else 'the output of the network'
 
     def momentum(self):
         """The momentum of what is trained: {name: tensor}."""
@@ -664,9 +675,8 @@ class _Run:
         return {k: state[v].get('momentum_buffer', torch.zeros_like(v)).detach() for k, v in self.trained.items()}
 
     def keep(self, progress, epochs):
-        """Replace the checkpoint, unless a value in it is not finite: FloatingPointError."""
+        """Replace the checkpoint; `check_finite` comes before."""
         self.saved_at = time.monotonic()
-        self.check_finite()
         if not self.opt.save or rank():
             return
         state = {
@@ -695,7 +705,6 @@ def _hooks(run, f, train_batches, test_batches, device, facts, topk):
         run.images = state['sample'][0]
         if len(meters.pending) == FLUSH:
             meters.flush(run.epoch)
-            run.updates.check_scale(run.epoch)
             speed = meters.images / meters.elapsed()
             state['bar'].set_postfix_str(f'loss {meters.values["loss"].value()[0]:.4f}, {speed:.0f} images/s')
             run.pause()
@@ -786,6 +795,7 @@ def _percent(accuracy):
 
 def _keep(run):
     """Append the log line, then replace the checkpoint: between the two, a resume repeats the epoch and its line."""
+    run.check_finite()
     if run.opt.save and rank() == 0:
         runs.append_line(os.path.join(run.opt.save, 'log.txt'), runs.line_of(run.record))
     run.keep(None, run.epoch)

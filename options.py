@@ -82,7 +82,7 @@ def group_list(text):
 
 def gpu_list(text):
     """An argparse type: what CUDA_VISIBLE_DEVICES takes, numbers or identifiers separated by commas."""
-    if not re.fullmatch(r'((\d+|(GPU|MIG)-[\w/-]+)(,|$))*(?<!,)', text):
+    if text and not all(re.fullmatch(r'\d+|(GPU|MIG)-[\w/-]+', name) for name in text.split(',')):
         raise argparse.ArgumentTypeError(f'{text!r} is not a list of GPUs like 0,1')
     return text
 

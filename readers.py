@@ -12,10 +12,12 @@ import math
 import mmap
 import multiprocessing
 import multiprocessing.forkserver
+import multiprocessing.resource_tracker
 import os
 import signal
 import tempfile
 import traceback
+import warnings
 from multiprocessing.connection import wait
 from multiprocessing.reduction import recv_handle, send_handle
 
@@ -39,15 +41,18 @@ def context():
     forkserver = multiprocessing.get_context('forkserver')
     forkserver.set_forkserver_preload(['__main__', 'imagefolder'])
     children.import_safely()
+    warnings.filterwarnings('ignore', 'resource_tracker: process died')  # it is started again
+    multiprocessing.resource_tracker.ensure_running()  # first, since it lets signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STATUS)  # Ctrl-C, while the server imports, is for this process
     try:
         multiprocessing.forkserver.ensure_running()
     except OSError as error:
         if 'AF_UNIX path' not in str(error):
             raise
-        folder = tempfile.gettempdir()
-        raise ValueError(
-            f'{folder} is too long a name for a socket in it: set a shorter TMPDIR, or --nthread 0'
-        ) from None
+        advice = 'is too long a name for a socket in it: set a shorter TMPDIR, or --nthread 0'
+        raise ValueError(f'{tempfile.gettempdir()} {advice}') from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return forkserver
 
 
@@ -57,10 +62,13 @@ class Reader:
     def __init__(self, read, shape):
         self.connection, theirs = context().Pipe()
         self.process = context().Process(target=_serve, args=(theirs, read, shape), daemon=True)
-        self.process.start()
-        theirs.close()
         file = _memory(SLOTS * math.prod(shape))
-        send_handle(self.connection, file, self.process.pid)
+        try:
+            self.process.start()
+            send_handle(self.connection, file, self.process.pid)
+        except (EOFError, ConnectionError):
+            raise ChildProcessError('a process that reads images died as it was started') from None
+        theirs.close()
         self.slots = torch.from_numpy(_slots(file, shape))
 
     def close(self):
@@ -144,7 +152,7 @@ def _slots(file, shape):
 
 
 def _serve(connection, read, shape):
-    children.end_with_parent()
+    children.end_with_parent(os.getppid())
     torch.set_num_threads(1)
     for signum in STATUS:  # the process that trains decides when to stop
         signal.signal(signum, signal.SIG_IGN)

@@ -218,6 +218,13 @@ def last_epoch(opt, name):
     return records[-1] if records and records[-1]['epoch'] == opt.epochs else None
 
 
+def finished(opt, name):
+    """Whether a run is at its end, by its log and by its checkpoint, if there is one: killed between, they differ."""
+    path = os.path.join('logs', name, 'model.pt7')
+    ended = last_epoch(opt, name)
+    return ended and (not os.path.exists(path) or engine.checkpoint.load(path).get('epoch') == opt.epochs)
+
+
 def epochs_there(opt):
     """The longest schedule in logs/ of which a run of the table is finished, the table's own before any other; or None.
 
@@ -275,11 +282,11 @@ def run(opt, name, arguments, job):
     changed = changed_settings(flags, results(name))
     if changed:
         raise ValueError(f'logs/{name} holds a run of other settings ({"; ".join(changed)})')
-    if last_epoch(opt, name):
+    if finished(opt, name):
         return 'done'
     if flags.teacher_id and not last_epoch(opt, flags.teacher_id):
         raise ValueError(f'its teacher {flags.teacher_id} is not trained')
-    here, environment = os.path.dirname(os.path.abspath(__file__)), {**os.environ, 'AT_END_WITH_PARENT': '1'}
+    here, environment = os.path.dirname(os.path.abspath(__file__)), {**os.environ, 'AT_PARENT': str(os.getpid())}
     command, alone = [sys.executable, os.path.join(here, 'cifar.py'), *arguments], opt.jobs == 1
     if not alone and torch.cuda.is_available():
         command += ['--gpu_id', str(job % torch.cuda.device_count())]

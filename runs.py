@@ -10,6 +10,7 @@ import subprocess
 
 import checkpoint
 import formats
+import launch
 from schedules import lr_at
 from workers import rank, say
 
@@ -217,6 +218,7 @@ def open_run(opt, done):
             )
         kept = [record for epoch, record in epochs if epoch <= done]
         checkpoint.write_whole(log, ''.join(map(line_of, kept)).encode())
+    launch.note_opened()
 
 
 def _epoch(record):

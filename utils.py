@@ -285,7 +285,8 @@ def attention_map(x, p=2, mapping='sum', relative=False):
     else:
         x = x.abs()
         if relative:
-            x = x / x.detach().amax((1, 2, 3), keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+            largest = x.detach().amax((1, 2, 3), keepdim=True)
+            x = x / torch.where(largest >= torch.finfo(x.dtype).tiny, largest, 1)
         x = x.pow(p) if p >= 1 else _root(x, p)
     return x.sum(1) if mapping == 'sum' else x.amax(1)
 

@@ -2,12 +2,11 @@
 
 import contextlib
 import ctypes
-import glob
-import logging
+import itertools
 import os
-import signal
+import re
+import socket
 import sys
-import tempfile
 import warnings
 from functools import partial
 from typing import NamedTuple
@@ -16,12 +15,11 @@ import torch
 import torch.distributed as dist
 
 import children
-from stopping import STATUS
+import launch
 from utils import STATISTICS
 
-LOST_PEER = 3  # exit status of a worker that stops because another one has ended
-TOLD = 'told'  # a file beside the launcher's logs: the exit status of the worker that has said what is wrong
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+GPU = r'\d+|(GPU|MIG)-[\w/-]+'  # how CUDA_VISIBLE_DEVICES and --gpu_id name one
 
 
 class Place(NamedTuple):
@@ -37,7 +35,7 @@ def place():
     found = [os.environ.get(name, '').strip() for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')]
     rank, local, world = (int(text) if text.isascii() and text.isdigit() else None for text in found)
     if rank is None or world is None or not rank < world or world == 1:
-        return Place(0, local or 0, 1)
+        return Place(0, 0, 1)
     return Place(rank, local, world)
 
 
@@ -71,9 +69,12 @@ def check(opt):
         raise ValueError('--cuda_graphs: only for a single worker with a GPU')
     if opt.batch_size % max(opt.ngpu, world()):
         raise ValueError(f'--batch_size {opt.batch_size} is not a multiple of the {max(opt.ngpu, world())} workers')
-    if opt.save and int(os.environ.get('TORCHELASTIC_RESTART_COUNT') or 0):
-        opt.resume, opt.overwrite = 'auto', False  # a worker died, and all begin again where the checkpoint is
+    if opt.save and launch.opened():
+        opt.overwrite = False  # a worker died, and all begin again where the checkpoint is
+        opt.resume = 'auto' if os.path.exists(os.path.join(opt.save, 'model.pt7')) else opt.resume or 'auto'
     _check_launcher(there if cuda else 1)
+    if opt.ngpu > 1 and world() == 1 and not launches(opt):
+        raise ValueError(f'--ngpu {opt.ngpu}: torchrun (TORCHELASTIC_RUN_ID in the environment) has started one worker')
     _check_restarts()
 
 
@@ -82,8 +83,11 @@ def _check_launcher(gpus):
     number = os.environ.get('WORLD_SIZE', '').strip()
     if not number or number == '1':
         return  # a RANK alone is a leftover of something else
-    here = {name: os.environ.get(name, '') for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
-    wrong = [name for name, value in here.items() if not value.strip()]
+    here = {name: os.environ.get(name, '').strip() for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
+    for name in ('RANK', 'WORLD_SIZE', 'MASTER_PORT'):
+        if here[name] and not (here[name].isascii() and here[name].isdigit()):
+            raise ValueError(f'{name}={here[name]} in the environment is no number')
+    wrong = [name for name, value in here.items() if not value]
     if not wrong and world() == 1:
         wrong = [f'RANK below {number}']
     if not wrong and place().local is None and gpus > 1:
@@ -121,7 +125,9 @@ def chosen_gpus(gpu_id, visible):
     """
     if visible is None:
         return gpu_id
-    allowed, chosen = [name.strip() for name in visible.split(',') if name.strip()], []
+    names = (name.strip() for name in visible.split(','))
+    allowed = list(itertools.takewhile(lambda name: re.fullmatch(GPU, name), names))  # as CUDA reads it
+    chosen = []
     for gpu in gpu_id.split(','):
         if gpu.isdigit():
             named = allowed[int(gpu) : int(gpu) + 1]
@@ -129,6 +135,8 @@ def chosen_gpus(gpu_id, visible):
             named = [name for name in allowed if name.startswith(gpu)]
         if len(named) != 1:
             raise ValueError(f'--gpu_id {gpu}: CUDA_VISIBLE_DEVICES={visible} allows {len(allowed)} GPUs, not this one')
+        if named[0] in chosen:
+            raise ValueError(f'--gpu_id {gpu_id} names a GPU twice')
         chosen += named
     return ','.join(chosen)
 
@@ -140,12 +148,14 @@ def join(opt):
     find their place in the environment, just as under torchrun.
     """
     cuda = torch.cuda.is_available()
-    if 'TORCHELASTIC_RUN_ID' in os.environ or 'AT_END_WITH_PARENT' in os.environ:
-        children.end_with_parent('' if rank() else 'what started this run has died, and it ends')
+    if 'TORCHELASTIC_RUN_ID' in os.environ or 'AT_PARENT' in os.environ:
+        parent = int(os.environ.get('AT_PARENT') or children.PARENT)
+        children.end_with_parent(parent, '' if rank() else 'what started this run has died, and it ends')
+    launch.end_again()
     if world() > 1:
-        dist.init_process_group('nccl' if cuda else 'gloo', rank=rank(), world_size=world())
+        _meet('nccl' if cuda else 'gloo')
     elif launches(opt):
-        sys.exit(_launch(opt))
+        sys.exit(launch.launch(opt))
     device = torch.device('cuda', place().local or 0) if cuda else torch.device('cpu')
     if cuda:
         torch.cuda.set_device(device)
@@ -154,6 +164,21 @@ def join(opt):
     keep_memory()
     torch.manual_seed(opt.seed)
     return device
+
+
+def _meet(backend):
+    """Join the other workers; ValueError where their address is none, or taken by something else."""
+    address, port = os.environ['MASTER_ADDR'], os.environ['MASTER_PORT']
+    try:
+        socket.getaddrinfo(address, int(port))
+        dist.init_process_group(backend, rank=rank(), world_size=world())
+    except (dist.DistError, OSError, OverflowError) as error:
+        if 'TORCHELASTIC_RUN_ID' in os.environ and isinstance(error, dist.DistError):
+            raise  # the launcher's address is right, and another worker has ended
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f'cannot meet the other workers at MASTER_ADDR {address}, MASTER_PORT {port}: {reason}'
+        ) from None
 
 
 def keep_memory():
@@ -180,54 +205,6 @@ def _check_restarts():
             f'torchrun --max-restarts {restarts}: its restarts work with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its '
             'environment and --standalone or --rdzv-backend c10d alone'
         )
-
-
-def _launch(opt):
-    """Run this very command once per worker, wait, and return the exit status."""
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // opt.ngpu)))
-    os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'  # see _check_restarts
-    logging.disable(logging.CRITICAL)  # one message is enough, and it is below
-    with tempfile.TemporaryDirectory(prefix='attention-transfer-') as folder:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=opt.ngpu,
-            run_id=str(os.getpid()),
-            rdzv_backend='c10d',
-            rdzv_endpoint='localhost:0',
-            max_restarts=opt.max_restarts,
-            monitor_interval=1,
-            signals_to_handle=','.join(s.name for s in STATUS),
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
-        )
-        try:
-            elastic_launch(config, sys.executable)('-u', *sys.argv)
-        except SignalException as stop:  # it was passed on to the workers, who have saved and said so
-            return STATUS[stop.sigval]
-        except ChildFailedError as error:
-            return _explain(error.failures, folder, opt)
-    return 0
-
-
-def _explain(failures, folder, opt):
-    """The exit status of workers that failed, {rank: ProcessFailure}; says why, unless one of them has.
-
-    The folder is that of the launcher's logs: <run>/attempt_<number of the restart>/<rank>/.
-    """
-    attempt = max(glob.glob(os.path.join(folder, '*', 'attempt_*')), key=lambda path: int(path.rpartition('_')[2]))
-    with contextlib.suppress(OSError, ValueError), open(os.path.join(attempt, TOLD), encoding='utf-8') as file:
-        return int(file.read())
-    by_others = LOST_PEER, -signal.SIGTERM  # ends of those that met the end of another, or that the launcher ended
-    failed_rank, failure = min(failures.items(), key=lambda f: (f[1].exitcode in by_others, f[1].timestamp))
-    how = f'signal {-failure.exitcode}' if failure.exitcode < 0 else f'exit status {failure.exitcode}'
-    advice = '; go on with --resume auto' if opt.save else ''
-    print(f'worker {failed_rank} died ({how}) and all were stopped{advice}', file=sys.stderr)
-    return 1
 
 
 class _Module(torch.nn.Module):

@@ -213,7 +213,8 @@ def default_teacher_dtype(dtype):
 
 def own_process():
     """A new process for what is plain, with the memory allocator that every process begins with."""
-    return ProcessPoolExecutor(1, multiprocessing.get_context('spawn'), initializer=children.end_with_parent)
+    spawn = multiprocessing.get_context('spawn')
+    return ProcessPoolExecutor(1, spawn, initializer=children.end_with_parent, initargs=(os.getpid(),))
 
 
 def settled_seconds(step, *batch, steps=2):

@@ -2,13 +2,17 @@
 
     PACED=cifar python paced.py FLAGS
 
-The end of the stdin lets it go on freely. With SLOW_END, worker 1 takes so many seconds to end. With PAUSED, which is
-TrainBatches or TestBatches, each worker waits after its first batch of photographs until the folder has a file GO.
+The end of the stdin lets it go on freely.
+
+SLOW_START, SLOW_END: seconds that each worker, or worker 1, takes for it. DIES_ONCE: a file; worker 1 is killed at its
+first start, and leaves it. PAUSED: TrainBatches or TestBatches; each worker waits after its first batch of photographs
+until the folder has a file GO. SPOIL: an epoch, after whose test a running variance of the last worker is infinite.
 """
 
 import atexit
 import importlib
 import os
+import signal
 import sys
 import time
 
@@ -42,8 +46,29 @@ def pause(batches):
     batches.__iter__ = waiting
 
 
+def spoil(evaluate, epoch):
+    """Evaluation that spoils the network the `epoch`-th time."""
+    times = []
+
+    def spoiling(f, params, *more):
+        found = evaluate(f, params, *more)
+        times.append(1)
+        if len(times) == epoch:
+            params['bn.running_var'][0] = float('inf')
+        return found
+
+    return spoiling
+
+
 if __name__ == '__main__':
+    time.sleep(float(os.environ.get('SLOW_START', 0)))
+    dies = os.environ.get('DIES_ONCE')
+    if workers.rank() == 1 and dies and not os.path.exists(dies):
+        open(dies, 'x').close()
+        os.kill(os.getpid(), signal.SIGKILL)
     engine.say = say_and_wait
+    if 'SPOIL' in os.environ and workers.rank() == workers.world() - 1:
+        engine.evaluate = spoil(engine.evaluate, int(os.environ['SPOIL']))
     if 'PAUSED' in os.environ:
         pause(getattr(imagefolder, os.environ['PAUSED']))
     if workers.rank() == 1:

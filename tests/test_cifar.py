@@ -337,7 +337,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_terms(train)
     [
         ('--dtype float', 'epoch 7: the test loss is not finite (nan)'),
         ('--save_every 1e-9', 'epoch 7, step 1: the output of the network became infinite or NaN'),
-        ('--dtype half --beta 1e5 --teacher_id teacher --save_every 1e-9', 'epoch 7, step 1: conv0 and '),
+        ('--lr 1e30 --weight_decay 1e30 --save_every 1e-9', 'epoch 7, step 1: conv0 and '),
+        ('--lr 1e30 --weight_decay 1e30', 'epoch 7'),
     ],
 )
 def test_a_run_that_the_last_update_of_an_epoch_spoils_fails_and_replaces_nothing(train, teacher, flags, where):
@@ -349,6 +350,11 @@ def test_a_run_that_the_last_update_of_an_epoch_spoils_fails_and_replaces_nothin
     assert (status, err.count('\n')) == (1, 1), err
     assert where in err and 'try a lower --lr' in err
     assert before == {name: open(f'logs/run/{name}', 'rb').read() for name in before}
+
+
+def test_float16_gradients_that_are_infinite_at_every_scale_end_a_run_of_short_epochs_too(train, teacher):
+    status, _, err = train('--epochs 60 --dtype half --teacher_id teacher --beta 1e30 --lr 0.01')
+    assert (status, err.count('\n')) == (1, 1) and 'the gradients in float16 are not finite at any scale' in err, err
 
 
 def test_no_space_left_stops_the_run_and_leaves_its_last_checkpoint_whole(train, teacher):

@@ -18,6 +18,7 @@ from conftest import HANGS, draw, ends, refused, state
 from PIL import Image
 from torchvision import transforms
 
+import children
 import data
 import imagefolder
 import readers
@@ -444,6 +445,16 @@ def test_nothing_in_the_current_folder_is_executed(folder, tmp_path, command):
     )
     assert done.returncode == 0, done.stderr
     assert not os.listdir(tmp_path / 'marks') and 'Error' not in done.stderr
+
+
+def test_an_environment_that_cannot_keep_the_current_folder_out_is_refused(monkeypatch):
+    """With -E, Python passes the variables over; a colon in a name ends it."""
+    script = os.path.join(ROOT, 'cifar.py')
+    done = subprocess.run([sys.executable, '-E', script, '--epochs', '1'], capture_output=True, text=True)
+    assert refused((done.returncode, done.stdout, done.stderr), 'python -E', 'leave -E out')
+    monkeypatch.setattr(sys, 'path', [*sys.path, '/a:b'])
+    with pytest.raises(ValueError, match='/a:b has a : in its name'):
+        children.import_safely()
 
 
 def threads(task, out):

@@ -117,6 +117,17 @@ def test_a_high_power_neither_over_nor_underflows(p, mapping, scale):
     )
 
 
+@pytest.mark.parametrize('mapping', ['sum', 'max'])
+@pytest.mark.parametrize('form', ['code', 'paper'])
+@pytest.mark.parametrize('p', [0.5, 1, 1.5, 2, 4, 16])
+def test_a_sample_whose_activations_are_all_zero_has_a_finite_gradient(p, mapping, form):
+    x = torch.rand(2, 3, 4, 4)
+    x[0] = 0
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(utils.at_loss(x, torch.rand(2, 3, 4, 4), p, mapping, form), x)
+    assert gradient.isfinite().all() and (gradient[1] != 0).any()
+
+
 @pytest.mark.parametrize('p', [0.1, 0.5])
 def test_the_gradient_of_a_low_power_is_finite_at_zero(p):
     x = torch.rand(2, 3, 4, 4).sub(0.5).relu().requires_grad_()

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import cv2
 import numpy as np
@@ -15,8 +16,10 @@ import torch
 from conftest import HANGS, SMALL, ends, refused
 from test_stopping import ended, wait_for_epoch
 
+import checkpoint
 import cifar
 import engine
+import imagenet
 import workers
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -128,6 +131,37 @@ def test_several_workers_that_cannot_find_each_other_are_refused(train, monkeypa
     assert not os.path.exists('logs')
 
 
+def test_ngpu_under_a_launcher_of_one_worker_is_refused(train, monkeypatch):
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'x')
+    assert refused(train('--epochs 1 --ngpu 2'), '--ngpu 2: torchrun (TORCHELASTIC_RUN_ID in the environment)')
+
+
+@pytest.mark.parametrize(
+    'address, word',
+    [
+        ({'MASTER_PORT': 'abc'}, 'MASTER_PORT=abc in the environment is no number'),
+        ({'MASTER_PORT': '{taken}'}, 'cannot meet the other workers at MASTER_ADDR 127.0.0.1, MASTER_PORT '),
+        ({'MASTER_ADDR': 'no.such.host.invalid'}, 'cannot meet the other workers at MASTER_ADDR no.such'),
+        ({'WORLD_SIZE': '-3'}, 'WORLD_SIZE=-3 in the environment is no number'),
+    ],
+)
+def test_an_address_that_is_none_is_refused_by_name(photos, tmp_path, address, word):
+    with socket.socket() as taken:
+        taken.bind(('127.0.0.1', 0))
+        taken.listen()
+        usual = {'RANK': '0', 'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
+        address = {k: v.format(taken=taken.getsockname()[1]) for k, v in address.items()}
+        process = alone(photos, tmp_path, **{**usual, **address})
+        out, err = process.communicate(timeout=HANGS)
+    lines = [line for line in err.splitlines() if not line.startswith('[W')]  # PyTorch's own
+    assert process.returncode == 2 and len(lines) == 1 and word in lines[0], err
+
+
+def test_an_error_that_quotes_a_folder_of_gloo_is_still_told(script, tmp_path):
+    (tmp_path / 'gloo' / 'x').mkdir(parents=True)
+    assert refused(script(cifar, '--dataset folder --dataroot', [tmp_path / 'gloo' / 'x']), "no folder 'train'")
+
+
 @pytest.mark.parametrize(
     'gpu_id, visible, expected',
     [
@@ -137,6 +171,10 @@ def test_several_workers_that_cannot_find_each_other_are_refused(train, monkeypa
         ('GPU-b', 'GPU-abc,GPU-bcd', 'GPU-bcd'),
         ('1', 'MIG-1/2/3, MIG-4', 'MIG-4'),
         ('2', '2,3', None),
+        ('1', '0,-1,1', None),
+        ('1', '0,,1', None),
+        ('0', 'NoDevFiles', None),
+        ('0,0', '2,3', None),
         ('0', '', None),
         ('GPU-a', '2,3', None),
         ('GPU-', 'GPU-abc,GPU-bcd', None),
@@ -144,7 +182,7 @@ def test_several_workers_that_cannot_find_each_other_are_refused(train, monkeypa
 )
 def test_gpus_are_chosen_among_those_that_are_visible(gpu_id, visible, expected):
     if expected is None:
-        with pytest.raises(ValueError, match=f'--gpu_id {gpu_id}: CUDA_VISIBLE_DEVICES={visible} allows'):
+        with pytest.raises(ValueError, match=f'--gpu_id {gpu_id}'):
             workers.chosen_gpus(gpu_id, visible)
     else:
         assert workers.chosen_gpus(gpu_id, visible) == expected
@@ -230,6 +268,54 @@ def test_workers_do_not_outlive_their_launcher(photos, tmp_path, launcher):
     process.kill()
     assert ends(workers)
     process.communicate()
+
+
+@needs_proc
+def test_workers_that_are_still_importing_do_not_outlive_their_launcher_either(photos, tmp_path):
+    process = start(photos, tmp_path, '--ngpu', '2', '--epochs', '100000', SLOW_START='3')
+    while len(found := children(process.pid)) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    assert ends(found)
+    process.communicate()
+
+
+@needs_proc
+def test_one_worker_that_is_asked_to_stop_stops_all_and_none_begins_again(photos, tmp_path):
+    process = start(photos, tmp_path, '--ngpu', '2', '--max_restarts', '1')
+    wait_for_epoch(process, 2)
+    (second,) = (child for child, environment in children(process.pid).items() if 'RANK=1' in environment)
+    os.kill(second, signal.SIGTERM)
+    status, out, err = ended(process)
+    assert status == 143 and err.count('\n') == 1 and 'stopped after step' in err, err
+    assert 'resumed' not in out
+
+
+@pytest.mark.parametrize('ngpu', ['1', '2'])
+def test_what_one_worker_knows_to_be_spoilt_none_saves_or_logs(photos, tmp_path, ngpu):
+    """The last worker's running variance is infinite at the end of epoch 3, after the test."""
+    status, _, err = ended(start(photos, tmp_path, '--ngpu', ngpu, SPOIL='3'))
+    assert status == 1 and err.count('\n') == 1 and 'epoch 3, step 4: bn.running_var became infinite or NaN' in err, err
+    assert [r['epoch'] for r in engine.read_log(tmp_path / 'logs' / 'run' / 'log.txt')] == [1, 2]
+    state = checkpoint.load(tmp_path / 'logs' / 'run' / 'model.pt7')
+    assert state['epoch'] == 2 and state['params']['bn.running_var'].isfinite().all()
+
+
+def test_a_restart_does_not_repeat_an_error_that_no_restart_mends(bad_image):
+    command = [sys.executable, imagenet.__file__, *IMAGES.split(), '--ngpu', '2', '--max_restarts', '2']
+    done = subprocess.run(command, cwd=bad_image, env=ENVIRONMENT, timeout=HANGS, capture_output=True, text=True)
+    assert refused((done.returncode, done.stdout, done.stderr), './val/a/2.png is not a readable image')
+    assert done.stdout.count('8 training and 8 validation images') == 1
+
+
+@needs_proc
+def test_a_restart_before_the_run_was_opened_begins_the_new_run_and_not_the_old(photos, tmp_path):
+    assert ended(start(photos, tmp_path, '--seed', '1'))[0] == 0
+    more = '--seed', '2', '--overwrite', '--ngpu', '2', '--max_restarts', '1'
+    status, out, err = ended(start(photos, tmp_path, *more, DIES_ONCE=str(tmp_path / 'died')))
+    assert status == 0 and (tmp_path / 'died').exists() and 'resumed' not in out, err
+    assert [r['seed'] for r in engine.read_log(tmp_path / 'logs' / 'run' / 'log.txt')] == [2] * 5
 
 
 def begins_again(process, folder):
