@@ -329,7 +329,8 @@ def train(opt, runs):
                 print(title[name], flush=True)
                 job = jobs.pop(0)
                 running[pool.submit(run, opt, name, runs[name], job)] = name, job
-            for ended in wait(running, return_when=FIRST_COMPLETED).done:
+            # A signal that comes just before a wait without a limit would be seen at its end alone.
+            for ended in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
                 name, job = running.pop(ended)
                 jobs.append(job)
                 try:
