@@ -65,7 +65,7 @@ def end_again():
 def note_opened():
     """Leave word that --save holds this run from here on, so that a restart goes on with it."""
     if attempt():
-        with contextlib.suppress(OSError), open(os.path.join(os.path.dirname(attempt()), OPENED), 'w'):
+        with contextlib.suppress(OSError), open(os.path.join(os.path.dirname(attempt()), OPENED), 'wb'):
             pass
 
 

@@ -133,7 +133,7 @@ def test_wrong_value_for_fine_tuning_is_refused_in_one_line_that_names_it(script
 def test_every_flag_is_read_and_explained(monkeypatch, module):
     sources = ''.join(
         (ROOT / f'{name}.py').read_text()
-        for name in (module.__name__, 'engine', 'options', 'runs', 'workers', *SHARED.get(module, ()))
+        for name in (module.__name__, 'engine', 'options', 'runs', 'workers', 'launch', *SHARED.get(module, ()))
     )
     actions, flags = parser(monkeypatch, module=module)
     for flag in vars(flags):
