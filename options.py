@@ -15,6 +15,7 @@ TRANSFERS = (
 )
 TEACHERS = {'--teacher_id': '--teacher_params', '--teacher_params': '--teacher_id'}  # what the other scripts call it
 HOLDOUT = 'test on N training images instead'
+GPU = r'\d+|(GPU|MIG)-[\w/-]+'  # how CUDA_VISIBLE_DEVICES and --gpu_id name one
 MOST = 1e30  # of a rate or a weight: products of two stay below what float32 holds, or are seen as not finite
 
 
@@ -82,7 +83,7 @@ def group_list(text):
 
 def gpu_list(text):
     """An argparse type: what CUDA_VISIBLE_DEVICES takes, numbers or identifiers separated by commas."""
-    if text and not all(re.fullmatch(r'\d+|(GPU|MIG)-[\w/-]+', name) for name in text.split(',')):
+    if text and not all(re.fullmatch(GPU, name) for name in text.split(',')):
         raise argparse.ArgumentTypeError(f'{text!r} is not a list of GPUs like 0,1')
     return text
 

@@ -16,10 +16,10 @@ import torch.distributed as dist
 
 import children
 import launch
+from options import GPU
 from utils import STATISTICS
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-GPU = r'\d+|(GPU|MIG)-[\w/-]+'  # how CUDA_VISIBLE_DEVICES and --gpu_id name one
 
 
 class Place(NamedTuple):
