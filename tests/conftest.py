@@ -1,6 +1,7 @@
 """Small real data and real runs that several test files share."""
 
 import os
+import subprocess
 import sys
 import time
 
@@ -88,14 +89,25 @@ def refused(result, *words):
     return True
 
 
+def proc(pid, name):
+    """What /proc has in a file on a process, '' if that has ended."""
+    try:
+        with open(f'/proc/{pid}/{name}', encoding='utf8', errors='replace') as file:
+            return file.read()
+    except OSError:
+        return ''
+
+
 def state(pid):
     """The state of a process and its parent, as /proc has them; of one that has ended, None and None."""
-    try:
-        with open(f'/proc/{pid}/stat') as file:
-            letter, parent, *_ = file.read().rpartition(')')[2].split()
-    except OSError:
-        letter = 'Z'
+    letter, parent, *_ = proc(pid, 'stat').rpartition(')')[2].split() or 'Z0'
     return (None, None) if letter in 'ZX' else (letter, int(parent))
+
+
+def started_by(pid):
+    """The processes that a process has started, those that end soon too: {pid: environment}."""
+    pids = subprocess.run(['pgrep', '-P', str(pid)], capture_output=True, text=True).stdout.split()
+    return {int(child): proc(child, 'environ').split('\0') for child in pids}
 
 
 def ends(pids):

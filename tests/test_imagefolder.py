@@ -14,7 +14,7 @@ import numpy as np
 import paced
 import pytest
 import torch
-from conftest import HANGS, draw, ends, refused, state
+from conftest import HANGS, draw, ends, proc, refused, state
 from PIL import Image
 from torchvision import transforms
 
@@ -521,8 +521,7 @@ def descendants(pid):
 
 def is_loader(pid):
     """Whether a process was forked by a server, and is not the server."""
-    commands = [pathlib.Path(f'/proc/{p}/cmdline').read_text() for p in (pid, state(pid)[1])]
-    return all('forkserver' in command for command in commands)
+    return all('forkserver' in proc(p, 'cmdline') for p in (pid, state(pid)[1]))
 
 
 IMAGES = '--image_size 32 --width 0.0625 --epochs 1 --batch_size 4 --nthread 2 --epoch_step [] --imagenetpath'

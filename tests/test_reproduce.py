@@ -15,7 +15,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ends, refused
+from conftest import ends, refused, started_by
 
 import cifar
 import engine
@@ -242,7 +242,7 @@ def test_runs_do_not_outlive_what_started_them(tmp_path):
     command = [sys.executable, reproduce.__file__, 'demo', '--methods', 'student', '--epochs', '1000']
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         next(line for line in process.stdout if line.startswith('epoch 1/'))
-        found = subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split()
+        found = started_by(process.pid)
         process.kill()
         assert found and ends(found)
 

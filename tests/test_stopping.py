@@ -1,5 +1,6 @@
 """Real trainings that are killed, asked to stop, or started twice: nothing is lost, and every bit is as without."""
 
+import contextlib
 import os
 import random
 import re
@@ -11,7 +12,7 @@ from functools import partial
 
 import paced
 import pytest
-from conftest import HANGS, SMALL, refused
+from conftest import HANGS, SMALL, refused, started_by
 from test_cifar import logged, same_weights
 
 import checkpoint
@@ -110,8 +111,9 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(start, whole,
 
 def kill(process):
     """SIGKILL to a process and its workers."""
-    for child in subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout.split():
-        os.kill(int(child), signal.SIGKILL)
+    for child in started_by(process.pid):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(child, signal.SIGKILL)
     process.kill()
     process.communicate()
 

@@ -1,7 +1,6 @@
 """One worker and several compute the same; dead ones are told of, and a run begins again where it was."""
 
 import os
-import pathlib
 import signal
 import socket
 import subprocess
@@ -13,7 +12,7 @@ import numpy as np
 import paced
 import pytest
 import torch
-from conftest import HANGS, SMALL, ends, refused
+from conftest import HANGS, SMALL, ends, refused, started_by
 from test_stopping import ended, wait_for_epoch
 
 import checkpoint
@@ -207,17 +206,17 @@ def start(photos, folder, *more, launcher=(), **environment):
     return subprocess.Popen(command, cwd=folder, env=environment, **pipes, text=True)
 
 
-def children(pid):
-    """The processes that a process has started: {pid: environment}."""
-    pids = subprocess.run(['pgrep', '-P', str(pid)], capture_output=True, text=True).stdout.split()
-    return {int(child): pathlib.Path(f'/proc/{child}/environ').read_text().split('\0') for child in pids}
+def workers_of(launcher):
+    """The workers that a launcher has started: {rank: pid}."""
+    ranks = {f'RANK={rank}': rank for rank in range(2)}
+    found = started_by(launcher.pid).items()
+    return {ranks[e]: child for child, environment in found for e in environment if e in ranks}
 
 
 def kill_second_worker(process, epoch):
     """Kill worker 1 while the first waits at the end of an epoch."""
     wait_for_epoch(process, epoch)
-    (second,) = (child for child, environment in children(process.pid).items() if 'RANK=1' in environment)
-    os.kill(second, signal.SIGKILL)
+    os.kill(workers_of(process)[1], signal.SIGKILL)
 
 
 needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/environ'), reason='finds the worker to kill in /proc')
@@ -265,21 +264,21 @@ def test_a_dead_worker_ends_the_others_with_one_message(photos, tmp_path):
 def test_workers_do_not_outlive_their_launcher(photos, tmp_path, launcher):
     process = start(photos, tmp_path, *([] if launcher else ['--ngpu', '2']), launcher=launcher)
     wait_for_epoch(process, 1)
-    workers = [child for child, environment in children(process.pid).items() if any('RANK=' in e for e in environment)]
-    assert len(workers) == 2
+    found = workers_of(process)
+    assert len(found) == 2
     process.kill()
-    assert ends(workers)
+    assert ends(found.values())
     process.communicate()
 
 
 @needs_proc
 def test_workers_that_are_still_importing_do_not_outlive_their_launcher_either(photos, tmp_path):
     process = start(photos, tmp_path, '--ngpu', '2', '--epochs', '100000', SLOW_START='3')
-    while len(found := children(process.pid)) < 2:
+    while len(found := workers_of(process)) < 2:
         assert process.poll() is None
         time.sleep(0.01)
     process.kill()
-    assert ends(found)
+    assert ends(found.values())
     process.communicate()
 
 
@@ -287,8 +286,7 @@ def test_workers_that_are_still_importing_do_not_outlive_their_launcher_either(p
 def test_one_worker_that_is_asked_to_stop_stops_all_and_none_begins_again(photos, tmp_path):
     process = start(photos, tmp_path, '--ngpu', '2', '--max_restarts', '1')
     wait_for_epoch(process, 2)
-    (second,) = (child for child, environment in children(process.pid).items() if 'RANK=1' in environment)
-    os.kill(second, signal.SIGTERM)
+    os.kill(workers_of(process)[1], signal.SIGTERM)
     status, out, err = ended(process)
     assert status == 143 and err.count('\n') == 1 and 'stopped after step' in err, err
     assert 'resumed' not in out
