@@ -79,7 +79,7 @@ def main():
     f, params = engine.draw(network(opt), opt, dataset.num_classes, device)
     teacher = build_teacher(opt, dataset, test_batches, device)
     trained = engine.prepare(opt, f, params, teacher, next(iter(test_batches()))[0][:1])
-    student = workers.data_parallel(trained, params, 'sync' if opt.sync_bn else True)
+    student = workers.data_parallel(trained, params, sync_bn=opt.sync_bn)
     step = engine.make_step(opt, student, teacher, device)
     engine.fit(opt, step, f, params, train_batches, test_batches, device, engine.counts(dataset))
 

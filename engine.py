@@ -24,17 +24,16 @@ import children
 import runs
 import workers
 from int8 import quantize
+from layers import STATISTICS, full
 from runs import read_log
 from schedules import beta_at, lr_at
 from stopping import Requests, Stopped
 from utils import (
     DTYPES,
-    STATISTICS,
     adapt,
     adapter_params,
     attention_map,
     cast,
-    full,
     full_activation_loss,
     gradient_loss,
     input_gradient,

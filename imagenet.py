@@ -101,7 +101,7 @@ def main():
     teacher = build_teacher(opt, dataset, test_batches, topk, device)
     blank = torch.zeros(1, 3, opt.image_size, opt.image_size, device=device)
     trained = engine.prepare(opt, f, params, teacher, blank)
-    student = workers.data_parallel(trained, params, 'sync' if opt.sync_bn else True)
+    student = workers.data_parallel(trained, params, sync_bn=opt.sync_bn)
     step = engine.make_step(opt, student, teacher, device)
     engine.fit(opt, step, f, params, train_batches, test_batches, device, engine.counts(dataset), topk)
 

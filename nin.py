@@ -6,12 +6,11 @@ The paper's pair on CIFAR (tables 1 and 3) is NIN-wide, width 1, and NIN-thin, h
 
 import torch.nn.functional as F
 
+from layers import batch_norm, folded_conv
 from utils import (
-    batch_norm,
     bnparams,
     conv_params,
     flatten,
-    folded_conv,
     linear_params,
     set_requires_grad_except_bn_,
 )

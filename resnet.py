@@ -9,14 +9,11 @@ import re
 
 import torch.nn.functional as F
 
+from layers import STATISTICS, batch_norm, conv2d, folded_conv
 from utils import (
-    STATISTICS,
-    batch_norm,
     bnparams,
-    conv2d,
     conv_params,
     flatten,
-    folded_conv,
     linear_params,
     set_requires_grad_except_bn_,
 )

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 import children
 import launch
+from layers import STATISTICS, synchronise
 from options import GPU
-from utils import STATISTICS
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -222,14 +222,16 @@ class _Module(torch.nn.Module):
         return self.f(x, self.params, self.mode)
 
 
-def data_parallel(f, params, mode=True):
+def data_parallel(f, params, mode=True, sync_bn=False):
     """The network in a mode, x -> (logits, groups), with gradients averaged over workers if there are several.
 
-    mode is True (training, each worker's batch statistics), 'sync' (those of all workers) or False (fixed statistics).
-    With several workers, trained entries of `params` are replaced by torch.nn.Parameter: build the optimizer after.
+    mode is True (training) or False (batch norm has fixed statistics). With sync_bn, batch norm takes the statistics of
+    all workers' batches together. With several workers, trained entries of `params` are replaced by
+    torch.nn.Parameter: build the optimizer after.
     """
+    synchronise(sync_bn and world() > 1)
     if world() == 1:
-        return partial(f, params=params, mode=bool(mode))
+        return partial(f, params=params, mode=mode)
     warnings.filterwarnings('ignore', 'Grad strides do not match')  # 1x1 convolutions in channels-last order
     device = next(iter(params.values())).device
     ids = [device.index] if device.type == 'cuda' else None

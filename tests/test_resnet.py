@@ -152,6 +152,6 @@ for _ in range(5):
 
 
 def test_a_narrow_network_on_large_images_trains_and_does_not_crash():
-    """PyTorch 2.14 writes beyond its memory there: see utils.conv2d."""
+    """PyTorch 2.14 writes beyond its memory there: see layers.conv2d."""
     done = subprocess.run([sys.executable, '-c', NARROW], cwd=os.path.dirname(resnet.__file__), capture_output=True)
     assert done.returncode == 0, done.stderr

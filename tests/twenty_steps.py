@@ -24,17 +24,17 @@ FLAGS = {
     **{'compile': False, 'cuda_graphs': False},
 }
 MODES = {
-    'fixed': (False, {}),
-    'sync': ('sync', {}),
-    'own': (True, {}),
-    'full': (False, {'transfer': 'full', 'beta': 1000.0}),
-    'gradient': (False, {'transfer': 'gradient', 'beta': 1.0, 'penalty': 'symmetry', 'gamma': 0.5}),
+    'fixed': (False, False, {}),
+    'sync': (True, True, {}),
+    'own': (True, False, {}),
+    'full': (False, False, {'transfer': 'full', 'beta': 1000.0}),
+    'gradient': (False, False, {'transfer': 'gradient', 'beta': 1.0, 'penalty': 'symmetry', 'gamma': 0.5}),
 }
 
 
 def steps(mode):
     """Losses and parameters after the steps of a mode."""
-    statistics, more = MODES[mode]
+    training, sync_bn, more = MODES[mode]
     opt = argparse.Namespace(**{**FLAGS, **more}, dtype='double')
     torch.manual_seed(0)
     device = torch.device('cpu')
@@ -45,7 +45,7 @@ def steps(mode):
         value.requires_grad_('running' not in key)
     teacher = partial(g, params=params_t, mode=False)
     f = engine.prepare(opt, f, params, teacher, torch.zeros(1, 3, 8, 8, dtype=torch.double))
-    step = engine.make_step(opt, workers.data_parallel(f, params, statistics), teacher, device)
+    step = engine.make_step(opt, workers.data_parallel(f, params, training, sync_bn), teacher, device)
     optimizer = torch.optim.SGD([v for v in params.values() if v.requires_grad], 0.002, 0.9, weight_decay=5e-4)
     digits = data.load('digits', image_size=8).train
     images = data.Images(digits.pixels[:150], digits.labels[:150])  # the last batch of an epoch has 22 images
