@@ -16,13 +16,12 @@ import re
 
 import torch
 
-import ending
 import formats
-import options
 import resnet
+from engine import arguments, ending
+from engine.workers import say
 from nin import fold_nin, nin, nin_shape
 from utils import STATISTICS, num_trained, without_adapters
-from workers import say
 
 # What every network that is read has in its first block, and what stands before its names: module._orig_mod. and so on.
 FIRST = re.compile(
@@ -380,17 +379,19 @@ def info(run):
 
 def main():
     """Do what the command line asks of a file: slim, info or export."""
-    parser = options.Parser(__doc__)
-    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=options.subcommand)
+    parser = arguments.Parser(__doc__)
+    commands = parser.add_subparsers(
+        dest='command', required=True, metavar='COMMAND', parser_class=arguments.subcommand
+    )
     command = commands.add_parser('slim', help="reduce a run's checkpoint to its parameters")
-    command.add_argument('run', type=options.path, help='a folder that holds model.pt7')
+    command.add_argument('run', type=arguments.path, help='a folder that holds model.pt7')
     command = commands.add_parser('info', help='say what network a file or a run holds')
-    command.add_argument('run', type=options.path, metavar='FILE', help='a file, or a folder that holds model.pt7')
+    command.add_argument('run', type=arguments.path, metavar='FILE', help='a file, or a folder that holds model.pt7')
     command = commands.add_parser('export', help='write the network in another format')
-    command.add_argument('run', type=options.path, metavar='RUN', help='a folder that holds model.pt7, or a file')
-    command.add_argument('out', type=options.path, metavar='OUT', help='the file to write')
+    command.add_argument('run', type=arguments.path, metavar='RUN', help='a folder that holds model.pt7, or a file')
+    command.add_argument('out', type=arguments.path, metavar='OUT', help='the file to write')
     command.add_argument('--to', required=True, choices=list(formats.WRITERS))
-    image_size = options.number(int, 1, 4096)
+    image_size = arguments.number(int, 1, 4096)
     command.add_argument('--image_size', type=image_size, help='for onnx: height and width (default: 224, CIFAR 32)')
     command.add_argument('--overwrite', action='store_true', help='replace OUT where it exists')
     opt = parser.parse_args()

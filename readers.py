@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import children
-from stopping import STATUS
+from engine.stopping import STATUS
 
 SLOTS = 2  # batches that a process has room for: it reads one while another waits to be taken
 ENDING = 2  # seconds that a process is given to end

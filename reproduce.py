@@ -25,12 +25,18 @@ from functools import partial
 
 import torch
 
-import ending
-import engine
-import options
+import checkpoint
+from engine import ending
+from engine.arguments import Parser, number, path
+from engine.flags import parse_cifar
+from engine.log import read_log
+from engine.precision import freeze
+from engine.runs import changed_settings
+from engine.step import seconds_a_step
+from engine.student import initialise
 from nin import nin
 from resnet import wide_resnet
-from runs import changed_settings
+from utils import DTYPES
 
 # Of each row, student <- teacher, the methods with the paper's test error in percent: the median of 5 seeds.
 TABLE1 = {
@@ -105,19 +111,19 @@ TABLES = {
 
 def parse():
     """The flags, with rows and methods as lists; ValueError where the table has no such, or a file no markers."""
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     flag = parser.add_argument
     flag('table', choices=list(TABLES))
     flag('--rows', default='', help="numbers of the table's rows from 1, like 1,3 (default: all)")
     flag('--methods', default='', help=f'some of {",".join(METHODS)} (default: all of the table)')
-    flag('--seeds', type=options.number(int, 1, 1000), help='number of seeds, from 0 on (default: 5, demo: 1)')
-    flag('--epochs', type=options.number(int, 1), help='the schedule scales with it (default: 200, demo: 10)')
-    flag('--dataroot', default='.', type=options.path, help='as of cifar.py')
-    flag('--holdout', default=0, type=options.number(int, 0), help='as of cifar.py: to choose between variants')
-    flag('--dtype', default='', choices=['', *options.DTYPES], help='as of cifar.py')
-    flag('--jobs', default=1, type=options.number(int, 1, 1024), help='runs at a time, one a GPU where there are GPUs')
+    flag('--seeds', type=number(int, 1, 1000), help='number of seeds, from 0 on (default: 5, demo: 1)')
+    flag('--epochs', type=number(int, 1), help='the schedule scales with it (default: 200, demo: 10)')
+    flag('--dataroot', default='.', type=path, help='as of cifar.py')
+    flag('--holdout', default=0, type=number(int, 0), help='as of cifar.py: to choose between variants')
+    flag('--dtype', default='', choices=['', *DTYPES], help='as of cifar.py')
+    flag('--jobs', default=1, type=number(int, 1, 1024), help='runs at a time, one a GPU where there are GPUs')
     markdown = 'also write the table into FILE, between its markers'
-    flag('--markdown', default='', type=options.path, metavar='FILE', help=markdown)
+    flag('--markdown', default='', type=path, metavar='FILE', help=markdown)
     flag = parser.add_mutually_exclusive_group().add_argument
     flag('--dry_run', action='store_true', help='print the commands that are left to run and their time, and stop')
     flag('--show', action='store_true', help='print the table from the logs that are there, and stop')
@@ -206,7 +212,7 @@ def results(name):
     Raises ValueError where it is damaged, or no log of cifar.py.
     """
     path = os.path.join('logs', name, 'log.txt')
-    records = engine.read_log(path) if os.path.exists(path) else []
+    records = read_log(path) if os.path.exists(path) else []
     if not all(PROTOCOL <= r.keys() and isinstance(r['test_acc'], float) for r in records):
         raise ValueError(f'{path} is no log of cifar.py')
     return records
@@ -222,7 +228,7 @@ def finished(opt, name):
     """Whether a run is at its end, by its log and by its checkpoint, if there is one: killed between, they differ."""
     path = os.path.join('logs', name, 'model.pt7')
     ended = last_epoch(opt, name)
-    return ended and (not os.path.exists(path) or engine.checkpoint.load(path).get('epoch') == opt.epochs)
+    return ended and (not os.path.exists(path) or checkpoint.load(path).get('epoch') == opt.epochs)
 
 
 def epochs_there(opt):
@@ -245,7 +251,7 @@ def draw(opt):
     network = (
         partial(nin, opt.width, no_bn=opt.no_bn) if opt.net == 'nin' else partial(wide_resnet, opt.depth, opt.width)
     )
-    return engine.draw(network, opt, 10, device())
+    return initialise(network, opt, 10, device())
 
 
 def device():
@@ -256,21 +262,21 @@ def seconds(opt, left, runs):
     """How long the runs that are left would take here one after the other, from measured steps on random images."""
     measured, total, held = {}, 0, TABLES[opt.table]['images'] - opt.holdout
     for name, arguments in left.items():
-        flags = options.parse_cifar('', arguments)
+        flags = parse_cifar('', arguments)
         kind = name.rpartition('-s')[0]
         if kind not in measured:
             images = torch.randn(flags.batch_size, 3, 32, 32, device=device())
             images = images.contiguous(memory_format=torch.channels_last)
             teacher = _untrained(runs[flags.teacher_id]) if flags.teacher_id else None
-            measured[kind] = engine.seconds_a_step(flags, *draw(flags), teacher, images)
+            measured[kind] = seconds_a_step(flags, draw(flags), teacher, images)
         total += (opt.epochs - len(results(name))) * math.ceil(held / flags.batch_size) * measured[kind]
     return total
 
 
 def _untrained(arguments):
-    flags = options.parse_cifar('', arguments)
+    flags = parse_cifar('', arguments)
     f, params = draw(flags)
-    return partial(f, params=engine.freeze(engine.checkpoint.fold(params), flags.dtype, device()), mode=False)
+    return partial(f, params=freeze(checkpoint.fold(params), flags.dtype, device()), mode=False)
 
 
 def run(opt, name, arguments, job):
@@ -278,7 +284,7 @@ def run(opt, name, arguments, job):
 
     Raises ValueError where it cannot begin or fails, and KeyboardInterrupt where it was stopped.
     """
-    flags = options.parse_cifar('', arguments)
+    flags = parse_cifar('', arguments)
     changed = changed_settings(flags, results(name))
     if changed:
         raise ValueError(f'logs/{name} holds a run of other settings ({"; ".join(changed)})')
@@ -424,7 +430,7 @@ def main():
         head, rest = around(opt.markdown, opt.table)
         end = b'\r\n' if head.endswith(b'\r\n') else b'\n'
         table = b''.join(line.encode(errors='backslashreplace') + end for line in lines)
-        engine.checkpoint.write_whole(opt.markdown, head + table + rest)
+        checkpoint.write_whole(opt.markdown, head + table + rest)
     if failed:
         sys.exit(1)
 

@@ -26,10 +26,10 @@ from torchvision import transforms
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 
-import data  # noqa: E402
-import ending  # noqa: E402
-import imagefolder  # noqa: E402
-import options  # noqa: E402
+import data
+import imagefolder
+from engine import ending
+from engine.arguments import Parser, number, path
 
 BATCH = 50
 
@@ -118,11 +118,11 @@ def compare(files, image_size, repeats):
 
 def main():
     """Read the flags, make images where none are named, and compare."""
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     flag = parser.add_argument
-    flag('--imagenetpath', type=options.path, help='folder with train/<class>/*; without it, images are made')
-    flag('--image_size', default=224, type=options.number(int, 8, 1024), help='default: 224')
-    flag('--repeats', default=7, type=options.number(int, 1, 10_000), help='default: 7')
+    flag('--imagenetpath', type=path, help='folder with train/<class>/*; without it, images are made')
+    flag('--image_size', default=224, type=number(int, 8, 1024), help='default: 224')
+    flag('--repeats', default=7, type=number(int, 1, 10_000), help='default: 7')
     opt = parser.parse_args()
     torch.set_num_threads(1)
     print(f'{platform.processor() or platform.machine()}, torch {torch.__version__}, OpenCV {cv2.__version__}')

@@ -19,12 +19,12 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 
-import data  # noqa: E402
-import formats  # noqa: E402
-import imagefolder  # noqa: E402
-from ending import run  # noqa: E402
-from options import Parser, number, path  # noqa: E402
-from utils import at_loss  # noqa: E402
+import data
+import formats
+import imagefolder
+from engine.arguments import Parser, number, path
+from engine.ending import run
+from utils import at_loss
 
 # Layers of one name are compared: here the last of strides 4, 8, 16, 32. `get_graph_node_names(network)` lists layers;
 # take none that is followed by one that works in place, like ReLU(inplace=True), which overwrites its activation.

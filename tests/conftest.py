@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import cifar
-import ending
+from engine import ending
 
 torch.set_num_threads(1)
 HANGS = 600  # seconds after which a process that tests wait for is taken to hang

@@ -12,7 +12,7 @@ from conftest import refused
 import checkpoint
 import formats
 import resnet
-import runs
+from engine.log import append_line
 
 STATE = {'params': {'a': torch.arange(5.0), 'b.c': torch.ones(2, 3)}, 'optimizer': {'a': torch.zeros(5)}, 'epoch': 3}
 
@@ -47,7 +47,7 @@ def test_nothing_is_written_through_a_link(tmp_path):
         link.symlink_to(mine)
     checkpoint.save(path, STATE)
     with pytest.raises(OSError, match='log.txt could not be written'):
-        runs.append_line(str(tmp_path / 'log.txt'), 'line')
+        append_line(str(tmp_path / 'log.txt'), 'line')
     assert mine.read_text() == 'mine' and checkpoint.load(path)['epoch'] == 3
 
 

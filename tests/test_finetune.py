@@ -14,11 +14,11 @@ from PIL import Image
 from torchvision import transforms
 
 import checkpoint
-import engine
 import finetune
 import imagefolder
 import resnet
 import utils
+from engine.log import read_log
 
 SIZE = 32
 SMALL = f'--image_size {SIZE} --epochs 1 --batch_size 8 --nthread 0'
@@ -142,7 +142,7 @@ def test_batch_norm_stem_and_first_group_stay_and_all_else_learns(tune, cub, pre
     assert after['fc.weight'].shape[0] == 3
     trained = sum(after[k].numel() for k in changed)
     assert f'{trained:,} trained parameters' in out
-    (record,) = engine.read_log('logs/run/log.txt')
+    (record,) = read_log('logs/run/log.txt')
     assert (record['train_images'], record['test_images'], record['num_classes']) == (18, 9, 3)
     assert (record['depth'], record['pretrained']) == (18, str(pretrained))
     _, _, err = tune(cub, '--save logs/all --fixed_groups 0')
@@ -170,7 +170,7 @@ def test_a_student_learns_from_a_fine_tuned_teacher_by_its_last_two_groups_and_r
     words = '--dataset scenes --teacher_params logs/teacher/model.pt7 --beta 1e+3 --alpha 0.5'
     status, out, err = tune(scenes, words, '--epochs 2 --save logs/run')
     assert status == 0 and 'teacher: top-1 ' in out, err
-    whole = engine.read_log('logs/run/log.txt')
+    whole = read_log('logs/run/log.txt')
     assert {k for k in whole[0] if k.startswith(('at', 'kd')) and k[-1].isdigit() or k == 'kd'} == {'at2', 'at3', 'kd'}
     assert tune(scenes, words, '--save logs/half')[0] == 0
     status, out, err = tune(scenes, words, '--epochs 2 --save logs/half --resume auto')
@@ -189,7 +189,7 @@ def test_the_other_transfers_and_penalties_can_be_fine_tuned_with(tune, cub):
     }.items():
         status, _, err = tune(cub, flags, '--save logs/run --overwrite')
         assert status == 0, err
-        assert terms <= set(engine.read_log('logs/run/log.txt')[0])
+        assert terms <= set(read_log('logs/run/log.txt')[0])
     assert refused(tune(cub, f'{words} --transfer gradient --groups 1'), '--groups')
 
 
@@ -224,7 +224,7 @@ def test_held_out_training_images_of_every_class_are_tested_on_with_their_boxes(
     assert np.array_equal(found, imagefolder.test_crop(held.test.paths[0], SIZE, held.test.boxes[0]))
     status, _, err = tune(root, f'--dataset {dataset} --holdout 6 --save logs/run')
     assert status == 0, err
-    (record,) = engine.read_log('logs/run/log.txt')
+    (record,) = read_log('logs/run/log.txt')
     assert (record['holdout'], record['train_images'], record['test_images']) == (6, 12, 6)
     assert refused(tune(root, f'--dataset {dataset} --holdout 16'), '--holdout 16: at most 15 of the 18', 'keep none')
 

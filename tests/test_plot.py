@@ -165,24 +165,25 @@ def test_a_label_is_the_name_of_the_folder_and_the_last_test_error(log):
 
 
 @pytest.mark.parametrize(
-    ('names', 'apart', 'shared'),
+    ('paths', 'labels', 'names'),
     [
-        (
-            ['c10-e16-wrn-16-1-at-wrn-16-2-s0', 'c10-e16-wrn-16-1-s0', 'c10-e16-wrn-16-2-s0'],
-            ['wrn-16-1-at-wrn-16-2', 'wrn-16-1', 'wrn-16-2'],
-            'c10-e16-*-s0',
-        ),
-        (['c10-wrn-16-1-at-wrn-16-2', 'c10-wrn-16-1-kd-wrn-16-2'], ['at', 'kd'], 'c10-wrn-16-1-*-wrn-16-2'),
-        (['at_16_1_16_2', 'kd_16_1_16_2'], ['at_16_1_16_2', 'kd_16_1_16_2'], ''),
-        (['run', 'run-at'], ['run', 'run-at'], ''),
-        (['run-a-b', 'run-a-b'], ['b', 'b'], 'run-a-*'),
-        (['logs/alone-at-last'], ['alone-at-last'], ''),
-        (['one/run', 'two/run'], ['one/run', 'two/run'], ''),
-        (['a', 'x' * 100], ['a', 'x' * 30 + '…' + 'x' * 30], ''),
+        (['logs/alone', 'logs/at/log.txt'], [], ['alone', 'at']),
+        (['one/run', 'two/run'], [], ['one/run', 'two/run']),
+        (['a', 'x' * 100], [], ['a', 'x' * 30 + '…' + 'x' * 30]),
+        (['one/run', 'two/run'], ['AT', 'KD'], ['AT', 'KD']),
     ],
 )
-def test_names_are_cut_to_what_tells_runs_apart(names, apart, shared):
-    assert plot.name_apart(names) == (apart, shared)
+def test_runs_are_called_by_their_labels_or_by_their_folders(paths, labels, names):
+    assert plot.names_of(paths, labels) == names
+
+
+def test_a_label_for_each_log_stands_in_the_legend(script, log):
+    paths = [log(name, [ours(1), ours(2)]) for name in ('a', 'b')]
+    labels = ['--label', 'F-ActT, 5 $', '--label', 'KD']
+    assert script(plot, 'curves', paths, labels, '--out curves.svg')[0] == 0
+    words = open('curves.svg', encoding='utf-8').read()
+    assert 'F-ActT, 5 $' in words and 'KD (' in words
+    assert refused(script(plot, 'curves', paths, labels[:2]), '--label: 1 labels for 2 logs')
 
 
 def test_ten_runs_look_different_and_no_text_leaves_the_picture_or_covers_another(log):

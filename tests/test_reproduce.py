@@ -18,10 +18,13 @@ import torch
 from conftest import ends, refused, started_by
 
 import cifar
-import engine
-import options
 import reproduce
 import resnet
+from engine.flags import parse_cifar
+from engine.log import read_log
+from engine.loop import Run
+from engine.step import seconds_a_step
+from engine.student import Network
 
 ROOT = pathlib.Path(reproduce.__file__).parent
 RECORD = {
@@ -42,7 +45,7 @@ def write_log(name, error, epochs=16, last=16):
 @pytest.fixture
 def fast(monkeypatch):
     """Every step takes 0.01 s, without being measured."""
-    monkeypatch.setattr(engine, 'seconds_a_step', lambda *_: 0.01)
+    monkeypatch.setattr(reproduce, 'seconds_a_step', lambda *_: 0.01)
 
 
 def test_dry_run_prints_the_commands_teachers_first_and_each_once(script, fast):
@@ -68,7 +71,7 @@ def test_every_table_is_made_of_commands_that_are_understood(script, fast, table
     lines = out.splitlines()[:-1]
     assert len(lines) == runs
     for line in lines:
-        opt = options.parse_cifar('', shlex.split(line)[2:])
+        opt = parse_cifar('', shlex.split(line)[2:])
         if table == 'table3':
             assert opt.no_bn and opt.weight_decay == opt.randomcrop_pad == 0
         else:
@@ -93,13 +96,13 @@ def test_the_time_is_that_of_real_steps(script):
     status, out, _ = script(reproduce, 'demo --methods at --epochs 2 --dry_run')
     hours = float(re.search('# 1 runs, about (.*) hours here', out)[1])
     assert status == 0 and out.count('cifar.py') == 1 and 0 <= hours < 1
-    opt = options.parse_cifar('', '--batch_size 8 --beta 1 --teacher_id x --transfer full --depth 10'.split())
+    opt = parse_cifar('', '--batch_size 8 --beta 1 --teacher_id x --transfer full --depth 10'.split())
     f, params = resnet.wide_resnet(10, 1, 10)
     g, fixed = resnet.wide_resnet(10, 2, 10)
     taught = partial(g, params={k: v.detach() for k, v in fixed.items()}, mode=False)
     before = params['conv0'].detach().clone()
     start = time.perf_counter()
-    found = engine.seconds_a_step(opt, f, params, taught, torch.randn(8, 3, 32, 32), steps=3)
+    found = seconds_a_step(opt, Network(f, params), taught, torch.randn(8, 3, 32, 32), steps=3)
     assert 0 < 3 * found < 2 * (time.perf_counter() - start)
     assert not torch.equal(before, params['conv0']) and 'adapter.0' in params
 
@@ -252,24 +255,24 @@ def test_a_broken_run_goes_on_and_several_at_a_time_end_as_one_after_the_other(s
     log = 'logs/digits-holdout936-e2-wrn-16-1-s1/log.txt'
     status, out, _ = script(reproduce, flags, '--jobs 2')
     assert status == 0 and len(re.findall(r'-s[01]: \d+\.\d\d% test error', out)) == 2
-    several = engine.read_log(log)
+    several = read_log(log)
     os.rename(os.path.dirname(log), 'elsewhere')
 
     command, _ = script(reproduce, flags, '--dry_run')[1].splitlines()
-    keep = engine._keep
+    keep = Run.keep_epoch
 
     def interrupted(run):
         keep(run)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, '_keep', interrupted)
+        patch.setattr(Run, 'keep_epoch', interrupted)
         assert script(cifar, shlex.split(command)[2:])[0] == 130
-    (first,) = engine.read_log(log)
+    (first,) = read_log(log)
 
     status, out, _ = script(reproduce, flags)
     assert status == 0 and out.count(': done') == 1
-    alone = engine.read_log(log)
+    alone = read_log(log)
     assert alone[0] == first and len(alone) == 2  # its first epoch was not trained again
     losses = [[record['train_loss'] for record in records] for records in (alone, several)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # other threads, other rounding
@@ -279,7 +282,7 @@ def test_a_run_of_other_settings_is_refused_and_left_alone(script):
     for name, changed in (('digits-e1-wrn-16-1-s0', {'beta': 5.0}), ('digits-e1-wrn-16-2-s0', {'batch_size': 32})):
         write_log(name, 12.0, epochs=1, last=1)
         log = pathlib.Path('logs', name, 'log.txt')
-        log.write_text(f'json_stats: {json.dumps({**engine.read_log(log)[0], "dataset": "digits", **changed})}\n')
+        log.write_text(f'json_stats: {json.dumps({**read_log(log)[0], "dataset": "digits", **changed})}\n')
     status, out, _ = script(reproduce, 'demo --methods teacher,student --epochs 1')
     assert status == 1 and out.count('holds a run of other settings') == 2
     assert 'beta 5.0, not 0' in out and 'batch_size 32, not 64' in out
@@ -296,7 +299,7 @@ def test_the_readme_shows_what_the_published_logs_say(script, monkeypatch):
 
 @pytest.mark.parametrize('log', sorted((ROOT / 'logs').glob('*/log.txt')), ids=lambda path: path.parent.name)
 def test_published_logs_are_whole_and_name_no_place(log):
-    records = engine.read_log(log)
+    records = read_log(log)
     assert [r['epoch'] for r in records] == list(range(1, records[-1]['epochs'] + 1))
     assert not any(isinstance(v, str) and v.startswith('/') for r in records for v in r.values())
     assert all(r['commit'] and not r['commit'].endswith('-dirty') for r in records)

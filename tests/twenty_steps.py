@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 import data
-import ending
-import engine
 import resnet
-import workers
+from engine import ending, workers
+from engine.step import make_step
+from engine.student import Network, pair
 
 FLAGS = {
     **{'alpha': 0.7, 'beta': 100.0, 'temperature': 4.0, 'power': 2, 'mapping': 'sum', 'at_form': 'code'},
@@ -44,8 +44,8 @@ def steps(mode):
     for key, value in params.items():
         value.requires_grad_('running' not in key)
     teacher = partial(g, params=params_t, mode=False)
-    f = engine.prepare(opt, f, params, teacher, torch.zeros(1, 3, 8, 8, dtype=torch.double))
-    step = engine.make_step(opt, workers.data_parallel(f, params, training, sync_bn), teacher, device)
+    f = pair(opt, Network(f, params), teacher, torch.zeros(1, 3, 8, 8, dtype=torch.double))
+    step = make_step(opt, workers.data_parallel(f, params, training, sync_bn), teacher, device)
     optimizer = torch.optim.SGD([v for v in params.values() if v.requires_grad], 0.002, 0.9, weight_decay=5e-4)
     digits = data.load('digits', image_size=8).train
     images = data.Images(digits.pixels[:150], digits.labels[:150])  # the last batch of an epoch has 22 images
@@ -56,9 +56,7 @@ def steps(mode):
             optimizer.zero_grad()
             losses.append(0)
             for x, labels, size in batch:
-                _, terms = step(x, labels)
-                weights = {'ce': 0.3, 'kd': 0.7, 'symmetry': opt.gamma}
-                loss = sum(weights.get(name, opt.beta) * term for name, term in terms.items())
+                loss = step(x, labels)[1].total(opt.beta, opt.gamma)
                 (loss * (len(labels) / size * workers.world())).backward()
                 losses[-1] += loss.detach() * len(labels) / size
             optimizer.step()

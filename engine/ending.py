@@ -7,9 +7,9 @@ import sys
 import torch
 
 import children
-from launch import LOST_PEER, claim
-from stopping import Stopped
-from workers import rank, world
+from engine.launch import LOST_PEER, claim
+from engine.stopping import Stopped
+from engine.workers import rank, world
 
 OUT_OF_MEMORY = 'out of memory', "can't allocate memory"  # in what torch says on GPUs and on CPUs
 OF_THE_RUN = FloatingPointError, ChildProcessError, BrokenPipeError  # no fault of the command's

@@ -1,91 +1,12 @@
 """The flags of the training scripts, and their checks."""
 
-import argparse
-import json
-import math
-import os
-import re
-
-from schedules import BETA_DECAYS
+from engine import transfer
+from engine.arguments import MOST, Parser, epoch_list, gpu_list, group_list, number, path
+from engine.schedules import BETA_DECAYS
+from engine.transfer import PENALTIES, TRANSFERS
 from utils import DTYPES
 
-TRANSFERS = (
-    'attention maps (section 3.1, eq. 2), all activations (F-ActT, section 4.1, table 1) '
-    'or input gradients (section 3.2, eq. 5; table 3)'
-)
-TEACHERS = {'--teacher_id': '--teacher_params', '--teacher_params': '--teacher_id'}  # what the other scripts call it
 HOLDOUT = 'test on N training images instead'
-GPU = r'\d+|(GPU|MIG)-[\w/-]+'  # how CUDA_VISIBLE_DEVICES and --gpu_id name one
-MOST = 1e30  # of a rate or a weight: products of two stay below what float32 holds, or are seen as not finite
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser that shows a description as it is written, and an error in one line with exit status 2."""
-
-    def __init__(self, description):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
-
-    def error(self, message):
-        for flag, other in TEACHERS.items():
-            if f' {flag}' in message.replace('=', ' ') and other in self._option_string_actions:
-                message += f' (here a teacher is named with {other})'
-        self.exit(2, f'{self.prog}: error: {message}\n')
-
-
-def subcommand(prog, description=None, **_):
-    """What add_subparsers takes as parser_class."""
-    parser = Parser(description)
-    parser.prog = prog
-    return parser
-
-
-def number(kind, low, high=math.inf, above=False):
-    """An argparse type: an int or float from low (or above it) to high."""
-
-    def parse(text):
-        try:
-            value = kind(text)
-        except (ValueError, OverflowError):
-            raise argparse.ArgumentTypeError(f'{text!r} is not {"an integer" if kind is int else "a number"}') from None
-        if not (low < value if above else low <= value) or not value <= high or not math.isfinite(value):
-            bounds = f'{"above" if above else "at least"} {low:g}' + ('' if high == math.inf else f', at most {high:g}')
-            raise argparse.ArgumentTypeError(f'{text} is out of range ({bounds})')
-        return value
-
-    return parse
-
-
-def path(text):
-    """An argparse type, of every flag that names a file or folder: ~ is the home folder, also behind an =."""
-    return os.path.expanduser(text)
-
-
-def epoch_list(text):
-    """An argparse type: a JSON list of rising epochs, kept as the text that it was."""
-    try:
-        epochs = json.loads(text)
-    except (ValueError, RecursionError):
-        epochs = None
-    rising = isinstance(epochs, list) and all(type(e) is int and e > 0 for e in epochs)
-    if not rising or sorted(set(epochs)) != epochs:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON list of rising epochs, like [60,120,160]')
-    return text
-
-
-def group_list(text):
-    """An argparse type: distinct group numbers from 0, separated by commas, kept as the text that it was."""
-    parts = text.split(',') if text else []
-    if not all(p.isascii() and p.isdigit() and len(p) < 4 for p in parts) or len(set(map(int, parts))) != len(parts):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a list of group numbers like 0,2')
-    return text
-
-
-def gpu_list(text):
-    """An argparse type: what CUDA_VISIBLE_DEVICES takes, numbers or identifiers separated by commas."""
-    if text and not all(re.fullmatch(GPU, name) for name in text.split(',')):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a list of GPUs like 0,1')
-    return text
 
 
 def common_flags(
@@ -110,7 +31,12 @@ def common_flags(
     size, decay = 'of all workers together (default: %(default)s)', 'default: %(default)s'
     flag('--batch_size', '--batchSize', default=batch_size, type=number(int, 2, 2**31), help=size)
     flag('--lr', default=lr, type=number(float, 0, MOST, above=True), help='learning rate (default: %(default)s)')
-    flag('--epoch_step', default=epoch_step, type=epoch_list, help='lr drops as these begin (default: %(default)s)')
+    flag(
+        '--epoch_step',
+        default=epoch_step,
+        type=epoch_list,
+        help='epochs at whose start the learning rate drops (default: %(default)s)',
+    )
     flag('--lr_decay_ratio', default=lr_decay_ratio, type=number(float, 0, 1), help='times lr (default: %(default)s)')
     flag('--weight_decay', '--weightDecay', default=weight_decay, type=number(float, 0, MOST), help=decay)
     flag('--seed', default=0, type=number(int, 0, 2**63 - 1), help='of initialisation, order and augmentation')
@@ -121,16 +47,15 @@ def common_flags(
     flag('--temperature', default=4, type=number(float, 1e-6, 1000), help='of distillation (section 4.1: 4)')
     flag('--beta', default=0, type=number(float, 0, MOST), help=beta)
     flag('--beta_decay', default='none', choices=list(BETA_DECAYS), help='how beta falls to 0 (section 4.1: AT+KD)')
-    flag('--transfer', default='activation', choices=['activation', 'full', 'gradient'], help=TRANSFERS)
-    flag('--at_form', default='code', choices=['code', 'paper'], help="the authors' code, or eq. 2 (section 3.1)")
-    flag('--mapping', default='sum', choices=['sum', 'max'], help='attention map over channels (section 3.1, table 2)')
-    flag('--power', default=2, type=number(float, 0, 16, above=True), help='p of |A|^p (section 3.1, table 2)')
+    flag('--transfer', default='activation', choices=list(TRANSFERS), help=transfer.described(TRANSFERS))
+    for name, row in TRANSFERS.items():
+        for own, words in row.flags.items():
+            flag(f'--{own}', **{**words, 'help': f'{words["help"]} (of --transfer {name}, {row.paper})'})
     only = f'only these, like 0,2 (section 4.1, table 2; default: {groups or "all"})'
     flag('--groups', default=groups, type=group_list, help=only)
 
     flag = parser.add_argument_group('penalty, without a teacher').add_argument
-    penalties = ['none', 'symmetry', 'min_l2']
-    flag('--penalty', default='none', choices=penalties, help='on input gradients (section 3.2, eq. 6; table 3)')
+    flag('--penalty', default='none', choices=['none', *PENALTIES], help=transfer.described(PENALTIES))
     flag('--gamma', default=0, type=number(float, 0, MOST), help='weight of --penalty (section 3.2)')
 
     flag = parser.add_argument_group('run').add_argument
@@ -144,7 +69,13 @@ def common_flags(
     flag('--nthread', default=4, type=number(int, 0, 1024), help='threads that decode images (default: 4)')
     flag('--ngpu', default=1, type=number(int, 1, 1024), help='workers: one a GPU, or CPU processes without GPUs')
     flag('--sync_bn', action='store_true', help="batch norm over all workers' images, not each worker's share")
-    flag('--max_restarts', default=0, type=number(int, 0, 1000), help='begin again so often when a worker dies')
+    flag(
+        '--max_restarts',
+        default=0,
+        type=number(int, 0, 1000),
+        help='restart up to N times after a worker dies',
+        metavar='N',
+    )
     flag('--gpu_id', default='', type=gpu_list, help='like 0,1 (default: all that CUDA_VISIBLE_DEVICES allows)')
 
 
@@ -189,19 +120,10 @@ def check(opt, teacher, flag):
     """Refuse flags that contradict each other; `teacher` is the value of `flag`, which names one."""
     if (opt.alpha or opt.beta) and not teacher:
         raise ValueError(f'--{"alpha" if opt.alpha else "beta"} needs a teacher: name one with {flag}')
-    if (opt.penalty == 'none') != (opt.gamma == 0):
-        raise ValueError('--penalty and its weight --gamma go together')
-    if opt.transfer != 'activation' and not opt.beta:
-        raise ValueError(f'--transfer {opt.transfer} needs its weight, --beta')
-    if opt.transfer != 'activation' and (opt.mapping, opt.power, opt.at_form) != ('sum', 2, 'code'):
-        raise ValueError(f'--mapping, --power and --at_form are of attention maps, not of --transfer {opt.transfer}')
-    if opt.transfer == 'gradient' and opt.groups:
-        raise ValueError('--groups: gradients are transferred at the image, not from groups')
-    if opt.compile and (opt.penalty != 'none' or opt.transfer == 'gradient'):
-        raise ValueError('--compile: torch.compile cannot differentiate twice, as input gradients need')
+    transfer.check(opt)
     if opt.cuda_graphs and not opt.compile:
         raise ValueError('--cuda_graphs goes with --compile')
-    if opt.teacher_dtype == 'int8' and (not teacher or opt.transfer == 'gradient' or DTYPES[opt.dtype].itemsize == 8):
+    if opt.teacher_dtype == 'int8' and (not teacher or transfer.of_image(opt) or DTYPES[opt.dtype].itemsize == 8):
         raise ValueError(f'--teacher_dtype int8: with {flag}, but not with --transfer gradient or --dtype double')
     if opt.resume and opt.overwrite:
         raise ValueError('--resume and --overwrite contradict each other')

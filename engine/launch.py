@@ -13,7 +13,7 @@ import tempfile
 
 import torch
 
-from stopping import STATUS
+from engine.stopping import STATUS
 
 LOST_PEER = 3  # exit status of a worker that stops because another one has ended
 TOLD = 'told'  # a file in the folder of a start: the exit status of its end, and whether a restart would end likewise

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 import children
-import launch
+from engine import launch
+from engine.arguments import GPU
 from layers import STATISTICS, synchronise
-from options import GPU
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 

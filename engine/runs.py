@@ -1,88 +1,20 @@
-"""A run's folder: its log, and who may write to it."""
+"""A run's folder: what it holds, and which process may write to it."""
 
 import contextlib
 import difflib
 import fcntl
-import json
-import math
 import os
-import subprocess
 
 import checkpoint
 import formats
-import launch
-from schedules import lr_at
-from workers import rank, say
+from engine import launch
+from engine.log import line_of, read_log
+from engine.workers import rank, say
 
 MAX_NAMES = 10_000  # in a folder that is searched for what was meant
-MAX_LOG = 2**28  # characters; an epoch takes 2,000
 NOT_SETTINGS = set(
     'save resume overwrite save_every nthread gpu_id dataroot imagenetpath follow_links max_restarts'.split()
 )
-
-
-def read_log(path):
-    """Read a log, ours or the authors': one dictionary an epoch. A last line that was cut short is left out.
-
-    Raises OSError where there is no such file and ValueError where another line cannot be read.
-    """
-    with open(path, encoding='utf-8', errors='replace') as file:
-        text = file.read(MAX_LOG + 1)
-    if len(text) > MAX_LOG:
-        raise ValueError(f'{path} has more than {MAX_LOG:,} characters: it is no log')
-    if text.startswith('\ufffd\ufffd'):  # FE FF or FF FE, which are no UTF-8
-        raise ValueError(f'{path} is a text in UTF-16: save it in UTF-8')
-    lines = [line.lstrip('\ufeff') for line in text.splitlines()]  # without byte order marks
-    records = []
-    for number, line in enumerate(lines, 1):
-        if not line.startswith('json_stats'):
-            continue
-        try:
-            record = json.loads(line[line.index(':') + 1 :])
-            if not isinstance(record, dict):
-                raise ValueError
-            records.append(record)
-        except (ValueError, RecursionError):
-            if number < len(lines):
-                raise ValueError(f'{path}, line {number}: json_stats is not followed by a JSON object') from None
-    return records
-
-
-def line_of(record):
-    """A line of a log, strict JSON behind its mark."""
-
-    def plain(value):  # JSON has no infinity: the deviation of one value, for one
-        if isinstance(value, float):
-            return float(value) if math.isfinite(value) else None
-        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-    return 'json_stats: ' + json.dumps({k: plain(v) for k, v in record.items()}, allow_nan=False) + '\n'
-
-
-def append_line(path, line):
-    """Add a line to a log and flush it to the disk; OSError where that fails."""
-    try:
-        with open(path, 'a', encoding='utf-8', opener=_open_no_link) as file:
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise checkpoint.not_written(path, error) from None
-
-
-def _open_no_link(path, flags):
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
-
-
-def commit():
-    """The commit of this code, with '-dirty' where tracked files differ from it; None outside a repository."""
-    here = os.path.dirname(os.path.abspath(__file__))
-    command = 'git describe --always --dirty --abbrev=12'.split()
-    try:
-        done = subprocess.run(command, cwd=here, capture_output=True, check=True)
-        return done.stdout.decode(errors='replace').strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def find(teacher_id):
@@ -162,13 +94,8 @@ def changed_settings(opt, records):
     if not records:
         return []
     before = dict(records[-1])
-    if before.get('lr') and before.get('lr_decay_ratio'):  # the log has the rate of the epoch, not the flag
-        try:
-            steps = json.loads(before.get('epoch_step', '[]'))
-            lr = before['lr'] / lr_at(before.get('epoch', 1), 1, steps, before['lr_decay_ratio'])
-            before['lr'] = float(f'{lr:.12g}')
-        except (ArithmeticError, TypeError, ValueError):
-            del before['lr']  # a log that no run wrote
+    if 'lr_now' not in before:
+        before.pop('lr', None)  # an older log, which has the rate of the epoch there
     now = {k: v for k, v in vars(opt).items() if k not in NOT_SETTINGS}
     return [f'{k} {before[k]!r:.99}, not {v!r:.99}' for k, v in now.items() if k in before and before[k] != v]
 
