@@ -13,11 +13,11 @@ from functools import partial
 
 import torch
 
-import data
 import ending
 import engine
 import options
 import workers
+from images import memory
 from nin import nin
 from resnet import wide_resnet
 
@@ -43,13 +43,13 @@ def network(opt):
 def build_data(opt, device):
     """The data set, and train_batches(epoch) and test_batches() on the device."""
     source = opt.dataset, opt.dataroot, opt.image_size, opt.holdout, opt.nthread
-    dataset = data.load(*source, workers.say, opt.follow_links)
+    dataset = memory.load(*source, workers.say, opt.follow_links)
     workers.say(f'{opt.dataset}: {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images')
     train, test = dataset.train.to(device), dataset.test.to(device)
     augment = int(opt.randomcrop_pad), dataset.flip, opt.seed
     share = workers.rank(), workers.world()
-    train_batches = partial(data.TrainBatches, train, opt.batch_size, *augment, *share)
-    return dataset, train_batches, partial(data.TestBatches, test, opt.batch_size, *share)
+    train_batches = partial(memory.TrainBatches, train, opt.batch_size, *augment, *share)
+    return dataset, train_batches, partial(memory.TestBatches, test, opt.batch_size, *share)
 
 
 def build_teacher(opt, dataset, test_batches, device):
@@ -61,7 +61,7 @@ def build_teacher(opt, dataset, test_batches, device):
         return None
     f, params, record = engine.find_teacher(opt.teacher_id)
     same_classes = engine.check_classes(opt, f'--teacher_id {opt.teacher_id}', params, dataset.num_classes)
-    params = engine.frozen(opt, f, params, partial(data.sample, dataset.train), device)
+    params = engine.frozen(opt, f, params, partial(memory.sample, dataset.train), device)
     if same_classes:
         evaluated = f, params, test_batches(), device, opt.dtype
         (accuracy,) = engine.evaluate_teacher(f'--teacher_id {opt.teacher_id}', *evaluated)

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-import children
+from images import children
 from launch import LOST_PEER, claim
 from stopping import Stopped
 from workers import rank, world

@@ -20,9 +20,9 @@ from torchnet.meter import AverageValueMeter, ClassErrorMeter
 from tqdm import tqdm
 
 import checkpoint
-import children
 import runs
 import workers
+from images import children
 from int8 import quantize
 from layers import STATISTICS, full
 from runs import read_log
@@ -566,7 +566,7 @@ def fit(opt, step, f, params, train_batches, test_batches, device, facts, topk=(
     """Train for opt.epochs, keeping log and checkpoint in opt.save; returns the last epoch's record.
 
     step: as of `make_step`. f, params: the network that is trained, evaluated and saved. train_batches(epoch, start)
-    and test_batches() give iterables as of `data`. facts: what else belongs in every line of the log. Accuracies are
+    and test_batches() give iterables as of `memory`. facts: what else belongs in every line of the log. Accuracies are
     logged as a number, or as a list where topk names several.
     Raises Stopped where a signal asked for it, FloatingPointError for a loss or parameter that is not finite,
     ValueError where another process trains into --save and OSError where it cannot be written.

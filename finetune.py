@@ -14,10 +14,10 @@ import torch
 import checkpoint
 import ending
 import engine
-import imagefolder
 import imagenet
 import options
 import workers
+from images import photographs
 from resnet import imagenet_forward, imagenet_resnet_depth
 from utils import flatten, linear_params, set_requires_grad_except_bn_
 
@@ -26,7 +26,7 @@ def parse():
     """The flags, with section 4.2.1 as defaults; ValueError where they cannot be followed."""
     parser = options.Parser(__doc__)
     flag = parser.add_argument_group('data and teacher (section 4.2.1)').add_argument
-    flag('--dataset', default='cub', choices=list(DATASETS), help='cub (default), scenes or folder')
+    flag('--dataset', default='cub', choices=list(photographs.DATASETS), help='default: %(default)s')
     root = 'CUB_200_2011, or has Images/ and TrainImages.txt, or train/ and val/'
     flag('--dataroot', default='.', type=options.path, help=root)
     imagenet.photograph_flags(flag)
@@ -55,15 +55,6 @@ def parse():
     return opt
 
 
-def load_folder(root, follow_links):
-    """One's own images, cropped as those of the other data sets are."""
-    dataset = imagefolder.load(root, follow_links, workers.say)
-    return dataset._replace(train=dataset.train._replace(scaled=True))
-
-
-DATASETS = {'cub': imagefolder.load_cub, 'scenes': imagefolder.load_scenes, 'folder': load_folder}
-
-
 def build_student(opt, num_classes, device):
     """The pretrained network with a new last layer: (f, params), of which batch norm and --fixed_groups stay fixed."""
     f, params = checkpoint.load_teacher(opt.pretrained)
@@ -88,7 +79,8 @@ def main():
     opt = parse()
     device = engine.start(opt)
     workers.say('parsed options:', vars(opt))
-    dataset = imagefolder.hold_out(DATASETS[opt.dataset](opt.dataroot, opt.follow_links), opt.holdout)
+    dataset = photographs.DATASETS[opt.dataset](opt.dataroot, opt.follow_links, workers.say)
+    dataset = photographs.hold_out(dataset, opt.holdout)
     train_batches, test_batches = imagenet.build_batches(opt, dataset, device)
     topk = 1, min(5, dataset.num_classes)
     f, params = build_student(opt, dataset.num_classes, device)

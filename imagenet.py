@@ -14,9 +14,9 @@ import torch
 import checkpoint
 import ending
 import engine
-import imagefolder
 import options
 import workers
+from images import photographs
 from resnet import imagenet_resnet
 
 
@@ -56,16 +56,16 @@ def photograph_flags(flag):
 
 
 def build_batches(opt, dataset, device, least=1):
-    """What makes batches of a data set as of `imagefolder` on the device: train_batches(epoch) and test_batches().
+    """What makes batches of a data set as of `photographs` on the device: train_batches(epoch) and test_batches().
 
     A batch to train on has at least `least` images over all workers.
     """
     workers.say(f'{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} validation images')
     share = workers.rank(), workers.world(), opt.nthread, device
     sizes = opt.batch_size, opt.image_size, opt.seed
-    train_batches = partial(imagefolder.TrainBatches, dataset.train, *sizes, *share, least=least)
+    train_batches = partial(photographs.TrainBatches, dataset.train, *sizes, *share, least=least)
     test_batches = partial(
-        imagefolder.TestBatches, dataset.test, opt.batch_size, opt.image_size, *share, opt.skip_bad_images
+        photographs.TestBatches, dataset.test, opt.batch_size, opt.image_size, *share, opt.skip_bad_images
     )
     return train_batches, test_batches
 
@@ -79,7 +79,7 @@ def build_teacher(opt, dataset, test_batches, topk, device):
         return None
     f, params = checkpoint.load_teacher(opt.teacher_params)
     same_classes = engine.check_classes(opt, opt.teacher_params, params, dataset.num_classes)
-    sample = partial(imagefolder.sample, dataset.train, opt.image_size)
+    sample = partial(photographs.sample, dataset.train, opt.image_size)
     params = engine.frozen(opt, f, params, sample, device)
     if same_classes and not opt.skip_teacher_check:
         accuracies = engine.evaluate_teacher(opt.teacher_params, f, params, test_batches(), device, opt.dtype, topk)
@@ -92,7 +92,7 @@ def main():
     opt = parse()
     device = engine.start(opt)
     workers.say('parsed options:', vars(opt))
-    dataset = imagefolder.hold_out(imagefolder.load(opt.imagenetpath, opt.follow_links, workers.say), opt.holdout)
+    dataset = photographs.hold_out(photographs.load(opt.imagenetpath, opt.follow_links, workers.say), opt.holdout)
     # Batch norm of 1x1 maps, the last at 32 pixels, needs two images: of each worker, or with --sync_bn of all.
     least = (2 if opt.sync_bn else 2 * workers.world()) if opt.image_size == 32 else 1
     train_batches, test_batches = build_batches(opt, dataset, device, least)

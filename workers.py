@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-import children
 import launch
+from images import children
 from layers import STATISTICS, synchronise
 from options import GPU
 

@@ -4,7 +4,7 @@
     python benchmarks/epoch.py --dataroot data        # of CIFAR-10
     python benchmarks/epoch.py --eager --teacher_dtype same --json
 
-WRN-16-1 learns from WRN-16-2 by attention transfer. Ours goes through `engine.fit` and `data`, with the switches that
+WRN-16-1 learns from WRN-16-2 by attention transfer. Ours goes through `engine.fit` and `memory`, with the switches that
 the fast step of step.py has. The other reads PIL images from a torchvision dataset through its transforms and a
 DataLoader, takes the plain step of step.py and evaluates in float32, in a process of its own. They run in turns; each
 ratio is that of a pair. The first pair, in which ours is compiled, does not count.
@@ -33,12 +33,12 @@ sys.path[:0] = [os.path.join(HERE, '..'), HERE]
 
 import step as benchmark  # noqa: E402
 
-import data  # noqa: E402
 import ending  # noqa: E402
 import engine  # noqa: E402
 import options  # noqa: E402
 import runs  # noqa: E402
 import workers  # noqa: E402
+from images import memory  # noqa: E402
 
 AT = '--teacher_id X --beta 1e+3'
 
@@ -60,20 +60,20 @@ class Pictures(torchvision.datasets.VisionDataset):
 def load(dataroot, count):
     """`count` images to train on and up to 10,000 to test on: of CIFAR-10 if `dataroot` names it, or random."""
     if dataroot:
-        dataset = data.load('CIFAR10', dataroot, note=lambda text: None)
+        dataset = memory.load('CIFAR10', dataroot, note=lambda text: None)
     else:
         rng = np.random.default_rng(0)
         pixels, labels = rng.integers(0, 256, (count, 32, 32, 3), np.uint8), rng.integers(0, 10, count)
-        images = data.Images(torch.from_numpy(pixels), torch.from_numpy(labels))
-        dataset = data.Dataset(images, images, 10, True)
-    return dataset._replace(train=data.Images(*(t[:count] for t in dataset.train)))
+        images = memory.Images(torch.from_numpy(pixels), torch.from_numpy(labels))
+        dataset = memory.Dataset(images, images, 10, True)
+    return dataset._replace(train=memory.Images(*(t[:count] for t in dataset.train)))
 
 
 @functools.cache
 def plain_epoch(dataroot, count, nthread):
     """The plain loop: run() -> (seconds of training, seconds of evaluation)."""
     flags, dataset, device = options.parse_cifar('', AT.split()), load(dataroot, count), benchmark.device()
-    tensor = [transforms.ToTensor(), transforms.Normalize(*(np.array(v) / 255 for v in (data.MEAN, data.STD)))]
+    tensor = [transforms.ToTensor(), transforms.Normalize(*(np.array(v) / 255 for v in (memory.MEAN, memory.STD)))]
     augment = [transforms.Pad(4, padding_mode='reflect'), transforms.RandomCrop(32), transforms.RandomHorizontalFlip()]
     loader = partial(DataLoader, batch_size=flags.batch_size, num_workers=nthread)
     train = loader(Pictures(dataset.train, transforms.Compose(augment + tensor)), shuffle=True)
@@ -102,8 +102,8 @@ def run_plain_epoch(*arguments):
 def fast_epoch(flags, dataset, device):
     """Ours: run() -> (seconds of training, seconds of evaluation)."""
     train, test = dataset.train.to(device), dataset.test.to(device)
-    train_batches = partial(data.TrainBatches, train, flags.batch_size, 4, True, flags.seed, 0, 1)
-    test_batches = partial(data.TestBatches, test, flags.batch_size)
+    train_batches = partial(memory.TrainBatches, train, flags.batch_size, 4, True, flags.seed, 0, 1)
+    test_batches = partial(memory.TestBatches, test, flags.batch_size)
     teacher = frozen_teacher(flags, dataset, device)
     f, params = benchmark.draw(benchmark.WRN_16_1, device)
     step = engine.make_step(flags, partial(f, params=params, mode=True), teacher, device)
@@ -120,7 +120,7 @@ def fast_epoch(flags, dataset, device):
 def frozen_teacher(flags, dataset, device):
     g, fixed = benchmark.draw(benchmark.WRN_16_2, device)
     fixed = {k: v.detach() for k, v in fixed.items()}
-    sample = partial(data.sample, dataset.train)
+    sample = partial(memory.sample, dataset.train)
     return partial(g, params=engine.frozen(flags, g, fixed, sample, device), mode=False)
 
 
@@ -137,7 +137,7 @@ def parts(flags, dataset, device):
         times[part] = times.get(part, 0) + now - since
         since = now
 
-    batches = data.TrainBatches(dataset.train.to(device), flags.batch_size, 4, True, 0, 0, 1, 1)
+    batches = memory.TrainBatches(dataset.train.to(device), flags.batch_size, 4, True, 0, 0, 1, 1)
     for i, sample in enumerate(batches):
         lap('input')
         loss, _ = engine.weighted_loss(flags, step, sample, 1, meters)

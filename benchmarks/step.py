@@ -29,12 +29,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 
-import children  # noqa: E402
 import ending
 import engine  # noqa: E402
 import options  # noqa: E402
 import runs  # noqa: E402
 import workers  # noqa: E402
+from images import children  # noqa: E402
 from resnet import imagenet_resnet, wide_resnet  # noqa: E402
 from utils import set_requires_grad_except_bn_  # noqa: E402
 

@@ -18,8 +18,8 @@ import time
 
 import ending
 import engine
-import imagefolder
 import workers
+from images import photographs
 
 say = engine.say
 
@@ -70,7 +70,7 @@ if __name__ == '__main__':
     if 'SPOIL' in os.environ and workers.rank() == workers.world() - 1:
         engine.evaluate = spoil(engine.evaluate, int(os.environ['SPOIL']))
     if 'PAUSED' in os.environ:
-        pause(getattr(imagefolder, os.environ['PAUSED']))
+        pause(getattr(photographs, os.environ['PAUSED']))
     if workers.rank() == 1:
         atexit.register(time.sleep, float(os.environ.get('SLOW_END', 0)))
     ending.run(importlib.import_module(os.environ['PACED']).main)
