@@ -13,12 +13,12 @@ from functools import partial
 
 import torch
 
-import data as images
 from engine import ending, flags, teacher
 from engine.loop import Data, count, fit, start
 from engine.step import make_step
 from engine.student import initialise, pair
 from engine.workers import data_parallel, rank, say, world
+from images import memory
 from nin import nin
 from resnet import wide_resnet
 
@@ -44,14 +44,14 @@ def network(opt):
 def build_data(opt, device):
     """The `Data` of a set of small images on the device, and a function that gives some to fit int8 to."""
     source = opt.dataset, opt.dataroot, opt.image_size, opt.holdout, opt.nthread
-    dataset = images.load(*source, say, opt.follow_links)
+    dataset = memory.load(*source, say, opt.follow_links)
     say(f'{opt.dataset}: {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images')
     train, test = dataset.train.to(device), dataset.test.to(device)
     augment, share = (int(opt.randomcrop_pad), dataset.flip, opt.seed), (rank(), world())
-    train_batches = partial(images.TrainBatches, train, opt.batch_size, *augment, *share)
-    test_batches = partial(images.TestBatches, test, opt.batch_size, *share)
+    train_batches = partial(memory.TrainBatches, train, opt.batch_size, *augment, *share)
+    test_batches = partial(memory.TestBatches, test, opt.batch_size, *share)
     image = next(iter(test_batches()))[0][:1]
-    return Data(train_batches, test_batches, count(dataset), image), partial(images.sample, dataset.train)
+    return Data(train_batches, test_batches, count(dataset), image), partial(memory.sample, dataset.train)
 
 
 def build_teacher(opt, data, sample):

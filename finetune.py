@@ -12,7 +12,6 @@ ResNet-18 alone errs on 28.5% (CUB) and 28.2% (Scenes), taught by ResNet-34 on 2
 import torch
 
 import checkpoint
-import imagefolder
 from engine import ending, flags, photographs
 from engine.arguments import Parser, number, path
 from engine.loop import fit, start
@@ -20,6 +19,7 @@ from engine.precision import place
 from engine.step import make_step
 from engine.student import Network, pair
 from engine.workers import data_parallel, say
+from images.photographs import DATASETS
 from resnet import imagenet_forward, imagenet_resnet_depth
 from utils import flatten, linear_params, set_requires_grad_except_bn_
 
@@ -28,7 +28,7 @@ def parse():
     """The flags, with section 4.2.1 as defaults; ValueError where they cannot be followed."""
     parser = Parser(__doc__)
     flag = parser.add_argument_group('data and teacher (section 4.2.1)').add_argument
-    flag('--dataset', default='cub', choices=list(DATASETS), help='cub (default), scenes or folder')
+    flag('--dataset', default='cub', choices=list(DATASETS), help='default: %(default)s')
     root = 'CUB_200_2011, or has Images/ and TrainImages.txt, or train/ and val/'
     flag('--dataroot', default='.', type=path, help=root)
     photographs.add_flags(flag)
@@ -56,15 +56,6 @@ def parse():
     return opt
 
 
-def load_folder(root, follow_links):
-    """One's own images, cropped as those of the other data sets are."""
-    dataset = imagefolder.load(root, follow_links, say)
-    return dataset._replace(train=dataset.train._replace(scaled=True))
-
-
-DATASETS = {'cub': imagefolder.load_cub, 'scenes': imagefolder.load_scenes, 'folder': load_folder}
-
-
 def build_student(opt, num_classes, device):
     """The pretrained network with a new last layer: (f, params), of which batch norm and --fixed_groups stay fixed."""
     f, params = checkpoint.load_teacher(opt.pretrained)
@@ -88,7 +79,7 @@ def main():
     """Fine-tune a pretrained ResNet, as the flags say."""
     opt = parse()
     device = start(opt)
-    data, sample = photographs.build_data(opt, DATASETS[opt.dataset](opt.dataroot, opt.follow_links), device)
+    data, sample = photographs.build_data(opt, DATASETS[opt.dataset](opt.dataroot, opt.follow_links, say), device)
     student = build_student(opt, data.num_classes, device)
     taught = photographs.build_teacher(opt, data, sample)
     trained = pair(opt, student, taught, data.image)

@@ -11,13 +11,13 @@ from functools import partial
 
 import torch
 
-import imagefolder
 from engine import ending, flags, photographs
 from engine.arguments import Parser, path
 from engine.loop import fit, start
 from engine.step import make_step
 from engine.student import initialise, pair
 from engine.workers import data_parallel, say, world
+from images.photographs import load
 from resnet import imagenet_resnet
 
 
@@ -46,7 +46,7 @@ def parse():
 
 def build_data(opt, device):
     """The `Data` of a folder of photographs on the device, and a function that gives some to fit int8 to."""
-    dataset = imagefolder.load(opt.imagenetpath, opt.follow_links, say)
+    dataset = load(opt.imagenetpath, opt.follow_links, say)
     # Batch norm of 1x1 maps, the last at 32 pixels, needs two images: of each worker, or with --sync_bn of all.
     least = (2 if opt.sync_bn else 2 * world()) if opt.image_size == 32 else 1
     return photographs.build_data(opt, dataset, device, least)

@@ -25,12 +25,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 import checkpoint
-import data
-import imagefolder
 import resnet
 from engine import arguments, ending
 from engine.log import read_log
 from engine.transfer import PENALTIES, TRANSFERS
+from images import memory, photographs
+from images.crops import resize, test_crop
+from images.decode import read_image
+from images.folders import IMAGE_SUFFIXES, is_hidden
 from utils import attention_map
 
 WIDTH, DPI = 9, 160  # inches, and pixels to the inch: sharp at the 900 pixels that a README shows
@@ -259,23 +261,23 @@ def load_images(images, dataroot, count, image_size, imagenet):
     """
     if images in ('CIFAR10', 'CIFAR100', 'digits'):
         usual = IMAGENET_SIZE if imagenet and images == 'digits' else SMALL_SIZE
-        test = data.load(images, dataroot, image_size or usual).test
+        test = memory.load(images, dataroot, image_size or usual).test
         return test.pixels[spread(test.labels.tolist(), count)]
     if not os.path.isdir(images):
         raise OSError(f'--images {images}: no such folder, nor CIFAR10, CIFAR100 or digits')
     files = []
     for folder, folders, names in os.walk(images):
-        folders[:] = [name for name in folders if not data.is_hidden(name)]
-        files += [os.path.join(folder, name) for name in names if not data.is_hidden(name)]
-    files = sorted(file for file in files if file.lower().endswith(data.IMAGE_SUFFIXES))
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        files += [os.path.join(folder, name) for name in names if not is_hidden(name)]
+    files = sorted(file for file in files if file.lower().endswith(IMAGE_SUFFIXES))
     if not files:
-        raise ValueError(f'--images {images} holds no images ({" ".join(data.IMAGE_SUFFIXES)})')
+        raise ValueError(f'--images {images} holds no images ({" ".join(IMAGE_SUFFIXES)})')
     size = image_size or (IMAGENET_SIZE if imagenet else SMALL_SIZE)
     chosen = [files[i] for i in spread(map(os.path.dirname, files), count)]
     if imagenet:
-        crops = [imagefolder.test_crop(file, size) for file in chosen]
+        crops = [test_crop(file, size) for file in chosen]
     else:
-        crops = [imagefolder.resize(data.read_image(file), size, size) for file in chosen]
+        crops = [resize(read_image(file), size, size) for file in chosen]
     return torch.from_numpy(np.stack(crops))
 
 
@@ -284,7 +286,7 @@ def attention_maps(f, params, pixels, power=2, mapping='sum'):
 
     Raises ValueError where a map is not finite.
     """
-    normalize = imagefolder.normalize if f is resnet.imagenet_forward else data.normalize
+    normalize = photographs.normalize if f is resnet.imagenet_forward else memory.normalize
     with torch.no_grad():
         groups = f(normalize(pixels), params, False)[1]
         maps = [attention_map(group, power, mapping) for group in groups]

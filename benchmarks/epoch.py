@@ -33,7 +33,6 @@ sys.path[:0] = [os.path.join(HERE, '..'), HERE]
 
 import step as benchmark
 
-import data
 from engine import ending, workers
 from engine.arguments import Parser, number, path
 from engine.flags import parse_cifar
@@ -43,6 +42,7 @@ from engine.meters import Meters
 from engine.step import FLUSH, Updates, make_step, total_loss
 from engine.student import Network
 from engine.teacher import frozen
+from images import memory
 from utils import DTYPES
 
 AT = '--teacher_id X --beta 1e+3'
@@ -65,20 +65,20 @@ class Pictures(torchvision.datasets.VisionDataset):
 def load(dataroot, count):
     """`count` images to train on and up to 10,000 to test on: of CIFAR-10 if `dataroot` names it, or random."""
     if dataroot:
-        dataset = data.load('CIFAR10', dataroot, note=lambda text: None)
+        dataset = memory.load('CIFAR10', dataroot, note=lambda text: None)
     else:
         rng = np.random.default_rng(0)
         pixels, labels = rng.integers(0, 256, (count, 32, 32, 3), np.uint8), rng.integers(0, 10, count)
-        images = data.Images(torch.from_numpy(pixels), torch.from_numpy(labels))
-        dataset = data.Dataset(images, images, 10, True)
-    return dataset._replace(train=data.Images(*(t[:count] for t in dataset.train)))
+        images = memory.Images(torch.from_numpy(pixels), torch.from_numpy(labels))
+        dataset = memory.Dataset(images, images, 10, True)
+    return dataset._replace(train=memory.Images(*(t[:count] for t in dataset.train)))
 
 
 @functools.cache
 def plain_epoch(dataroot, count, nthread):
     """The plain loop: run() -> (seconds of training, seconds of evaluation)."""
     flags, dataset, device = parse_cifar('', AT.split()), load(dataroot, count), benchmark.device()
-    tensor = [transforms.ToTensor(), transforms.Normalize(*(np.array(v) / 255 for v in (data.MEAN, data.STD)))]
+    tensor = [transforms.ToTensor(), transforms.Normalize(*(np.array(v) / 255 for v in (memory.MEAN, memory.STD)))]
     augment = [transforms.Pad(4, padding_mode='reflect'), transforms.RandomCrop(32), transforms.RandomHorizontalFlip()]
     loader = partial(DataLoader, batch_size=flags.batch_size, num_workers=nthread)
     train = loader(Pictures(dataset.train, transforms.Compose(augment + tensor)), shuffle=True)
@@ -107,8 +107,8 @@ def run_plain_epoch(*arguments):
 def fast_epoch(flags, dataset, device):
     """Ours: run() -> (seconds of training, seconds of evaluation)."""
     train, test = dataset.train.to(device), dataset.test.to(device)
-    train_batches = partial(data.TrainBatches, train, flags.batch_size, 4, True, flags.seed, 0, 1)
-    test_batches = partial(data.TestBatches, test, flags.batch_size)
+    train_batches = partial(memory.TrainBatches, train, flags.batch_size, 4, True, flags.seed, 0, 1)
+    test_batches = partial(memory.TestBatches, test, flags.batch_size)
     teacher = frozen_teacher(flags, dataset, device)
     f, params = benchmark.draw(benchmark.WRN_16_1, device)
     step = make_step(flags, partial(f, params=params, mode=True), teacher, device)
@@ -126,7 +126,7 @@ def fast_epoch(flags, dataset, device):
 def frozen_teacher(flags, dataset, device):
     g, fixed = benchmark.draw(benchmark.WRN_16_2, device)
     fixed = {k: v.detach() for k, v in fixed.items()}
-    sample = partial(data.sample, dataset.train)
+    sample = partial(memory.sample, dataset.train)
     return partial(g, params=frozen(flags, Network(g, fixed), sample, device), mode=False)
 
 
@@ -143,7 +143,7 @@ def parts(flags, dataset, device):
         times[part] = times.get(part, 0) + now - since
         since = now
 
-    batches = data.TrainBatches(dataset.train.to(device), flags.batch_size, 4, True, 0, 0, 1, 1)
+    batches = memory.TrainBatches(dataset.train.to(device), flags.batch_size, 4, True, 0, 0, 1, 1)
     for i, sample in enumerate(batches):
         lap('input')
         loss, _ = total_loss(flags, step, sample, 1, meters)

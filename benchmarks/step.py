@@ -29,7 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 
-import children
 from engine import ending, workers
 from engine.arguments import Parser, number
 from engine.flags import parse_cifar
@@ -38,6 +37,7 @@ from engine.precision import place
 from engine.step import make_update
 from engine.student import Network
 from engine.teacher import frozen
+from images import children
 from resnet import imagenet_resnet, wide_resnet
 from utils import (
     DTYPES,

@@ -6,10 +6,10 @@ import sys
 
 import torch
 
-import children
 from engine.launch import LOST_PEER, claim
 from engine.stopping import Stopped
 from engine.workers import rank, world
+from images import children
 
 OUT_OF_MEMORY = 'out of memory', "can't allocate memory"  # in what torch says on GPUs and on CPUs
 OF_THE_RUN = FloatingPointError, ChildProcessError, BrokenPipeError  # no fault of the command's

@@ -4,6 +4,7 @@ from engine import transfer
 from engine.arguments import MOST, Parser, epoch_list, gpu_list, group_list, number, path
 from engine.schedules import BETA_DECAYS
 from engine.transfer import PENALTIES, TRANSFERS
+from images.memory import DATASETS
 from utils import DTYPES
 
 HOLDOUT = 'test on N training images instead'
@@ -83,7 +84,7 @@ def parse_cifar(description, words=None):
     """The flags of cifar.py, from `words` or the command line, with the recipe of section 4.1 as defaults."""
     parser = Parser(description)
     flag = parser.add_argument_group('data and teacher (section 4.1)').add_argument
-    flag('--dataset', default='CIFAR10', help='CIFAR10 (default), CIFAR100, folder or digits')
+    flag('--dataset', default='CIFAR10', choices=list(DATASETS), help='default: %(default)s')
     flag('--dataroot', '--data_root', default='.', type=path, help='where the data set is, or is to be downloaded')
     flag('--follow_links', action='store_true', help='of a folder, read images that links out of it lead to')
     flag('--image_size', default=32, type=number(int, 8, 512), help='for folder and digits (default: 32)')

@@ -5,13 +5,13 @@ from functools import partial
 import torch
 
 import checkpoint
-import imagefolder
 from engine import teacher
 from engine.arguments import number, path
 from engine.flags import HOLDOUT
 from engine.loop import Data, count
 from engine.student import Network
 from engine.workers import rank, say, world
+from images import photographs as images
 
 
 def add_flags(flag):
@@ -27,18 +27,18 @@ def add_flags(flag):
 
 
 def build_data(opt, dataset, device, least=1):
-    """The `Data` of a data set as of `imagefolder` on the device.
+    """The `Data` of a data set as of `images.photographs` on the device.
 
     A batch to train on has at least `least` images over all workers.
     """
-    dataset = imagefolder.hold_out(dataset, opt.holdout)
+    dataset = images.hold_out(dataset, opt.holdout)
     say(f'{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} validation images')
     share = rank(), world(), opt.nthread, device
     sizes = opt.batch_size, opt.image_size, opt.seed
-    train = partial(imagefolder.TrainBatches, dataset.train, *sizes, *share, least=least)
-    test = partial(imagefolder.TestBatches, dataset.test, opt.batch_size, opt.image_size, *share, opt.skip_bad_images)
+    train = partial(images.TrainBatches, dataset.train, *sizes, *share, least=least)
+    test = partial(images.TestBatches, dataset.test, opt.batch_size, opt.image_size, *share, opt.skip_bad_images)
     blank = torch.zeros(1, 3, opt.image_size, opt.image_size, device=device)
-    sample = partial(imagefolder.sample, dataset.train, opt.image_size)
+    sample = partial(images.sample, dataset.train, opt.image_size)
     return Data(train, test, count(dataset), blank, (1, min(5, dataset.num_classes))), sample
 
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-import children
 import utils
 from engine import transfer
 from engine.meters import CALMER, Meters
@@ -17,6 +16,7 @@ from engine.precision import autocast
 from engine.schedules import beta_at
 from engine.student import pair
 from engine.workers import world
+from images import children
 from layers import full
 from utils import DTYPES
 

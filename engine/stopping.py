@@ -5,7 +5,8 @@ import signal
 import threading
 import time
 
-STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}  # what a stopped run exits with
+from images.children import STATUS
+
 AGAIN = 1  # seconds: the same request comes twice where a launcher and a terminal pass it on
 
 

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-import children
 from engine import launch
 from engine.arguments import GPU
+from images import children
 from layers import STATISTICS, synchronise
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h

@@ -19,11 +19,10 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 
-import data
 import formats
-import imagefolder
 from engine.arguments import Parser, number, path
 from engine.ending import run
+from images import memory, photographs
 from utils import at_loss
 
 # Layers of one name are compared: here the last of strides 4, 8, 16, 32. `get_graph_node_names(network)` lists layers;
@@ -72,13 +71,13 @@ def main():
 
     torch.manual_seed(0)
     teacher = load_teacher(opt.teacher_weights)
-    digits = data.load('digits', image_size=64)
+    digits = memory.load('digits', image_size=64)
     student = mobilenet_v3_large(num_classes=digits.num_classes)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
     student, teacher = extractors(student, teacher)
     for step in range(opt.steps):
         index = torch.randperm(len(digits.train.labels))[: opt.batch_size]
-        images = imagefolder.normalize(digits.train.pixels[index])  # as torchvision's weights expect
+        images = photographs.normalize(digits.train.pixels[index])  # as torchvision's weights expect
         ce, at = losses(student, teacher, images, digits.train.labels[index])
         optimizer.zero_grad()
         (ce + opt.beta * sum(at.values())).backward()

@@ -16,9 +16,9 @@ import signal
 import sys
 import time
 
-import imagefolder
 from engine import ending, loop, workers
 from engine.workers import say
+from images import photographs
 
 
 def say_and_wait(*words):
@@ -67,7 +67,7 @@ if __name__ == '__main__':
     if 'SPOIL' in os.environ and workers.rank() == workers.world() - 1:
         loop.evaluate = spoil(loop.evaluate, int(os.environ['SPOIL']))
     if 'PAUSED' in os.environ:
-        pause(getattr(imagefolder, os.environ['PAUSED']))
+        pause(getattr(photographs, os.environ['PAUSED']))
     if workers.rank() == 1:
         atexit.register(time.sleep, float(os.environ.get('SLOW_END', 0)))
     ending.run(importlib.import_module(os.environ['PACED']).main)

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from conftest import refused
 
 import checkpoint
-import data
 import resnet
 import utils
 from engine import log, schedules
@@ -22,6 +21,7 @@ from engine.step import Updates, make_step, make_update
 from engine.student import Network, pair
 from engine.teacher import frozen
 from engine.transfer import group_numbers
+from images import memory
 from nin import nin
 
 CPU = torch.device('cpu')
@@ -47,7 +47,7 @@ def test_fit_equals_a_loop_written_out_by_hand(train, photos, tmp_path):
     flags = '--teacher_id teacher --alpha 0.7 --beta 50 --beta_decay linear --temperature 3 --seed 5 --epochs 3'
     assert train(flags, '--epoch_step [2,3] --lr 0.05 --weight_decay 0.01 --save logs/student')[0] == 0
 
-    images = data.load('folder', photos, image_size=16).train
+    images = memory.load('folder', photos, image_size=16).train
     torch.manual_seed(5)
     f, params = resnet.wide_resnet(10, 0.25, 3)
     g, fixed = checkpoint.load_teacher('logs/teacher/model.pt7')
@@ -57,7 +57,7 @@ def test_fit_equals_a_loop_written_out_by_hand(train, photos, tmp_path):
         if epoch in (1, 2, 3):
             optimizer = torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=0.01)
         total, steps = 0, 0
-        for x, labels, _ in data.TrainBatches(images, 16, 2, True, 5, 0, 1, epoch):
+        for x, labels, _ in memory.TrainBatches(images, 16, 2, True, 5, 0, 1, epoch):
             y, groups = f(x, params, True)
             with torch.no_grad():
                 y_t, groups_t = g(x, fixed, False)
@@ -81,15 +81,15 @@ def test_fit_equals_a_loop_written_out_by_hand(train, photos, tmp_path):
 def test_evaluation_counts_every_image_once_whatever_the_batches():
     torch.manual_seed(0)
     f, params = resnet.wide_resnet(10, 0.25, 10)
-    images = data.load('digits', image_size=8).test
-    images = data.Images(images.pixels[:101], images.labels[:101])
-    logits = f(data.normalize(images.pixels), params, False)[0].detach()
+    images = memory.load('digits', image_size=8).test
+    images = memory.Images(images.pixels[:101], images.labels[:101])
+    logits = f(memory.normalize(images.pixels), params, False)[0].detach()
     wrong = (logits.argmax(1) != images.labels).sum().item()
     for batch_size in (101, 25, 7):
-        loss, (accuracy,) = evaluate(Network(f, params), data.TestBatches(images, batch_size), CPU)
+        loss, (accuracy,) = evaluate(Network(f, params), memory.TestBatches(images, batch_size), CPU)
         assert accuracy == pytest.approx(100 * (1 - wrong / 101), abs=1e-9)
         assert loss == pytest.approx(F.cross_entropy(logits, images.labels).item(), rel=1e-5)
-    top2 = evaluate(Network(f, params), data.TestBatches(images, 25), CPU, topk=(1, 2))[1]
+    top2 = evaluate(Network(f, params), memory.TestBatches(images, 25), CPU, topk=(1, 2))[1]
     second = (logits.topk(2)[1] == images.labels[:, None]).any(1).double().mean().item()
     assert top2 == pytest.approx([accuracy, 100 * second])
 

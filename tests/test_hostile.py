@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from urllib.error import URLError
 
 import cv2
 import h5py
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from conftest import HANGS, SMALL, draw, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,14 +25,13 @@ from torchnet.meter import AverageValueMeter
 
 import checkpoint
 import cifar
-import data
 import finetune
-import imagefolder
 import imagenet
 import plot
 import reproduce
 import resnet
 from engine.log import read_log
+from images import crops, decode, memory
 
 LONG = bool(os.environ.get('AT_LONG_TESTS'))
 ROOT = os.path.dirname(os.path.abspath(cifar.__file__))
@@ -110,8 +111,8 @@ def test_a_mutated_image_is_read_or_refused(tmp_path_factory, suffix, mutations,
     image.convert('RGB' if suffix == '.jpg' else 'RGBA').save(content, Image.registered_extensions()[suffix])
     path.write_bytes(mutate(content.getvalue(), mutations))
     try:
-        trials = imagefolder.augmentation(0, 1, 0)[1]
-        found = data.read_image(path, (lambda h, w: imagefolder.random_box(h, w, trials)) if boxed else None)
+        trials = crops.augmentation(0, 1, 0)[1]
+        found = decode.read_image(path, (lambda h, w: crops.random_box(h, w, trials)) if boxed else None)
     except ValueError as error:
         assert str(error).startswith(str(path))
     else:
@@ -167,7 +168,9 @@ def test_any_words_are_understood_or_refused(monkeypatch, capsys, module, words)
 
 REFUSALS = """
 import resource, sys
-import checkpoint, data, engine.log
+import checkpoint, engine.log
+from images import decode
+from images import decode
 with open('/proc/self/statm') as file:
     used = int(file.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
@@ -221,7 +224,7 @@ def test_images_that_declare_gigabytes_are_refused(tmp_path):
     for i, content in enumerate(images):
         assert len(content) < 2000
         (tmp_path / f'{i}.png').write_bytes(content)
-    found = refusals(*(('data.read_image', tmp_path / f'{i}.png') for i in range(3)))
+    found = refusals(*(('decode.read_image', tmp_path / f'{i}.png') for i in range(3)))
     assert all('is not a readable image' in line for line in found)
 
 
@@ -230,7 +233,7 @@ def test_16_gib_of_holes_are_not_read(tmp_path):
     path = tmp_path / 'sparse'
     with open(path, 'wb') as file:
         file.truncate(16 * 2**30)
-    readers = 'data.read_image', 'engine.log.read_log', 'checkpoint.load', 'checkpoint.load_teacher'
+    readers = 'decode.read_image', 'engine.log.read_log', 'checkpoint.load', 'checkpoint.load_teacher'
     assert all('sparse' in line for line in refusals(*((reader, path) for reader in readers)))
 
 
@@ -253,12 +256,12 @@ def test_code_in_cifars_pickles_is_not_run(tmp_path, monkeypatch):
         (folder / name).write_bytes(pickle.dumps(Trap(trace)))
 
     def offline(*_, **__):
-        raise data.URLError('no network')
+        raise URLError('no network')
 
-    monkeypatch.setattr(data.torchvision.datasets.utils, 'urlretrieve', offline, raising=False)
+    monkeypatch.setattr(torchvision.datasets.utils, 'urlretrieve', offline, raising=False)
     monkeypatch.setattr('urllib.request.urlopen', offline)
     with pytest.raises((OSError, ValueError)):
-        data.load('CIFAR10', str(tmp_path))
+        memory.load('CIFAR10', str(tmp_path))
     assert not trace.exists()
     pickle.loads(pickle.dumps(Trap(trace))).close()  # the trap does work
     assert trace.exists()

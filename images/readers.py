@@ -24,8 +24,8 @@ from multiprocessing.reduction import recv_handle, send_handle
 import numpy as np
 import torch
 
-import children
-from engine.stopping import STATUS
+from images import children
+from images.children import STATUS
 
 SLOTS = 2  # batches that a process has room for: it reads one while another waits to be taken
 ENDING = 2  # seconds that a process is given to end
@@ -39,7 +39,7 @@ def context():
     not have, and waits for ever. Raises ValueError where TMPDIR is too long for the server's socket.
     """
     forkserver = multiprocessing.get_context('forkserver')
-    forkserver.set_forkserver_preload(['__main__', 'imagefolder'])
+    forkserver.set_forkserver_preload(['__main__', 'images.photographs'])
     children.import_safely()
     warnings.filterwarnings('ignore', 'resource_tracker: process died')  # it is started again
     multiprocessing.resource_tracker.ensure_running()  # first, since it lets signals through again

@@ -1,10 +1,12 @@
-"""What the processes that a run starts have in common: where they import from, and that they end with their parent."""
+"""What the processes of a run have in common: where they import from, what stops them, and that they end together."""
 
 import os
+import signal
 import sys
 import threading
 import time
 
+STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}  # what a run that each has stopped exits with
 PARENT = os.getppid()  # when this module is imported
 
 
