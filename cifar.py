@@ -18,8 +18,7 @@ import ending
 import engine
 import options
 import workers
-from nin import nin
-from resnet import wide_resnet
+from formats.networks import NETWORKS
 
 # The flags that say which images are tested on, and their values where an older log does not hold them.
 TEST_SET = {'dataset': 'CIFAR10', 'holdout': 0, 'image_size': 32}
@@ -35,9 +34,7 @@ def parse():
 
 def network(opt):
     """What draws the student: num_classes -> (f, params)."""
-    if opt.net == 'nin':
-        return partial(nin, opt.width, no_bn=opt.no_bn)
-    return partial(wide_resnet, opt.depth, opt.width)
+    return NETWORKS[opt.net].network(opt)
 
 
 def build_data(opt, device):

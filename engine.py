@@ -19,10 +19,11 @@ from torchnet.engine import Engine
 from torchnet.meter import AverageValueMeter, ClassErrorMeter
 from tqdm import tqdm
 
-import checkpoint
 import children
 import runs
 import workers
+from formats import networks
+from formats.write import save
 from int8 import quantize
 from layers import STATISTICS, full
 from runs import read_log
@@ -349,7 +350,7 @@ def frozen(opt, f, params, sample, device):
 
     Raises ValueError for int8 where the device has no such convolutions.
     """
-    folded = checkpoint.fold(place(params, opt.dtype, torch.device('cpu')))
+    folded = networks.fold(place(params, opt.dtype, torch.device('cpu')))
     if opt.teacher_dtype == 'int8':
         if device.type != 'cpu' or not torch.backends.mkldnn.is_available():
             raise ValueError('--teacher_dtype int8: only on CPUs, with a PyTorch that has oneDNN')
@@ -399,7 +400,7 @@ def find_teacher(teacher_id):
     records = read_log(log)
     if not records:
         raise ValueError(f'--teacher_id {teacher_id}: {log} has no line of results')
-    f, params = checkpoint.load_teacher(model, (records[-1].get('depth'), records[-1].get('width')))
+    f, params = networks.load_teacher(model, (records[-1].get('depth'), records[-1].get('width')), say)
     return f, params, records[-1]
 
 
@@ -501,7 +502,7 @@ def _resume_(opt, params, trained, updates, topk):
     if scale and updates.scaler.is_enabled():
         updates.scaler.load_state_dict(scale)
     if progress and world() > 1:
-        checkpoint.restore_(_statistics(params), progress['workers'][rank()]['statistics'], opt.resume)
+        networks.restore_(_statistics(params), progress['workers'][rank()]['statistics'], opt.resume)
     return epoch, progress
 
 
@@ -509,7 +510,7 @@ def _load_run_(opt, params, trained, updates, topk):
     path = os.path.join(opt.save, 'model.pt7') if opt.resume == 'auto' else opt.resume
     if not path or (opt.resume == 'auto' and not os.path.exists(path)):
         return 0, None, {}
-    state = checkpoint.load(path)
+    state = networks.load(path, say)
     momentum, epoch, progress = (state.get(key) for key in ('optimizer', 'epoch', 'progress'))
     if not isinstance(momentum, dict) or type(epoch) is not int or not isinstance(progress, dict | None):
         raise ValueError(f'{path} holds parameters alone, without momentum and epoch: it can teach, but not be resumed')
@@ -522,7 +523,7 @@ def _load_run_(opt, params, trained, updates, topk):
         raise ValueError(f'{path}: the scale of its float16 losses cannot be read')
     if progress is not None:
         _check_progress(progress, opt, params, path, topk)
-    checkpoint.restore_(params, state['params'], path)
+    networks.restore_(params, state['params'], path)
     for key, value in trained.items():
         updates.sgd.state[value]['momentum_buffer'] = momentum[key].to(value, copy=True)
     place = f'step {progress["steps"]} of epoch {epoch + 1}' if progress else f'epoch {epoch}'
@@ -546,7 +547,7 @@ def _check_progress(progress, opt, params, path, topk):
         for mine in progress['workers']:
             meters.restore(progress, mine)
             if world() > 1:
-                checkpoint.check_fit(shapes, mine['statistics'], path)
+                networks.check_fit(shapes, mine['statistics'], path)
             whole &= type(meters.bad) is type(meters.errors.n) is int and isinstance(meters.seconds, float)
             whole &= set(meters.errors.sum) == set(topk) and all(type(n) is int for n in meters.errors.sum.values())
         fields, values = set(vars(AverageValueMeter())), progress['values']
@@ -685,7 +686,7 @@ class _Run:
             'epoch': epochs,
             'progress': progress,
         }
-        checkpoint.save(os.path.join(self.opt.save, 'model.pt7'), state)
+        save(os.path.join(self.opt.save, 'model.pt7'), state)
 
 
 def _hooks(run, f, train_batches, test_batches, device, facts, topk):

@@ -11,14 +11,14 @@ ResNet-18 alone errs on 28.5% (CUB) and 28.2% (Scenes), taught by ResNet-34 on 2
 
 import torch
 
-import checkpoint
 import ending
 import engine
 import imagefolder
 import imagenet
 import options
 import workers
-from resnet import imagenet_forward, imagenet_resnet_depth
+from formats.networks import describe, load_teacher
+from imagenet_resnet import imagenet_forward, imagenet_resnet_depth
 from utils import flatten, linear_params, set_requires_grad_except_bn_
 
 
@@ -66,9 +66,9 @@ DATASETS = {'cub': imagefolder.load_cub, 'scenes': imagefolder.load_scenes, 'fol
 
 def build_student(opt, num_classes, device):
     """The pretrained network with a new last layer: (f, params), of which batch norm and --fixed_groups stay fixed."""
-    f, params = checkpoint.load_teacher(opt.pretrained)
+    f, params = load_teacher(opt.pretrained, note=workers.say)
     if f is not imagenet_forward or 'bn0.weight' not in params:
-        found = checkpoint.describe(params)
+        found = describe(params)
         raise ValueError(f'--pretrained {opt.pretrained} ({found}): expected an ImageNet ResNet, not folded')
     opt.depth = imagenet_resnet_depth(params)  # for the log
     torch.manual_seed(opt.seed)

@@ -11,13 +11,12 @@ from functools import partial
 
 import torch
 
-import checkpoint
 import ending
 import engine
 import imagefolder
 import options
 import workers
-from resnet import imagenet_resnet
+from formats.networks import NETWORKS, load_teacher
 
 
 def parse():
@@ -39,7 +38,7 @@ def parse():
     opt = parser.parse_args()
     options.check(opt, opt.teacher_params, '--teacher_params')
     with torch.device('meta'):  # no memory: a shape that is none is told before anything else begins
-        imagenet_resnet(opt.depth, opt.width, 2)
+        NETWORKS['resnet'].network(opt)(2)
     return opt
 
 
@@ -77,7 +76,7 @@ def build_teacher(opt, dataset, test_batches, topk, device):
     """
     if not opt.teacher_params:
         return None
-    f, params = checkpoint.load_teacher(opt.teacher_params)
+    f, params = load_teacher(opt.teacher_params, note=workers.say)
     same_classes = engine.check_classes(opt, opt.teacher_params, params, dataset.num_classes)
     sample = partial(imagefolder.sample, dataset.train, opt.image_size)
     params = engine.frozen(opt, f, params, sample, device)
@@ -97,7 +96,7 @@ def main():
     least = (2 if opt.sync_bn else 2 * workers.world()) if opt.image_size == 32 else 1
     train_batches, test_batches = build_batches(opt, dataset, device, least)
     topk = 1, min(5, dataset.num_classes)
-    f, params = engine.draw(partial(imagenet_resnet, opt.depth, opt.width), opt, dataset.num_classes, device)
+    f, params = engine.draw(NETWORKS['resnet'].network(opt), opt, dataset.num_classes, device)
     teacher = build_teacher(opt, dataset, test_batches, topk, device)
     blank = torch.zeros(1, 3, opt.image_size, opt.image_size, device=device)
     trained = engine.prepare(opt, f, params, teacher, blank)

@@ -28,8 +28,8 @@ import torch
 import ending
 import engine
 import options
-from nin import nin
-from resnet import wide_resnet
+from formats.networks import NETWORKS, fold, load
+from formats.write import write_whole
 from runs import changed_settings
 
 # Of each row, student <- teacher, the methods with the paper's test error in percent: the median of 5 seeds.
@@ -222,7 +222,7 @@ def finished(opt, name):
     """Whether a run is at its end, by its log and by its checkpoint, if there is one: killed between, they differ."""
     path = os.path.join('logs', name, 'model.pt7')
     ended = last_epoch(opt, name)
-    return ended and (not os.path.exists(path) or engine.checkpoint.load(path).get('epoch') == opt.epochs)
+    return ended and (not os.path.exists(path) or load(path).get('epoch') == opt.epochs)
 
 
 def epochs_there(opt):
@@ -242,10 +242,7 @@ def epochs_there(opt):
 
 def draw(opt):
     """The network that the flags of cifar.py name: (f, params)."""
-    network = (
-        partial(nin, opt.width, no_bn=opt.no_bn) if opt.net == 'nin' else partial(wide_resnet, opt.depth, opt.width)
-    )
-    return engine.draw(network, opt, 10, device())
+    return engine.draw(NETWORKS[opt.net].network(opt), opt, 10, device())
 
 
 def device():
@@ -270,7 +267,7 @@ def seconds(opt, left, runs):
 def _untrained(arguments):
     flags = options.parse_cifar('', arguments)
     f, params = draw(flags)
-    return partial(f, params=engine.freeze(engine.checkpoint.fold(params), flags.dtype, device()), mode=False)
+    return partial(f, params=engine.freeze(fold(params), flags.dtype, device()), mode=False)
 
 
 def run(opt, name, arguments, job):
@@ -424,7 +421,7 @@ def main():
         head, rest = around(opt.markdown, opt.table)
         end = b'\r\n' if head.endswith(b'\r\n') else b'\n'
         table = b''.join(line.encode(errors='backslashreplace') + end for line in lines)
-        engine.checkpoint.write_whole(opt.markdown, head + table + rest)
+        write_whole(opt.markdown, head + table + rest)
     if failed:
         sys.exit(1)
 

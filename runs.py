@@ -8,9 +8,9 @@ import math
 import os
 import subprocess
 
-import checkpoint
-import formats
 import launch
+from formats.torchvision import check_name
+from formats.write import not_written, write_whole
 from schedules import lr_at
 from workers import rank, say
 
@@ -67,7 +67,7 @@ def append_line(path, line):
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise checkpoint.not_written(path, error) from None
+        raise not_written(path, error) from None
 
 
 def _open_no_link(path, flags):
@@ -128,7 +128,7 @@ def check_files(opt):
         if flag not in ('teacher_params', 'pretrained', 'resume') or not path or os.path.isfile(path):
             continue
         if path.startswith('torchvision:') and flag != 'resume':
-            formats.check_name(path.removeprefix('torchvision:'))
+            check_name(path.removeprefix('torchvision:'))
             continue
         runs = (os.path.join(base, path, 'model.pt7') for base in ('', 'logs'))
         model = next((run for run in runs if os.path.isfile(run)), None)
@@ -217,7 +217,7 @@ def open_run(opt, done):
                 'put the right model.pt7 beside it, or begin anew with --overwrite'
             )
         kept = [record for epoch, record in epochs if epoch <= done]
-        checkpoint.write_whole(log, ''.join(map(line_of, kept)).encode())
+        write_whole(log, ''.join(map(line_of, kept)).encode())
     launch.note_opened()
 
 

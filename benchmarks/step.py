@@ -35,7 +35,8 @@ import engine  # noqa: E402
 import options  # noqa: E402
 import runs  # noqa: E402
 import workers  # noqa: E402
-from resnet import imagenet_resnet, wide_resnet  # noqa: E402
+from imagenet_resnet import imagenet_resnet  # noqa: E402
+from resnet import wide_resnet  # noqa: E402
 from utils import set_requires_grad_except_bn_  # noqa: E402
 
 WARM_UP = 1  # pairs that are not counted

@@ -20,9 +20,10 @@ from torchvision.models.feature_extraction import create_feature_extractor
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 
 import data  # noqa: E402
-import formats  # noqa: E402
 import imagefolder  # noqa: E402
 from ending import run  # noqa: E402
+from formats.read import read  # noqa: E402
+from formats.torchvision import download  # noqa: E402
 from options import Parser, number, path  # noqa: E402
 from utils import at_loss  # noqa: E402
 
@@ -51,7 +52,7 @@ def load_teacher(weights):
     if not weights:
         print('the teacher has random weights (see --teacher_weights): it teaches nothing, this shows that it runs')
         return resnet50()
-    state = formats.download('resnet50') if weights == 'DEFAULT' else formats.read(weights)
+    state = download('resnet50') if weights == 'DEFAULT' else read(weights)
     try:
         teacher = resnet50(num_classes=len(state['fc.bias']))
         teacher.load_state_dict(state)

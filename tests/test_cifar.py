@@ -16,6 +16,7 @@ import cifar
 import engine
 import nin
 import runs
+from formats import networks
 
 TIMES = {'train_time', 'test_time', 'images_per_second', 'save', 'save_every', 'resume'}
 
@@ -26,7 +27,7 @@ def logged(run):
 
 
 def weights(run):
-    state = checkpoint.load(f'logs/{run}/model.pt7')
+    state = networks.load(f'logs/{run}/model.pt7')
     return {**state['params'], **{f'momentum of {k}': v for k, v in state['optimizer'].items()}}
 
 
@@ -118,7 +119,7 @@ def test_adapters_are_resumed_but_are_no_part_of_the_student(train, nin_teacher)
         v.numel() for v in nin.nin(0.0625, 3)[1].values() if v.requires_grad
     )
     checkpoint.slim('logs/whole')
-    assert not any('adapter' in k for k in checkpoint.load('logs/whole/model.pt7')['params'])
+    assert not any('adapter' in k for k in networks.load('logs/whole/model.pt7')['params'])
     assert train(NIN, '--width 0.0625 --teacher_id part --alpha 0.9 --epochs 1 --save logs/next')[0] == 0
 
 
@@ -394,7 +395,7 @@ def test_two_workers_write_one_log_and_test_every_image_once(photos, tmp_path):
     records = engine.read_log(tmp_path / 'logs' / 'two' / 'log.txt')
     assert [r['epoch'] for r in records] == [1, 2] and records[0]['workers'] == 2
     assert (records[-1]['test_acc'] * 21 / 100) % 1 == pytest.approx(0, abs=1e-6)
-    state = checkpoint.load(tmp_path / 'logs' / 'two' / 'model.pt7')
+    state = networks.load(tmp_path / 'logs' / 'two' / 'model.pt7')
     assert not any('/' in key for key in state['params'])
 
 

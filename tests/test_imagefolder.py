@@ -415,7 +415,8 @@ def plant(folder, marks):
     """Put a Python file under every name that a process could import into a folder; executed, it leaves a mark."""
     marks.mkdir()
     installed = importlib.metadata.packages_distributions()
-    ours = (path.stem for path in pathlib.Path(ROOT).glob('*.py'))
+    ours = {path.stem for path in pathlib.Path(ROOT).glob('*.py')}
+    ours |= {path.parent.name for path in pathlib.Path(ROOT).glob('*/__init__.py')}
     for name in filter(
         str.isidentifier, {*sys.stdlib_module_names, *installed, *ours, 'sitecustomize', 'usercustomize'}
     ):

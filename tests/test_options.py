@@ -131,10 +131,7 @@ def test_wrong_value_for_fine_tuning_is_refused_in_one_line_that_names_it(script
 
 @pytest.mark.parametrize('module', [cifar, imagenet, finetune])
 def test_every_flag_is_read_and_explained(monkeypatch, module):
-    sources = ''.join(
-        (ROOT / f'{name}.py').read_text()
-        for name in (module.__name__, 'engine', 'options', 'runs', 'workers', 'launch', *SHARED.get(module, ()))
-    )
+    sources = ''.join((ROOT / f'{name}.py').read_text() for name in (module.__name__, *CALLED, *SHARED.get(module, ())))
     actions, flags = parser(monkeypatch, module=module)
     for flag in vars(flags):
         by_name = module is cifar and flag in cifar.TEST_SET
@@ -143,6 +140,7 @@ def test_every_flag_is_read_and_explained(monkeypatch, module):
         assert action.help, action.option_strings
 
 
+CALLED = 'formats/networks', 'engine', 'options', 'runs', 'workers', 'launch'
 SHARED = {finetune: ['imagenet']}  # what another script reads for it
 
 
