@@ -18,9 +18,8 @@ from engine.loop import Data, count, fit, start
 from engine.step import make_step
 from engine.student import initialise, pair
 from engine.workers import data_parallel, rank, say, world
+from formats.networks import NETWORKS
 from images import memory
-from nin import nin
-from resnet import wide_resnet
 
 # The flags that say which images are tested on, and their values where an older log does not hold them.
 TEST_SET = {'dataset': 'CIFAR10', 'holdout': 0, 'image_size': 32}
@@ -36,9 +35,7 @@ def parse():
 
 def network(opt):
     """What builds the student: num_classes -> (f, params)."""
-    if opt.net == 'nin':
-        return partial(nin, opt.width, no_bn=opt.no_bn)
-    return partial(wide_resnet, opt.depth, opt.width)
+    return NETWORKS[opt.net].network(opt)
 
 
 def build_data(opt, device):

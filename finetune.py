@@ -11,7 +11,6 @@ ResNet-18 alone errs on 28.5% (CUB) and 28.2% (Scenes), taught by ResNet-34 on 2
 
 import torch
 
-import checkpoint
 from engine import ending, flags, photographs
 from engine.arguments import Parser, number, path
 from engine.loop import fit, start
@@ -19,8 +18,9 @@ from engine.precision import place
 from engine.step import make_step
 from engine.student import Network, pair
 from engine.workers import data_parallel, say
+from formats.networks import describe, load_teacher
+from imagenet_resnet import imagenet_forward, imagenet_resnet_depth
 from images.photographs import DATASETS
-from resnet import imagenet_forward, imagenet_resnet_depth
 from utils import flatten, linear_params, set_requires_grad_except_bn_
 
 
@@ -58,9 +58,9 @@ def parse():
 
 def build_student(opt, num_classes, device):
     """The pretrained network with a new last layer: (f, params), of which batch norm and --fixed_groups stay fixed."""
-    f, params = checkpoint.load_teacher(opt.pretrained)
+    f, params = load_teacher(opt.pretrained, note=say)
     if f is not imagenet_forward or 'bn0.weight' not in params:
-        found = checkpoint.describe(params)
+        found = describe(params)
         raise ValueError(f'--pretrained {opt.pretrained} ({found}): expected an ImageNet ResNet, not folded')
     opt.depth = imagenet_resnet_depth(params)  # for the log
     torch.manual_seed(opt.seed)

@@ -7,8 +7,6 @@ In the paper ResNet-18 errs on 30.4% (top-1) and 10.8% (top-5) alone, and on 29.
 (26.1% and 8.3%). That has not been run with this code.
 """
 
-from functools import partial
-
 import torch
 
 from engine import ending, flags, photographs
@@ -17,8 +15,8 @@ from engine.loop import fit, start
 from engine.step import make_step
 from engine.student import initialise, pair
 from engine.workers import data_parallel, say, world
+from formats.networks import NETWORKS
 from images.photographs import load
-from resnet import imagenet_resnet
 
 
 def parse():
@@ -40,7 +38,7 @@ def parse():
     opt = parser.parse_args()
     flags.check(opt, opt.teacher_params, '--teacher_params')
     with torch.device('meta'):  # an impossible shape is reported before anything is allocated
-        imagenet_resnet(opt.depth, opt.width, 2)
+        NETWORKS['resnet'].network(opt)(2)
     return opt
 
 
@@ -57,7 +55,7 @@ def main():
     opt = parse()
     device = start(opt)
     data, sample = build_data(opt, device)
-    student = initialise(partial(imagenet_resnet, opt.depth, opt.width), opt, data.num_classes, device)
+    student = initialise(NETWORKS['resnet'].network(opt), opt, data.num_classes, device)
     taught = photographs.build_teacher(opt, data, sample)
     trained = pair(opt, student, taught, data.image)
     learner = data_parallel(trained, student.params, sync_bn=opt.sync_bn)

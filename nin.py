@@ -4,6 +4,7 @@ The paper's pair on CIFAR (tables 1 and 3) is NIN-wide, width 1, and NIN-thin, h
 `params` are as in `resnet`.
 """
 
+import torch
 import torch.nn.functional as F
 
 from layers import batch_norm, folded_conv
@@ -82,3 +83,22 @@ def nin_shape(params):
     if first is None or fc is None or not first.dim() or not fc.dim():
         raise ValueError(f'no Network-in-Network; its first parameters are {", ".join(list(params)[:3]) or "none"}')
     return first.shape[0] / 192, fc.shape[0], 'group0.bias0' in params
+
+
+def is_nin(params):
+    """Whether a flat dictionary is of a Network-in-Network: of convolutions in groups, without blocks."""
+    return 'group0.conv0' in params
+
+
+def nin_expected(params):
+    """The function, {name: shape} and (None, width) of the Network-in-Network that params should be those of."""
+    width, num_classes, no_bn = nin_shape(params)
+    with torch.device('meta'):  # shapes without memory, since those that the file names may be of any size
+        f, params = nin(width, num_classes, no_bn)
+    return f, {k: v.shape for k, v in params.items()}, (None, width)
+
+
+def describe_nin(params):
+    """The network in words, like NIN-0.4375, 10 classes."""
+    width, num_classes, no_bn = nin_shape(params)
+    return f'NIN-{width:g}, {"no batch norm, " if no_bn else ""}{num_classes:,} classes'

@@ -24,11 +24,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-import checkpoint
-import resnet
 from engine import arguments, ending
 from engine.log import read_log
 from engine.transfer import PENALTIES, TRANSFERS
+from formats.networks import checkpoint_of, describe, load_teacher
+from formats.write import write_whole
+from imagenet_resnet import imagenet_forward
 from images import memory, photographs
 from images.crops import resize, test_crop
 from images.decode import read_image
@@ -286,7 +287,7 @@ def attention_maps(f, params, pixels, power=2, mapping='sum'):
 
     Raises ValueError where a map is not finite.
     """
-    normalize = photographs.normalize if f is resnet.imagenet_forward else memory.normalize
+    normalize = photographs.normalize if f is imagenet_forward else memory.normalize
     with torch.no_grad():
         groups = f(normalize(pixels), params, False)[1]
         maps = [attention_map(group, power, mapping) for group in groups]
@@ -357,14 +358,14 @@ def attention(opt):
     """The Figure that the flags of `attention` ask for."""
     if len(opt.model) != 2:
         raise ValueError(f'give --model twice, the teacher first; {len(opt.model)} found')
-    networks = [checkpoint.load_teacher(checkpoint.checkpoint_of(model)) for model in opt.model]
-    imagenet = networks[0][0] is resnet.imagenet_forward
+    networks = [load_teacher(checkpoint_of(model)) for model in opt.model]
+    imagenet = networks[0][0] is imagenet_forward
     pixels = load_images(opt.images, opt.dataroot, opt.count, opt.image_size, imagenet)
     maps = [attention_maps(f, params, pixels, opt.power, opt.mapping) for f, params in networks]
     if len(maps[0]) != len(maps[1]):
         raise ValueError(f'the teacher has {len(maps[0])} groups, the student {len(maps[1])}: no maps to pair')
     captions = [
-        f'{role}: {_shorten(name_of(model))}, {checkpoint.describe(params)}'
+        f'{role}: {_shorten(name_of(model))}, {describe(params)}'
         for role, model, (_, params) in zip(('Teacher', 'Student'), opt.model, networks)
     ]
     return draw_attention(pixels, *maps, captions)
@@ -390,7 +391,7 @@ def write(figure, out):
     # An SVG's identifiers would be random without a salt, and layers joined to one image would be transparent twice.
     with matplotlib.rc_context({**STYLE, 'svg.hashsalt': 'attention-transfer', 'image.composite_image': False}):
         figure.savefig(content, format=kind, dpi=DPI, metadata={'Date': None} if kind == 'svg' else None)
-    checkpoint.write_whole(out, content.getbuffer())
+    write_whole(out, content.getbuffer())
 
 
 def main():

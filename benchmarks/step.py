@@ -37,8 +37,9 @@ from engine.precision import place
 from engine.step import make_update
 from engine.student import Network
 from engine.teacher import frozen
+from imagenet_resnet import imagenet_resnet
 from images import children
-from resnet import imagenet_resnet, wide_resnet
+from resnet import wide_resnet
 from utils import (
     DTYPES,
     set_requires_grad_except_bn_,

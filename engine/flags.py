@@ -4,6 +4,7 @@ from engine import transfer
 from engine.arguments import MOST, Parser, epoch_list, gpu_list, group_list, number, path
 from engine.schedules import BETA_DECAYS
 from engine.transfer import PENALTIES, TRANSFERS
+from formats.networks import NETWORKS
 from images.memory import DATASETS
 from utils import DTYPES
 
@@ -94,7 +95,9 @@ def parse_cifar(description, words=None):
     flag('--holdout', default=0, type=number(int, 0), metavar='N', help=held)
     flag('--teacher_id', default='', type=path, help='run that teaches: its name in logs/, its folder or model.pt7')
     flag = parser.add_argument_group('kind of network (section 4.1)').add_argument
-    flag('--net', default='wrn', choices=['wrn', 'nin'], help='wide ResNet or Network-in-Network (table 1)')
+    offered = {name: family for name, family in NETWORKS.items() if family.script == 'cifar.py'}
+    kinds = ' or '.join(family.plural for family in offered.values())
+    flag('--net', default='wrn', choices=list(offered), help=f'{kinds} (table 1)')
     flag('--no_bn', action='store_true', help='a Network-in-Network with biases instead of batch norm (table 3)')
     common_flags(
         parser,
@@ -110,9 +113,10 @@ def parse_cifar(description, words=None):
     check(opt, opt.teacher_id, '--teacher_id')
     if opt.randomcrop_pad % 1 or opt.randomcrop_pad >= opt.image_size:
         raise ValueError(f'--randomcrop_pad {opt.randomcrop_pad:g}: expected whole pixels, fewer than the image has')
-    if opt.no_bn and opt.net != 'nin':
-        raise ValueError('--no_bn: a wide ResNet has batch norm; --net nin can do without')
-    if opt.net == 'nin':
+    if opt.no_bn and 'no_bn' not in offered[opt.net].flags:
+        others = ' or '.join(name for name, family in offered.items() if 'no_bn' in family.flags)
+        raise ValueError(f'--no_bn: {offered[opt.net].plural} have batch norm; --net {others} can do without')
+    if 'depth' not in offered[opt.net].flags:
         opt.depth = None
     return opt
 

@@ -7,9 +7,9 @@ import subprocess
 
 import torch
 
-import checkpoint
 from engine.schedules import beta_at, lr_at
 from engine.workers import world
+from formats.write import not_written
 
 MAX_LOG = 2**28  # characters; an epoch takes 2,000
 
@@ -60,7 +60,7 @@ def append_line(path, line):
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise checkpoint.not_written(path, error) from None
+        raise not_written(path, error) from None
 
 
 def _open_no_link(path, flags):

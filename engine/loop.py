@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torchnet.engine import Engine
 from tqdm import tqdm
 
-import checkpoint
 from engine import log, runs, workers
 from engine.evaluate import evaluate
 from engine.meters import CALMER, Meters
@@ -27,6 +26,7 @@ from engine.schedules import lr_at
 from engine.step import FLUSH, Updates, total_loss
 from engine.stopping import Requests, Stopped
 from engine.workers import join_statistics_, rank, say, sum_over_workers, world
+from formats.write import save
 from utils import num_trained
 
 HIGH_LOSS = 1000.0  # guessing among n classes has ln(n)
@@ -200,7 +200,7 @@ class Run:
         self.saved_at = time.monotonic()
         if self.opt.save and not rank():
             state = state_of(self.student.params, self.updates, epochs, progress)
-            checkpoint.save(os.path.join(self.opt.save, 'model.pt7'), state)
+            save(os.path.join(self.opt.save, 'model.pt7'), state)
 
     def check_finite(self):
         """FloatingPointError, in all workers, where the last updates have spoilt something in any of them."""

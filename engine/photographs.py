@@ -4,13 +4,13 @@ from functools import partial
 
 import torch
 
-import checkpoint
 from engine import teacher
 from engine.arguments import number, path
 from engine.flags import HOLDOUT
 from engine.loop import Data, count
 from engine.student import Network
 from engine.workers import rank, say, world
+from formats.networks import load_teacher
 from images import photographs as images
 
 
@@ -46,7 +46,7 @@ def build_teacher(opt, data, sample):
     """The teacher as x -> (logits, groups), its batch norm folded; None where no teacher is named."""
     if not opt.teacher_params:
         return None
-    network = Network(*checkpoint.load_teacher(opt.teacher_params))
+    network = Network(*load_teacher(opt.teacher_params, note=say))
     check = not opt.skip_teacher_check
     f, accuracies = teacher.build(opt, opt.teacher_params, network, data, sample, check)
     if accuracies:

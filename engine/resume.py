@@ -7,9 +7,9 @@ import torch
 import torch.distributed as dist
 from torchnet.meter import AverageValueMeter
 
-import checkpoint
 from engine.meters import Meters
 from engine.workers import rank, say, world
+from formats.networks import check_fit, load, restore_
 from layers import STATISTICS
 
 
@@ -42,7 +42,7 @@ def resume_(opt, params, updates, topk):
     if scale and updates.scaler.is_enabled():
         updates.scaler.load_state_dict(scale)
     if progress and world() > 1:
-        checkpoint.restore_(statistics(params), progress['workers'][rank()]['statistics'], opt.resume)
+        restore_(statistics(params), progress['workers'][rank()]['statistics'], opt.resume)
     return epoch, progress
 
 
@@ -58,7 +58,7 @@ def _load_(opt, params, updates, topk):
     path = os.path.join(opt.save, 'model.pt7') if opt.resume == 'auto' else opt.resume
     if not path or (opt.resume == 'auto' and not os.path.exists(path)):
         return 0, None, {}
-    state = checkpoint.load(path)
+    state = load(path, say)
     optimizer, epoch, progress = (state.get(key) for key in ('optimizer', 'epoch', 'progress'))
     if not isinstance(optimizer, dict) or type(epoch) is not int or not isinstance(progress, dict | None):
         raise ValueError(f'{path} holds parameters alone, without momentum and epoch: it can teach, but not be resumed')
@@ -71,7 +71,7 @@ def _load_(opt, params, updates, topk):
         raise ValueError(f'{path}: the scale of its float16 losses cannot be read')
     if progress is not None:
         _check_progress(progress, opt, params, path, topk)
-    checkpoint.restore_(params, state['params'], path)
+    restore_(params, state['params'], path)
     # Rate and weight decay are those of the flags, so of the saved state only the momentum is taken.
     updates.sgd.load_state_dict({'state': momentum, 'param_groups': updates.sgd.state_dict()['param_groups']})
     place = f'step {progress["steps"]} of epoch {epoch + 1}' if progress else f'epoch {epoch}'
@@ -117,7 +117,7 @@ def _check_progress(progress, opt, params, path, topk):
         for mine in progress['workers']:
             meters.restore(progress, mine)
             if world() > 1:
-                checkpoint.check_fit(shapes, mine['statistics'], path)
+                check_fit(shapes, mine['statistics'], path)
             whole &= type(meters.bad) is type(meters.errors.n) is int and isinstance(meters.seconds, float)
             whole &= set(meters.errors.sum) == set(topk) and all(type(n) is int for n in meters.errors.sum.values())
         fields, values = set(vars(AverageValueMeter())), progress['values']

@@ -5,11 +5,11 @@ import difflib
 import fcntl
 import os
 
-import checkpoint
-import formats
 from engine import launch
 from engine.log import line_of, read_log
 from engine.workers import rank, say
+from formats.torchvision import check_name
+from formats.write import write_whole
 
 MAX_NAMES = 10_000  # in a folder that is searched for what was meant
 NOT_SETTINGS = set(
@@ -29,7 +29,8 @@ def find(teacher_id):
     log, model = (os.path.join(run, name) for name in ('log.txt', 'model.pt7'))
     missing = next((path for path in (log, model) if not os.path.isfile(path)), None)
     if missing:
-        advice = _nearest(os.path.basename(folder), os.path.dirname(folder) or 'logs')
+        near = os.path.join('logs', os.path.dirname(folder))
+        advice = _nearest(os.path.basename(folder), near if os.path.isdir(near) else os.path.dirname(folder))
         if ':' in teacher_id or (os.path.isfile(teacher_id) and not names_model):
             advice = (
                 '; a run with its log teaches here, a file teaches in imagenet.py and finetune.py (--teacher_params)'
@@ -60,7 +61,7 @@ def check_files(opt):
         if flag not in ('teacher_params', 'pretrained', 'resume') or not path or os.path.isfile(path):
             continue
         if path.startswith('torchvision:') and flag != 'resume':
-            formats.check_name(path.removeprefix('torchvision:'))
+            check_name(path.removeprefix('torchvision:'))
             continue
         runs = (os.path.join(base, path, 'model.pt7') for base in ('', 'logs'))
         model = next((run for run in runs if os.path.isfile(run)), None)
@@ -96,7 +97,9 @@ def changed_settings(opt, records):
     before = dict(records[-1])
     if 'lr_now' not in before:
         before.pop('lr', None)  # an older log, which has the rate of the epoch there
-    now = {k: v for k, v in vars(opt).items() if k not in NOT_SETTINGS}
+    if isinstance(before.get('teacher_id'), str):  # in older logs, the folder of the protocol was a part of the name
+        before['teacher_id'] = before['teacher_id'].replace('/', '-')
+    now = {k: v.replace('/', '-') if k == 'teacher_id' else v for k, v in vars(opt).items() if k not in NOT_SETTINGS}
     return [f'{k} {before[k]!r:.99}, not {v!r:.99}' for k, v in now.items() if k in before and before[k] != v]
 
 
@@ -144,7 +147,7 @@ def open_run(opt, done):
                 'put the right model.pt7 beside it, or begin anew with --overwrite'
             )
         kept = [record for epoch, record in epochs if epoch <= done]
-        checkpoint.write_whole(log, ''.join(map(line_of, kept)).encode())
+        write_whole(log, ''.join(map(line_of, kept)).encode())
     launch.note_opened()
 
 

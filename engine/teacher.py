@@ -5,7 +5,6 @@ from functools import partial
 
 import torch
 
-import checkpoint
 from engine import runs
 from engine.evaluate import evaluate
 from engine.int8 import quantize
@@ -14,6 +13,7 @@ from engine.precision import freeze, place
 from engine.student import Network
 from engine.transfer import of_image
 from engine.workers import say
+from formats.networks import fold, load_teacher
 
 LITTLE_MORE = 1.25  # times the accuracy of guessing: a teacher of less has little to teach
 
@@ -27,7 +27,7 @@ def find(teacher_id):
     records = read_log(log)
     if not records:
         raise ValueError(f'--teacher_id {teacher_id}: {log} has no line of results')
-    network = checkpoint.load_teacher(model, (records[-1].get('depth'), records[-1].get('width')))
+    network = load_teacher(model, (records[-1].get('depth'), records[-1].get('width')), say)
     return Network(*network), records[-1]
 
 
@@ -50,7 +50,7 @@ def frozen(opt, network, sample, device):
 
     Raises ValueError for int8 where the device has no such convolutions.
     """
-    folded = checkpoint.fold(place(network.params, opt.dtype, torch.device('cpu')))
+    folded = fold(place(network.params, opt.dtype, torch.device('cpu')))
     if opt.teacher_dtype == 'int8':
         if device.type != 'cpu' or not torch.backends.mkldnn.is_available():
             raise ValueError('--teacher_dtype int8: only on CPUs, with a PyTorch that has oneDNN')

@@ -21,6 +21,7 @@ class Transfer(NamedTuple):
     weighs: Callable  # (flags, C, H, W) -> (how much beta weighs a part of the loss by, what part); 0: nothing
     keep: Callable = lambda x, opt: x  # (the teacher's activation (N, C, H, W), flags) -> all that stays in memory
     adapts: bool = False  # whether a 1x1 convolution gives the student as many channels as the teacher has
+    beta: str = '1'  # its weight in reproduce.py's tables
     at_image: bool = False  # whether it compares input gradients (N, 3, H, W) and not the activations of the groups
     flags: dict[str, dict] = {}  # that belong to it alone: {name: arguments of add_argument, a default among them}
 
@@ -32,6 +33,7 @@ class Penalty(NamedTuple):
     paper: str
     label: str
     loss: Callable  # (input gradient j (N, 3, H, W), gradient: images -> their input gradient, images) -> a scalar
+    gamma: str = '0.1'  # its weight in reproduce.py's tables
 
 
 def attention_weight(opt, channels, height, width):
@@ -71,6 +73,7 @@ TRANSFERS = {
         label='F-ActT',
         loss=lambda x, kept, opt: utils.full_activation_loss(x, kept),
         weighs=activation_weight,
+        beta='1e+5',  # weighs a sample's squared distance about as 1e+3 does in attention transfer
         adapts=True,
     ),
     'gradient': Transfer(
@@ -80,6 +83,7 @@ TRANSFERS = {
         label='gradient-based AT',
         loss=lambda j, kept, opt: utils.gradient_loss(j, kept),
         weighs=lambda opt, *shape: (opt.beta / (2 * opt.batch_size), 'the distance of two input gradients'),
+        beta='0.1',
         at_image=True,
     ),
 }

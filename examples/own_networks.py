@@ -19,9 +19,10 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 
-import formats
 from engine.arguments import Parser, number, path
 from engine.ending import run
+from formats.read import read
+from formats.torchvision import download
 from images import memory, photographs
 from utils import at_loss
 
@@ -50,7 +51,7 @@ def load_teacher(weights):
     if not weights:
         print('the teacher has random weights (see --teacher_weights): it teaches nothing, this shows that it runs')
         return resnet50()
-    state = formats.download('resnet50') if weights == 'DEFAULT' else formats.read(weights)
+    state = download('resnet50') if weights == 'DEFAULT' else read(weights)
     try:
         teacher = resnet50(num_classes=len(state['fc.bias']))
         teacher.load_state_dict(state)

@@ -10,17 +10,18 @@ import torchvision
 from conftest import refused
 
 import checkpoint
-import formats
 import resnet
 from engine.log import append_line
+from formats import networks, write
+from formats.torchvision import from_torchvision
 
 STATE = {'params': {'a': torch.arange(5.0), 'b.c': torch.ones(2, 3)}, 'optimizer': {'a': torch.zeros(5)}, 'epoch': 3}
 
 
 def test_what_is_saved_is_loaded(tmp_path):
     path = tmp_path / 'model.pt7'
-    checkpoint.save(path, STATE)
-    loaded = checkpoint.load(path)
+    write.save(path, STATE)
+    loaded = networks.load(path)
     assert loaded['epoch'] == 3 and set(loaded) == set(STATE)
     assert all(torch.equal(loaded['params'][k], v) for k, v in STATE['params'].items())
     assert os.listdir(tmp_path) == ['model.pt7']
@@ -28,13 +29,13 @@ def test_what_is_saved_is_loaded(tmp_path):
 
 def test_no_space_left_leaves_the_previous_checkpoint_whole(tmp_path):
     path = tmp_path / 'model.pt7'
-    checkpoint.save(path, STATE)
+    write.save(path, STATE)
     before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # the system refuses longer files from here on
     try:
         with pytest.raises(OSError, match='model.pt7 could not be written: .*; what was there before is whole'):
-            checkpoint.save(path, {**STATE, 'params': {'a': torch.zeros(100_000)}})
+            write.save(path, {**STATE, 'params': {'a': torch.zeros(100_000)}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ['model.pt7']
@@ -45,20 +46,20 @@ def test_nothing_is_written_through_a_link(tmp_path):
     mine.write_text('mine')
     for link in (path, tmp_path / 'model.pt7.tmp', tmp_path / 'log.txt'):
         link.symlink_to(mine)
-    checkpoint.save(path, STATE)
+    write.save(path, STATE)
     with pytest.raises(OSError, match='log.txt could not be written'):
         append_line(str(tmp_path / 'log.txt'), 'line')
-    assert mine.read_text() == 'mine' and checkpoint.load(path)['epoch'] == 3
+    assert mine.read_text() == 'mine' and networks.load(path)['epoch'] == 3
 
 
 def test_a_checkpoint_cut_short_anywhere_is_refused(tmp_path):
     path = tmp_path / 'model.pt7'
-    checkpoint.save(path, STATE)
+    write.save(path, STATE)
     content = path.read_bytes()
     for tenth in range(10):
         path.write_bytes(content[: len(content) * tenth // 10])
         with pytest.raises(ValueError, match='model.pt7 is not a checkpoint'):
-            checkpoint.load(path)
+            networks.load(path)
 
 
 class Touch:
@@ -73,10 +74,10 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
     path, trace = tmp_path / 'model.pt7', tmp_path / 'trace'
     torch.save({'params': {'a': Touch(str(trace))}}, path)
     with pytest.raises(ValueError, match='is not a checkpoint'):
-        checkpoint.load(path)
+        networks.load(path)
     path.write_bytes(pickle.dumps(Touch(str(trace))))
     with pytest.raises(ValueError, match='is not a checkpoint'):
-        checkpoint.load(path)
+        networks.load(path)
     assert not trace.exists()
 
 
@@ -87,9 +88,9 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 def test_what_is_no_checkpoint_is_said_to_be_none(tmp_path, state):
     torch.save(state, tmp_path / 'model.pt7')
     with pytest.raises(ValueError, match='model.pt7 is not a checkpoint'):
-        checkpoint.load(tmp_path / 'model.pt7')
+        networks.load(tmp_path / 'model.pt7')
     with pytest.raises(OSError, match='no such checkpoint'):
-        checkpoint.load(tmp_path / 'other.pt7')
+        networks.load(tmp_path / 'other.pt7')
 
 
 def trained_wide_resnet(width=1):
@@ -99,7 +100,7 @@ def trained_wide_resnet(width=1):
 
 
 def same_logits(f, params, path):
-    g, loaded = checkpoint.load_teacher(path)
+    g, loaded = networks.load_teacher(path)
     x = torch.randn(2, 3, 16, 16)
     assert not any(v.requires_grad for v in loaded.values())
     return torch.equal(f(x, params, False)[0], g(x, loaded, False)[0])
@@ -108,7 +109,7 @@ def same_logits(f, params, path):
 @pytest.mark.parametrize('width', [1, 0.5, 1.03])
 def test_a_teacher_is_rebuilt_from_its_parameters(tmp_path, width):
     f, params = trained_wide_resnet(width)
-    checkpoint.save(tmp_path / 'model.pt7', {'params': params})
+    write.save(tmp_path / 'model.pt7', {'params': params})
     assert same_logits(f, params, tmp_path / 'model.pt7')
 
 
@@ -147,8 +148,8 @@ def resnets():
 
 def holds(path, network):
     """Whether a file is read as a network of torchvision, to the bit."""
-    _, params = checkpoint.load_teacher(path)
-    expected = formats.from_torchvision(network.state_dict())
+    _, params = networks.load_teacher(path)
+    expected = from_torchvision(network.state_dict())
     return params.keys() == expected.keys() and all(torch.equal(params[k], v) for k, v in expected.items())
 
 
@@ -211,16 +212,16 @@ def test_of_plain_and_averaged_weights_the_averaged_are_taken_and_that_is_said(t
 def test_of_several_networks_none_is_guessed(tmp_path, resnets):
     torch.save(Lightning('left', resnets[0], right=resnets[1]).state_dict(), tmp_path / 'a')
     with pytest.raises(ValueError, match=r'a holds several networks \(left\.; right\.\): save the state_dict of one'):
-        checkpoint.load_teacher(tmp_path / 'a')
+        networks.load_teacher(tmp_path / 'a')
     state = {f'teacher{i}.layer1.0.conv1.weight': torch.ones(1) for i in range(10_000)}
     torch.save(state, tmp_path / 'many')
     with pytest.raises(ValueError, match='holds several networks'):
-        checkpoint.load_teacher(tmp_path / 'many')
+        networks.load_teacher(tmp_path / 'many')
     endless = {'epoch': 3}
     endless['model'] = endless
     torch.save(endless, tmp_path / 'endless')
     with pytest.raises(ValueError, match='is not a checkpoint: it has dictionaries in dictionaries without end'):
-        checkpoint.load_teacher(tmp_path / 'endless')
+        networks.load_teacher(tmp_path / 'endless')
 
 
 def test_networks_of_no_known_kind_are_refused_with_what_is_read(tmp_path):
@@ -230,16 +231,16 @@ def test_networks_of_no_known_kind_are_refused_with_what_is_read(tmp_path):
     }.items():
         torch.save(torchvision.models.get_model(network).state_dict(), tmp_path / 'a')
         with pytest.raises(ValueError) as error:
-            checkpoint.load_teacher(tmp_path / 'a')
+            networks.load_teacher(tmp_path / 'a')
         assert str(error.value).startswith(f'{tmp_path / "a"}: {named}')
-        assert str(error.value).endswith(checkpoint.SUPPORTED)
+        assert str(error.value).endswith(networks.supported())
 
 
 def test_a_wide_resnet_of_torchvision_is_read_and_named(script, tmp_path):
     torch.manual_seed(0)
     network, images = torchvision.models.wide_resnet50_2(num_classes=3).eval(), torch.randn(1, 3, 32, 32)
     torch.save(network.state_dict(), tmp_path / 'wide.pth')
-    f, params = checkpoint.load_teacher(tmp_path / 'wide.pth')
+    f, params = networks.load_teacher(tmp_path / 'wide.pth')
     with torch.no_grad():
         torch.testing.assert_close(f(images, params, False)[0], network(images))
     assert 'wide.pth: Wide ResNet-50-2, 3 classes, widths 256/' in script(checkpoint, 'info wide.pth')[1]
@@ -249,9 +250,9 @@ def test_what_does_not_fit_is_named(tmp_path):
     path, (_, params) = tmp_path / 'model.pt7', trained_wide_resnet()
 
     def message(changed):
-        checkpoint.save(path, {'params': changed})
+        write.save(path, {'params': changed})
         with pytest.raises(ValueError) as error:
-            checkpoint.load_teacher(path)
+            networks.load_teacher(path)
         return str(error.value)
 
     without = {k: v for k, v in params.items() if k != 'group1.block0.conv1'}
@@ -269,9 +270,9 @@ def test_what_does_not_fit_is_named(tmp_path):
 def test_slim_keeps_the_parameters_alone(tmp_path, script):
     run = tmp_path / 'run'
     run.mkdir()
-    checkpoint.save(run / 'model.pt7', STATE)
+    write.save(run / 'model.pt7', STATE)
     status, out, _ = script(checkpoint, 'slim', [run])
     assert status == 0 and 'bytes before' in out
-    slimmed = checkpoint.load(run / 'model.pt7')
+    slimmed = networks.load(run / 'model.pt7')
     assert set(slimmed) == {'params', 'epoch'} and torch.equal(slimmed['params']['a'], STATE['params']['a'])
     assert refused(script(checkpoint, 'slim', [tmp_path / 'nowhere']), 'no such checkpoint')

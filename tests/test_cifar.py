@@ -16,6 +16,7 @@ import cifar
 import nin
 from engine.log import line_of, read_log
 from engine.loop import Run
+from formats import networks, write
 
 TIMES = {'train_time', 'test_time', 'images_per_second', 'save', 'save_every', 'resume'}
 
@@ -26,7 +27,7 @@ def logged(run):
 
 
 def weights(run):
-    state = checkpoint.load(f'logs/{run}/model.pt7')
+    state = networks.load(f'logs/{run}/model.pt7')
     return {
         **state['params'],
         **{f'momentum {i}': v['momentum_buffer'] for i, v in state['optimizer']['state'].items()},
@@ -121,7 +122,7 @@ def test_adapters_are_resumed_but_are_no_part_of_the_student(train, nin_teacher)
         v.numel() for v in nin.nin(0.0625, 3)[1].values() if v.requires_grad
     )
     checkpoint.slim('logs/whole')
-    assert not any('adapter' in k for k in checkpoint.load('logs/whole/model.pt7')['params'])
+    assert not any('adapter' in k for k in networks.load('logs/whole/model.pt7')['params'])
     assert train(NIN, '--width 0.0625 --teacher_id part --alpha 0.9 --epochs 1 --save logs/next')[0] == 0
 
 
@@ -397,7 +398,7 @@ def test_two_workers_write_one_log_and_test_every_image_once(photos, tmp_path):
     records = read_log(tmp_path / 'logs' / 'two' / 'log.txt')
     assert [r['epoch'] for r in records] == [1, 2] and records[0]['workers'] == 2
     assert (records[-1]['test_acc'] * 21 / 100) % 1 == pytest.approx(0, abs=1e-6)
-    state = checkpoint.load(tmp_path / 'logs' / 'two' / 'model.pt7')
+    state = networks.load(tmp_path / 'logs' / 'two' / 'model.pt7')
     assert not any('/' in key for key in state['params'])
 
 
@@ -415,12 +416,12 @@ def test_a_checkpoint_of_before_with_momentum_by_name_is_resumed_bit_for_bit(tra
     flags = '--epochs 2 --epoch_step [] --lr 0.05 --save'
     assert train(flags, 'logs/whole')[0] == 0
     assert train('--epochs 1 --epoch_step [] --lr 0.05 --save logs/old')[0] == 0
-    state = checkpoint.load('logs/old/model.pt7')
+    state = networks.load('logs/old/model.pt7')
     trained = [k for k in state['params'] if 'running' not in k]
     momentum = state['optimizer']['state']
     state['optimizer'] = {k: momentum[i]['momentum_buffer'] for i, k in enumerate(trained)}
     del state['scaler']
-    checkpoint.save('logs/old/model.pt7', state)
+    write.save('logs/old/model.pt7', state)
     status, out, err = train(flags, 'logs/old --resume auto')
     assert status == 0 and 'after epoch 1' in out, err
     assert logged('old')[-1] == logged('whole')[-1] and same_weights('old', 'whole')

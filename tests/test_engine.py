@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from conftest import refused
 
-import checkpoint
 import resnet
 import utils
 from engine import log, schedules
@@ -21,6 +20,7 @@ from engine.step import Updates, make_step, make_update
 from engine.student import Network, pair
 from engine.teacher import frozen
 from engine.transfer import group_numbers
+from formats import networks, write
 from images import memory
 from nin import nin
 
@@ -50,7 +50,7 @@ def test_fit_equals_a_loop_written_out_by_hand(train, photos, tmp_path):
     images = memory.load('folder', photos, image_size=16).train
     torch.manual_seed(5)
     f, params = resnet.wide_resnet(10, 0.25, 3)
-    g, fixed = checkpoint.load_teacher('logs/teacher/model.pt7')
+    g, fixed = networks.load_teacher('logs/teacher/model.pt7')
     trained = [v for v in params.values() if v.requires_grad]
     losses = []
     for epoch, lr in ((1, 0.05), (2, 0.01), (3, 0.002)):
@@ -68,7 +68,7 @@ def test_fit_equals_a_loop_written_out_by_hand(train, photos, tmp_path):
             optimizer.step()
             total, steps = total + loss.item(), steps + 1
         losses.append(total / steps)
-    saved = checkpoint.load('logs/student/model.pt7')['params']
+    saved = networks.load('logs/student/model.pt7')['params']
     for key, value in params.items():
         torch.testing.assert_close(saved[key], value.detach(), rtol=1e-5, atol=1e-6)
     records = read_log('logs/student/log.txt')
@@ -333,13 +333,13 @@ def test_the_scale_of_float16_losses_is_resumed(train):
     flags = '--epochs 3 --epoch_step [] --lr 0.01 --dtype half'
     assert train(flags, '--save logs/whole')[0] == 0
     assert train('--epochs 1 --epoch_step [] --lr 0.01 --dtype half --save logs/part')[0] == 0
-    state = checkpoint.load('logs/part/model.pt7')
+    state = networks.load('logs/part/model.pt7')
     assert state['scaler']['scale'] > 0 and state['scaler']['_growth_tracker'] == 4  # steps of an epoch
     assert train(flags, '--save logs/part --resume auto')[0] == 0
-    whole, part = (checkpoint.load(f'logs/{name}/model.pt7') for name in ('whole', 'part'))
+    whole, part = (networks.load(f'logs/{name}/model.pt7') for name in ('whole', 'part'))
     assert whole['scaler'] == part['scaler'] and whole['scaler']['_growth_tracker'] == 12
     assert all(torch.equal(whole['params'][k], part['params'][k]) for k in whole['params'])
-    checkpoint.save('logs/part/model.pt7', {**state, 'scaler': {'scale': 'x'}})
+    write.save('logs/part/model.pt7', {**state, 'scaler': {'scale': 'x'}})
     assert refused(train(flags, '--save logs/part --resume logs/part/model.pt7'), 'scale of its float16 losses')
 
 

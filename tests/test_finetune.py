@@ -13,11 +13,12 @@ from conftest import draw, refused
 from PIL import Image
 from torchvision import transforms
 
-import checkpoint
 import finetune
+import imagenet_resnet
 import resnet
 import utils
 from engine.log import read_log
+from formats import networks, write
 from images import crops, photographs
 
 SIZE = 32
@@ -63,11 +64,11 @@ def scenes(cub):
 def pretrained(tmp_path):
     """A small ResNet-18 of ten other classes, whose running statistics are those of some images."""
     torch.manual_seed(1)
-    f, params = resnet.imagenet_resnet(18, 0.0625, 10)
+    f, params = imagenet_resnet.imagenet_resnet(18, 0.0625, 10)
     with torch.no_grad():
         f(torch.randn(16, 3, SIZE, SIZE), params, True)
     path = tmp_path / 'pretrained.pt7'
-    checkpoint.save(path, {'params': {k: v.detach() for k, v in params.items()}})
+    write.save(path, {'params': {k: v.detach() for k, v in params.items()}})
     return path
 
 
@@ -134,7 +135,7 @@ def test_a_part_too_thin_to_be_scaled_is_a_bad_image(cub):
 def test_batch_norm_stem_and_first_group_stay_and_all_else_learns(tune, cub, pretrained):
     status, out, err = tune(cub, '--save logs/run')
     assert status == 0, err
-    before, after = checkpoint.load(pretrained)['params'], checkpoint.load('logs/run/model.pt7')['params']
+    before, after = networks.load(pretrained)['params'], networks.load('logs/run/model.pt7')['params']
     assert before.keys() == after.keys()
     changed = {k for k in before if not torch.equal(before[k], after[k])}
     norms = {k for k in before if k.split('.')[-2:][0].startswith('bn')}
@@ -146,7 +147,7 @@ def test_batch_norm_stem_and_first_group_stay_and_all_else_learns(tune, cub, pre
     assert (record['train_images'], record['test_images'], record['num_classes']) == (18, 9, 3)
     assert (record['depth'], record['pretrained']) == (18, str(pretrained))
     _, _, err = tune(cub, '--save logs/all --fixed_groups 0')
-    everything = checkpoint.load('logs/all/model.pt7')['params']
+    everything = networks.load('logs/all/model.pt7')['params']
     assert {k for k in before if not torch.equal(before[k], everything[k])} == set(before) - norms, err
 
 
@@ -158,8 +159,8 @@ def test_a_step_normalises_with_the_statistics_of_pretraining(cub, pretrained, m
     logits, _ = f(images, params, False)
     torch.manual_seed(0)
     new = utils.linear_params(params['fc.weight'].shape[1], 3)
-    old = checkpoint.load(pretrained)['params'] | {'fc.weight': new['weight'], 'fc.bias': new['bias']}
-    assert torch.equal(logits, resnet.imagenet_forward(images, old, False)[0])
+    old = networks.load(pretrained)['params'] | {'fc.weight': new['weight'], 'fc.bias': new['bias']}
+    assert torch.equal(logits, imagenet_resnet.imagenet_forward(images, old, False)[0])
     torch.nn.functional.cross_entropy(logits, labels).backward()
     assert {k for k, v in params.items() if v.grad is not None} == {k for k, v in params.items() if v.requires_grad}
 
@@ -175,7 +176,7 @@ def test_a_student_learns_from_a_fine_tuned_teacher_by_its_last_two_groups_and_r
     assert tune(scenes, words, '--save logs/half')[0] == 0
     status, out, err = tune(scenes, words, '--epochs 2 --save logs/half --resume auto')
     assert status == 0 and 'resumed from' in out, err
-    first, second = (checkpoint.load(f'logs/{run}/model.pt7')['params'] for run in ('run', 'half'))
+    first, second = (networks.load(f'logs/{run}/model.pt7')['params'] for run in ('run', 'half'))
     assert all(torch.equal(first[k], second[k]) for k in first)
 
 
@@ -200,7 +201,7 @@ def test_two_workers_learn_what_one_does(tune, cub):
     command = [sys.executable, finetune.__file__, *words.split()]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    one, two = (checkpoint.load(f'logs/{n}/model.pt7')['params'] for n in (1, 2))
+    one, two = (networks.load(f'logs/{n}/model.pt7')['params'] for n in (1, 2))
     assert all(torch.allclose(one[k], two[k], rtol=1e-9, atol=1e-12) for k in one)
 
 
@@ -300,9 +301,9 @@ def test_links_out_of_the_folder_are_refused_unless_allowed(tune, cub, tmp_path)
 
 
 def test_networks_that_cannot_be_fine_tuned_are_refused(script, tune, cub, pretrained):
-    checkpoint.save('wide.pt7', {'params': {k: v.detach() for k, v in resnet.wide_resnet(10, 0.25, 3)[1].items()}})
+    write.save('wide.pt7', {'params': {k: v.detach() for k, v in resnet.wide_resnet(10, 0.25, 3)[1].items()}})
     assert refused(tune(cub, '--pretrained wide.pt7'), 'WRN-10-0.25', 'expected an ImageNet ResNet')
-    folded = resnet.fold_batch_norm(checkpoint.load(pretrained)['params'])
+    folded = imagenet_resnet.fold_batch_norm(networks.load(pretrained)['params'])
     torch.save(folded, 'folded.pth')
     assert refused(tune(cub, '--pretrained folded.pth'), 'not folded')
     assert refused(tune(cub, '--pretrained none.pth'), 'none.pth')
@@ -327,10 +328,10 @@ def test_torchvisions_networks_can_be_fine_tuned(script, cub):
 
 def test_a_student_of_the_authors_is_fine_tuned_by_a_teacher_of_other_classes(tune, cub, pretrained):
     """Its shortcuts have no batch norm, and learn."""
-    state = checkpoint.load(pretrained)['params']
+    state = networks.load(pretrained)['params']
     torch.save({'params': {f'student.{k}': v for k, v in state.items() if 'bndim' not in k}}, 'authors.pt7')
     flags = '--pretrained authors.pt7 --beta 1 --save logs/run --teacher_params'
     status, out, err = tune(cub, flags, [pretrained])
     assert status == 0 and 'has 10 output classes, the data set has 3; its logits are not used' in out, err
-    after = checkpoint.load('logs/run/model.pt7')['params']
+    after = networks.load('logs/run/model.pt7')['params']
     assert not torch.equal(after['group3.block0.convdim'], state['group3.block0.convdim'])

@@ -26,9 +26,11 @@ import torchvision
 from conftest import refused
 
 import checkpoint
-import formats
+import imagenet_resnet
 import nin
 import resnet
+from formats import networks, read, write
+from formats.torchvision import from_torchvision, to_torchvision
 
 
 class Touch:
@@ -52,7 +54,7 @@ def trace(tmp_path):
 def reason(path):
     """Why a file is refused as a teacher: one line, and never anything but a ValueError."""
     with pytest.raises(ValueError) as error:
-        checkpoint.load_teacher(path)
+        networks.load_teacher(path)
     assert '\n' not in str(error.value) and str(error.value).startswith(str(path))
     return str(error.value)
 
@@ -113,7 +115,7 @@ def wide_resnet(depth=10):
 
 
 def logits_of(path, images):
-    f, params = checkpoint.load_teacher(path)
+    f, params = networks.load_teacher(path)
     assert all(v.dtype == torch.float32 and not v.requires_grad for v in params.values())
     return f(images, params, False)[0]
 
@@ -134,7 +136,7 @@ def test_a_torchvision_state_gives_torchvisions_logits_however_it_is_wrapped(tor
     assert_near(logits_of(path, images), expected)
     safetensors.torch.save_file(state, path)
     assert_near(logits_of(path, images), expected)
-    assert resnet.imagenet_resnet_depth(checkpoint.load_params(path)) == depth
+    assert imagenet_resnet.imagenet_resnet_depth(networks.load_params(path)) == depth
     if depth == 18:
         torch.save({'epoch': 3, 'state_dict': {f'module.{k}': v for k, v in state.items()}}, path)
         assert_near(logits_of(path, images), expected)
@@ -145,11 +147,11 @@ def test_a_torchvision_state_gives_torchvisions_logits_however_it_is_wrapped(tor
 def test_torchvisions_names_become_ours_and_come_back(torchvision_net):
     net, _ = torchvision_net
     state = net.state_dict()
-    params = formats.from_torchvision(state)
+    params = from_torchvision(state)
     assert {'conv0', 'bn0.running_var', 'group1.block0.convdim', 'group1.block0.bndim.bias', 'fc.bias'} <= set(params)
     assert {'group0.block0.conv0', 'group3.block1.bn1.weight'} <= set(params)
     assert not any('tracked' in key for key in params)
-    back = formats.to_torchvision(params)
+    back = to_torchvision(params)
     assert set(back) == set(state) and all(torch.equal(back[k], v) for k, v in state.items())
 
 
@@ -162,7 +164,7 @@ def test_two_names_for_one_array_are_refused(tmp_path, torchvision_net):
 @pytest.mark.parametrize('widths, classes', [((2, 3, 4, 5), 10), ((8, 8, 8, 8), 3)])
 def test_the_authors_folded_export_is_read_from_torch_safetensors_and_hkl_files(tmp_path, images, widths, classes):
     arrays = small_export(widths, classes)
-    expected = resnet.imagenet_forward(images, tensors(arrays), False)[0]
+    expected = imagenet_resnet.imagenet_forward(images, tensors(arrays), False)[0]
     torch.save(tensors(arrays), tmp_path / 'a.hkl')  # the name tells nothing
     safetensors.torch.save_file(tensors(arrays), tmp_path / 'b.pth')
     hickle.dump(arrays, str(tmp_path / 'c.pth'), mode='w')
@@ -201,7 +203,7 @@ def test_historical_hickle_files_are_read(tmp_path, layout, dtype):
     arrays = {k: v.astype(dtype) for k, v in small_export().items()}
     with h5py.File(tmp_path / 'old.hkl', 'w') as file:
         layout(file, arrays)
-    _, params = checkpoint.load_teacher(tmp_path / 'old.hkl')
+    _, params = networks.load_teacher(tmp_path / 'old.hkl')
     assert set(params) == set(arrays)
     assert all(np.array_equal(params[k].numpy(), v.astype('f')) for k, v in arrays.items())
 
@@ -224,11 +226,11 @@ def test_without_network_torchvisions_weights_are_one_clear_error(tmp_path, monk
 
     monkeypatch.setattr(torch.hub, 'urlopen', offline)
     with pytest.raises(OSError, match='torchvision:resnet34: https://.* could not be fetched .*no route to host') as e:
-        checkpoint.load_teacher('torchvision:resnet34')
+        networks.load_teacher('torchvision:resnet34')
     assert '\n' not in str(e.value)
     (tmp_path / 'hub/checkpoints/resnet34-b627a593.pth').write_bytes(pickle.dumps(Touch(trace)))
     with pytest.raises(OSError, match='could not be fetched or read'):
-        checkpoint.load_teacher('torchvision:resnet34')
+        networks.load_teacher('torchvision:resnet34')
     assert 'torchvision:resnet18, torchvision:resnet34' in reason('torchvision:resnet7')
 
 
@@ -240,7 +242,7 @@ def run(tmp_path, torchvision_net):
     """A run of ours whose network is a torchvision ResNet's."""
     run = tmp_path / 'run'
     run.mkdir()
-    checkpoint.save(run / 'model.pt7', {'params': formats.from_torchvision(torchvision_net[0].state_dict())})
+    write.save(run / 'model.pt7', {'params': from_torchvision(torchvision_net[0].state_dict())})
     return run
 
 
@@ -262,14 +264,14 @@ def test_an_imagenet_resnet_goes_to_each_format_and_is_the_same_there(script, ru
     folded = torch.load(exported(script, run, 'upstream', 'folded.pth'), weights_only=True)
     assert {'conv0.weight', 'conv0.bias', 'group1.block0.conv_dim.weight', 'group1.block0.conv_dim.bias'} <= set(folded)
     assert not any('bn' in key for key in folded)
-    assert_near(resnet.imagenet_forward(images, folded, False)[0], expected)
+    assert_near(imagenet_resnet.imagenet_forward(images, folded, False)[0], expected)
 
     hickled = hickle.load(exported(script, run, 'hkl', 'folded.hkl'))
     assert set(hickled) == set(folded) and all(np.array_equal(hickled[k], v.numpy()) for k, v in folded.items())
     assert_near(logits_of('folded.hkl', images), expected)
 
     plain = safetensors.torch.load_file(exported(script, run, 'safetensors', 'plain.safetensors'))
-    params = checkpoint.load(run / 'model.pt7')['params']
+    params = networks.load(run / 'model.pt7')['params']
     assert set(plain) == set(params) and all(torch.equal(plain[k], v) for k, v in params.items())
 
     # A folded file goes back to torchvision too.
@@ -293,9 +295,9 @@ def test_onnx_gives_the_logits_of_an_imagenet_resnet_for_any_batch(script, run, 
 
 def test_a_wide_resnet_keeps_its_params_in_every_format(script, tmp_path):
     f, params = wide_resnet(16)
-    checkpoint.save(tmp_path / 'model.pt7', {'params': params})
+    write.save(tmp_path / 'model.pt7', {'params': params})
     for to in ('upstream', 'hkl', 'safetensors'):
-        _, loaded = checkpoint.load_teacher(exported(script, tmp_path, to, f'wide.{to}'))
+        _, loaded = networks.load_teacher(exported(script, tmp_path, to, f'wide.{to}'))
         assert list(loaded) == list(params) and all(torch.equal(loaded[k], v) for k, v in params.items())
     assert all(np.array_equal(v, params[k]) for k, v in hickle.load('wide.hkl').items())
     assert refused(
@@ -306,7 +308,7 @@ def test_a_wide_resnet_keeps_its_params_in_every_format(script, tmp_path):
 
 
 def test_an_existing_file_is_only_replaced_when_told_so(script, tmp_path):
-    checkpoint.save(tmp_path / 'model.pt7', {'params': wide_resnet()[1]})
+    write.save(tmp_path / 'model.pt7', {'params': wide_resnet()[1]})
     out = tmp_path / 'mine'
     out.write_text('mine')
     assert refused(script(checkpoint, 'export', [tmp_path, out], '--to hkl'), 'mine exists already', '--overwrite')
@@ -319,8 +321,8 @@ def test_what_cannot_be_exported_leaves_no_file(script, tmp_path, monkeypatch):
     out = tmp_path / 'out'
     assert refused(script(checkpoint, 'export', [tmp_path / 'none', out], '--to hkl'), 'no such checkpoint')
     assert refused(script(checkpoint, 'export', [tmp_path, out], '--to pickle'), 'invalid choice')
-    checkpoint.save(tmp_path / 'model.pt7', {'params': wide_resnet()[1]})
-    checkpoint.save(tmp_path / 'nin.pt7', {'params': nin.nin(1 / 32, 4)[1]})
+    write.save(tmp_path / 'model.pt7', {'params': wide_resnet()[1]})
+    write.save(tmp_path / 'nin.pt7', {'params': nin.nin(1 / 32, 4)[1]})
     small = script(checkpoint, 'export', [tmp_path / 'nin.pt7', out], '--to onnx --image_size 1')
     assert refused(small, '--image_size 1 is too small for the network')
     monkeypatch.setitem(sys.modules, 'onnxscript', None)  # as if it were not installed
@@ -329,7 +331,7 @@ def test_what_cannot_be_exported_leaves_no_file(script, tmp_path, monkeypatch):
 
 
 def test_info_says_what_a_file_holds(script, tmp_path, torchvision_net, run):
-    checkpoint.save(tmp_path / 'model.pt7', {'params': wide_resnet(16)[1]})
+    write.save(tmp_path / 'model.pt7', {'params': wide_resnet(16)[1]})
     status, out, _ = script(checkpoint, 'info', [tmp_path])
     assert status == 0 and 'WRN-16-1, 4 classes' in out and '174,676 parameters' in out and 'float32' in out
     hickle.dump({k: v.astype('e') for k, v in small_export().items()}, 'small.hkl', mode='w')
@@ -366,25 +368,25 @@ def test_what_does_not_fit_an_imagenet_resnet_is_named(tmp_path):
 
 def test_wide_resnets_that_are_not_finite_or_too_large_to_be_true_are_refused(tmp_path):
     path, (_, params) = tmp_path / 'model.pt7', wide_resnet()
-    checkpoint.save(path, {'params': {**params, 'bn.running_var': -torch.ones(64)}})
+    write.save(path, {'params': {**params, 'bn.running_var': -torch.ones(64)}})
     assert 'bn.running_var is negative' in reason(path)
-    checkpoint.save(path, {'params': {**params, 'conv0': params['conv0'] * torch.nan}})
+    write.save(path, {'params': {**params, 'conv0': params['conv0'] * torch.nan}})
     assert 'conv0 has values that are not finite' in reason(path)
-    checkpoint.save(path, {'params': {**params, 'bn.weight': torch.ones(65536)}})  # of 150 GB, if that were so
+    write.save(path, {'params': {**params, 'bn.weight': torch.ones(65536)}})  # of 150 GB, if that were so
     assert 'does not fit the network' in reason(path)
 
 
 def test_a_log_that_speaks_of_another_shape_is_believed_no_more_than_the_file(tmp_path):
     path, arrays = tmp_path / 'model.pt7', tensors(small_export())
     torch.manual_seed(0)
-    checkpoint.save(path, {'params': resnet.wide_resnet(10, 1.03, 4)[1]})
-    checkpoint.load_teacher(path, (10, 1.03))
+    write.save(path, {'params': resnet.wide_resnet(10, 1.03, 4)[1]})
+    networks.load_teacher(path, (10, 1.03))
     for shape in ((16, 1.03), (10, 2), (None, None), ('10', '1')):
         with pytest.raises(ValueError, match='is a WRN-10-1.01562, but its log speaks of a WRN'):
-            checkpoint.load_teacher(path, shape)
+            networks.load_teacher(path, shape)
     torch.save(arrays, path)
     with pytest.raises(ValueError, match='is a ResNet-34-0.03125, but its log speaks of a ResNet-18-1'):
-        checkpoint.load_teacher(path, (18, 1))
+        networks.load_teacher(path, (18, 1))
 
 
 # ------------------------------------------------------------------------------------------ files of training scripts
@@ -397,9 +399,9 @@ def test_newer_pickles_are_read_as_the_usual_ones(tmp_path, zipped, protocol):
     more = {'note': 'conv0.weight', 'list': ['storage', 'cpu', 2.5, None, True, (1, 2, 3, 4)], 'long': 'x' * 70_000}
     state = {'net': {k: torch.nn.Parameter(v) for k, v in arrays.items()}, **more, 'dtype': torch.float16}
     torch.save(state, tmp_path / 'a', pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
-    found = formats.read(tmp_path / 'a')
+    found = read.read(tmp_path / 'a')
     assert {k: v for k, v in found.items() if k in more} == more and found['dtype'] == torch.float16
-    _, params = checkpoint.load_teacher(tmp_path / 'a')
+    _, params = networks.load_teacher(tmp_path / 'a')
     assert all(torch.equal(params[k], v) for k, v in arrays.items())
 
 
@@ -431,7 +433,7 @@ def test_a_command_takes_the_weights_out_of_what_a_training_script_saved(script,
     command = re.search('python -c .*', err)[0]
     assert shlex.split(command)[:2] == ['python', '-c'] and not (tmp_path / 'weights.pth').exists()
     subprocess.run(command.replace('python', sys.executable, 1), shell=True, check=True, cwd=tmp_path)
-    params = checkpoint.load_params(tmp_path / 'weights.pth')
+    params = networks.load_params(tmp_path / 'weights.pth')
     assert params.keys() == arrays.keys() | statistics.keys()
     assert all(torch.equal(params[k], v) for k, v in arrays.items())
 
@@ -563,7 +565,7 @@ def test_a_second_directory_in_an_archive_is_not_what_torch_reads(tmp_path):
     path.write_bytes(content[:start] + directory + other + content[end:])
     assert torch.load(path, weights_only=True) == {'a': 1}
     with pytest.raises(ValueError, match='is not a checkpoint'):
-        formats.read(path)
+        read.read(path)
 
 
 @pytest.fixture
@@ -628,7 +630,7 @@ def test_hard_link_loops_and_nested_groups_end(hkl):
 
 
 def test_a_group_of_countless_objects_is_refused(hkl, monkeypatch):
-    monkeypatch.setattr(formats, 'MAX_NODES', 20)
+    monkeypatch.setattr('formats.hdf5.MAX_NODES', 20)
     assert '74 objects in one group; at most 20' in reason(hkl(lambda data: None))
 
 
@@ -656,12 +658,12 @@ def test_huge_declared_shapes_are_refused_before_memory_is_taken(hkl):
 
 
 def test_arrays_that_together_exceed_the_budget_are_refused(hkl, monkeypatch):
-    monkeypatch.setattr(formats, 'MAX_BYTES', 10_000)
+    monkeypatch.setattr('formats.read.MAX_BYTES', 10_000)
     path = hkl(lambda data: None)
     assert 'it has' in reason(path) and 'at most 10,000 are read' in reason(path)
-    monkeypatch.setattr(formats, 'MAX_BYTES', path.stat().st_size)
+    monkeypatch.setattr('formats.read.MAX_BYTES', path.stat().st_size)
     zeros = hkl(lambda data: data.create_dataset('"x"', data=np.zeros(400_000, 'f'), compression='gzip'))
-    monkeypatch.setattr(formats, 'MAX_BYTES', zeros.stat().st_size)
+    monkeypatch.setattr('formats.read.MAX_BYTES', zeros.stat().st_size)
     assert 'and what is before it declare more than' in reason(zeros)
 
 
@@ -698,7 +700,7 @@ def test_what_hickle_pickled_is_not_unpickled(hkl, tmp_path, trace):
         hickle_4(file, small_export())
         for group in file['data'].values():
             group['data'].attrs['type'] = np.void(code)
-    checkpoint.load_teacher(path)
+    networks.load_teacher(path)
 
 
 def test_hdf5_that_holds_something_else_is_refused(tmp_path):
@@ -737,7 +739,7 @@ def test_a_safetensors_header_that_lies_is_refused(tmp_path):
         return {'dtype': dtype, 'shape': list(shape), 'data_offsets': list(offsets)}
 
     write({'x': entry()})
-    assert torch.equal(formats.read(path)['x'], torch.zeros(2))
+    assert torch.equal(read.read(path)['x'], torch.zeros(2))
     lies = [
         ({'x': entry(shape=(2**16, 2**16))}, {}),
         ({'x': entry(shape=(2**16, 2**16), offsets=(0, 2**34))}, {}),
@@ -762,7 +764,7 @@ def test_what_is_no_network_at_all_is_refused(tmp_path, content):
     path.write_bytes(content)
     assert 'is not a checkpoint' in reason(path)
     with pytest.raises(OSError, match='no such checkpoint'):
-        checkpoint.load_teacher(tmp_path)
+        networks.load_teacher(tmp_path)
 
 
 @pytest.mark.parametrize('state', [3, [torch.ones(1)], {'a\nb': torch.ones(1)}, {3: torch.ones(1)}, {'a': 1}])

@@ -23,7 +23,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchnet.meter import AverageValueMeter
 
-import checkpoint
 import cifar
 import finetune
 import imagenet
@@ -31,6 +30,7 @@ import plot
 import reproduce
 import resnet
 from engine.log import read_log
+from formats import networks, write
 from images import crops, decode, memory
 
 LONG = bool(os.environ.get('AT_LONG_TESTS'))
@@ -79,7 +79,7 @@ def network_files(tmp_path_factory):
     _, params = resnet.wide_resnet(10, 0.0625, 3)
     params = {k: v.detach() for k, v in params.items()}
     folder = tmp_path_factory.mktemp('networks')
-    checkpoint.save(folder / 'torch', {'params': params, 'epoch': 3})
+    write.save(folder / 'torch', {'params': params, 'epoch': 3})
     safetensors.torch.save_file(params, folder / 'safetensors')
     with h5py.File(folder / 'hdf5', 'w') as file:
         for key, value in params.items():
@@ -94,7 +94,7 @@ def test_a_mutated_network_is_read_or_refused(network_files, tmp_path_factory, k
     path = tmp_path_factory.getbasetemp() / f'mutated.{kind}'
     path.write_bytes(mutate(network_files[kind], mutations))
     try:
-        _, params = checkpoint.load_teacher(path)
+        _, params = networks.load_teacher(path)
     except ValueError as error:
         assert str(error).startswith(str(path)) and len(str(error)) < 1000
     else:
@@ -171,6 +171,7 @@ import resource, sys
 import checkpoint, engine.log
 from images import decode
 from images import decode
+from formats import networks
 with open('/proc/self/statm') as file:
     used = int(file.read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, used + 2**30))
@@ -233,7 +234,7 @@ def test_16_gib_of_holes_are_not_read(tmp_path):
     path = tmp_path / 'sparse'
     with open(path, 'wb') as file:
         file.truncate(16 * 2**30)
-    readers = 'decode.read_image', 'engine.log.read_log', 'checkpoint.load', 'checkpoint.load_teacher'
+    readers = 'decode.read_image', 'engine.log.read_log', 'networks.load', 'networks.load_teacher'
     assert all('sparse' in line for line in refusals(*((reader, path) for reader in readers)))
 
 
@@ -281,7 +282,7 @@ def test_a_log_of_huge_numbers_or_depth_is_read_or_refused(tmp_path, line):
 
 def test_a_checkpoint_that_no_run_wrote_is_not_resumed(train):
     assert train('--epochs 1 --save logs/run')[0] == 0
-    state = checkpoint.load('logs/run/model.pt7')
+    state = networks.load('logs/run/model.pt7')
     progress = {'steps': 1, 'images': 16, 'seconds': 1.0, 'batch_size': 16, 'seed': 0, 'values': {}}
     progress['workers'] = [{'errors': {'n': 16, 'sum': {1: 9}}, 'bad': 0}]
     value = {**dict.fromkeys(vars(AverageValueMeter()), 1.0), 'value': 1.0}  # the last in the place of a method
@@ -298,7 +299,7 @@ def test_a_checkpoint_that_no_run_wrote_is_not_resumed(train):
         {'progress': {**progress, 'steps': 0, 'workers': [{'errors': {'n': 16, 'sum': {}}, 'bad': 0}]}},
         {'progress': {**progress, 'seed': [[]]}},
     ):
-        checkpoint.save('hostile.pt7', {**state, **change})
+        write.save('hostile.pt7', {**state, **change})
         assert refused(train('--epochs 2 --resume hostile.pt7'), 'hostile.pt7')
 
 
@@ -332,10 +333,10 @@ def test_a_log_that_no_run_wrote_spoils_no_other_run(train, line):
 def test_a_teacher_that_is_constant_and_one_that_equals_its_student_teach_nothing_and_break_nothing(train):
     flags = '--epochs 1 --epoch_step [] --lr 0.05 --seed 3'
     assert train(flags, '--save logs/start --lr 1e-12')[0] == 0
-    state = checkpoint.load('logs/start/model.pt7')
+    state = networks.load('logs/start/model.pt7')
     os.makedirs('logs/constant')
     params = {k: v if 'running' in k else torch.zeros_like(v) for k, v in state['params'].items()}
-    checkpoint.save('logs/constant/model.pt7', {'params': params})
+    write.save('logs/constant/model.pt7', {'params': params})
     with open('logs/start/log.txt') as log:
         line = log.read()
     record = {**json.loads(line.removeprefix('json_stats: ')), 'test_acc': 100 / 3}
@@ -375,10 +376,10 @@ def test_a_teacher_whose_logits_are_not_finite_is_refused_by_name(train):
     """Its weights are."""
     flags = '--epochs 1 --epoch_step [] --save logs/teacher'
     assert train(flags)[0] == 0
-    state = checkpoint.load('logs/teacher/model.pt7')
+    state = networks.load('logs/teacher/model.pt7')
     state['params']['fc.weight'] = torch.full_like(state['params']['fc.weight'], 3e38)
     state['params']['bn.bias'] += 10  # features of 10 and more: the logits overflow
-    checkpoint.save('logs/teacher/model.pt7', state)
+    write.save('logs/teacher/model.pt7', state)
     record = read_log('logs/teacher/log.txt')[-1]
     with open('logs/teacher/log.txt', 'w') as log:
         log.write(f'json_stats: {json.dumps(record | {"test_acc": None})}\n')

@@ -11,11 +11,12 @@ from conftest import draw, refused
 from PIL import Image
 
 import checkpoint
-import formats
 import imagenet
-import resnet
+import imagenet_resnet
 from engine.log import read_log
 from engine.loop import Run
+from formats import networks, write
+from formats.torchvision import from_torchvision
 
 SMALL = '--image_size 32 --depth 18 --width 0.0625 --batch_size 8 --lr 0.02 --epoch_step [] --nthread 0'
 
@@ -93,13 +94,13 @@ def test_an_own_checkpoint_teaches(train):
 
 def test_a_folded_teacher_gives_what_the_unfolded_gives():
     torch.manual_seed(0)
-    f, params = resnet.imagenet_resnet(34, 0.125, 6)
+    f, params = imagenet_resnet.imagenet_resnet(34, 0.125, 6)
     params = {k: v.detach().double() for k, v in params.items()}
     for key, value in params.items():
         if key.endswith(('running_mean', 'running_var', 'bias')):
             value.uniform_(0.5, 1.5)
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
-    (y, groups), (z, folded) = f(x, params, False), f(x, resnet.fold_batch_norm(params), False)
+    (y, groups), (z, folded) = f(x, params, False), f(x, imagenet_resnet.fold_batch_norm(params), False)
     torch.testing.assert_close(y, z)
     for a, b in zip(groups, folded):
         torch.testing.assert_close(a, b)
@@ -112,13 +113,13 @@ def test_logits_equal_those_of_torchvision_with_the_same_weights(depth):
     for name, buffer in network.named_buffers():
         if buffer.is_floating_point():
             buffer.uniform_(0.8, 1.2) if name.endswith('var') else buffer.normal_(0, 0.1)
-    f, params = resnet.imagenet_resnet(depth, 1, 7)
-    converted = formats.from_torchvision(network.state_dict())
+    f, params = imagenet_resnet.imagenet_resnet(depth, 1, 7)
+    converted = from_torchvision(network.state_dict())
     assert {k: v.shape for k, v in converted.items()} == {k: v.shape for k, v in params.items()}
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = network(x)
-        for p in (converted, resnet.fold_batch_norm(converted)):
+        for p in (converted, imagenet_resnet.fold_batch_norm(converted)):
             logits = f(x, p, False)[0]
             assert (logits - expected).norm() <= 1e-5 * expected.norm()
 
@@ -141,13 +142,13 @@ def test_maps_of_one_position_are_said_to_teach_nothing(train):
 
 
 def test_a_teacher_that_guesses_and_a_test_loss_far_above_guessing_are_said_once(train):
-    f, params = resnet.imagenet_resnet(18, 0.0625, 6)
+    f, params = imagenet_resnet.imagenet_resnet(18, 0.0625, 6)
     params['fc.bias'].detach()[0] = 1e6  # always the first class, right on a sixth
-    checkpoint.save('teacher.pt7', {'params': {k: v.detach() for k, v in params.items()}})
+    write.save('teacher.pt7', {'params': {k: v.detach() for k, v in params.items()}})
     assert train('--epochs 2 --lr 1e-9 --save logs/run')[0] == 0
-    state = checkpoint.load('logs/run/model.pt7')
+    state = networks.load('logs/run/model.pt7')
     state['params']['fc.bias'][0] = 1e6
-    checkpoint.save('start.pt7', state)
+    write.save('start.pt7', state)
     out = train('--epochs 4 --lr 1e-9 --resume start.pt7 --beta 1e-9 --teacher_params teacher.pt7')[1]
     assert out.count('note: teacher.pt7 is right on 16.67%, hardly more than by guessing among 6 classes') == 1
     assert len(re.findall(r'note: a test loss of \S+e\+05 is far above that of guessing', out)) == 1
@@ -165,7 +166,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, monkeypatch):
     assert train('--epochs 3 --epoch_step [3] --save logs/part')[0] == 130
     monkeypatch.setattr(Run, 'keep_epoch', keep)
     assert train('--epochs 3 --epoch_step [3] --save logs/part --resume auto --nthread 1')[0] == 0
-    whole, part = (checkpoint.load(f'logs/{run}/model.pt7') for run in ('whole', 'part'))
+    whole, part = (networks.load(f'logs/{run}/model.pt7') for run in ('whole', 'part'))
     assert all(torch.equal(whole['params'][k], part['params'][k]) for k in whole['params'])
 
 
@@ -208,8 +209,11 @@ def authors_student(blocks, classes=6, stats_apart=True):
     for name, buffer in network.named_buffers():
         if buffer.is_floating_point():
             buffer.uniform_(0.8, 1.2) if name.endswith('var') else buffer.normal_(0, 0.1)
-    params = {f'student.{k}': v for k, v in formats.from_torchvision(network.state_dict()).items()}
-    params |= {f'teacher.{k}': v for k, v in resnet.fold_batch_norm(resnet.imagenet_resnet(18, 0.125, 6)[1]).items()}
+    params = {f'student.{k}': v for k, v in from_torchvision(network.state_dict()).items()}
+    params |= {
+        f'teacher.{k}': v
+        for k, v in imagenet_resnet.fold_batch_norm(imagenet_resnet.imagenet_resnet(18, 0.125, 6)[1]).items()
+    }
     stats = {k: params.pop(k) for k in [*params] if stats_apart and 'running' in k}
     return network, {'params': params, 'stats': stats, 'epoch': 100}
 
@@ -230,14 +234,14 @@ def test_students_of_the_authors_are_read_folded_and_exported(script, depth, blo
     def assert_near(logits):
         assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 
-    f, params = checkpoint.load_teacher('model.pt7')
+    f, params = networks.load_teacher('model.pt7')
     assert f'{said}shortcuts without batch norm, 6 classes, widths 64/' in script(checkpoint, 'info model.pt7')[1]
     assert_near(f(images, params, False)[0])
-    assert_near(f(images, checkpoint.fold(params), False)[0])
+    assert_near(f(images, networks.fold(params), False)[0])
     for to in ('upstream', 'safetensors', 'hkl'):
         status, out, err = script(checkpoint, f'export model.pt7 {to} --to {to}')
         assert status == 0 and said in out, err
-        assert_near(f(images, checkpoint.load_teacher(to)[1], False)[0])
+        assert_near(f(images, networks.load_teacher(to)[1], False)[0])
     for file in ('model.pt7', 'upstream'):
         result = script(checkpoint, f'export {file} {file}.pth --to torchvision')
         if depth == 34:

@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 from conftest import SMALL
 
-import checkpoint
 import cifar
+import imagenet_resnet
 import resnet
 from engine import int8
 from engine.flags import parse_cifar
 from engine.log import read_log
 from engine.student import Network
 from engine.teacher import frozen
+from formats import networks
 from nin import nin
 from utils import at
 
@@ -23,8 +24,8 @@ NETWORKS = {
     'WRN without a first shortcut': partial(resnet.wide_resnet, 16, 1, 10),
     'NIN': partial(nin, 0.25, 10),
     'NIN without batch norm': partial(nin, 0.25, 10, True),
-    'ResNet-18': partial(resnet.imagenet_resnet, 18, 0.25, 10),
-    'ResNet-50': partial(resnet.imagenet_resnet, 50, 0.25, 10),
+    'ResNet-18': partial(imagenet_resnet.imagenet_resnet, 18, 0.25, 10),
+    'ResNet-50': partial(imagenet_resnet.imagenet_resnet, 50, 0.25, 10),
 }
 
 
@@ -36,7 +37,7 @@ def pieces(network):
     with torch.no_grad():
         for _ in range(20):
             f(images, params, True)
-    folded = checkpoint.fold({k: v.detach() for k, v in params.items()})
+    folded = networks.fold({k: v.detach() for k, v in params.items()})
     return f, folded, folded | int8.quantize(f, folded, images), images
 
 

@@ -130,7 +130,11 @@ def test_a_table_is_written_between_lines_of_windows_and_bytes_of_any_encoding(s
 
 def test_every_text_that_is_read_or_written_names_its_encoding():
     """Or it would be that of the machine."""
-    for path in [p for folder in ('.', 'images', 'benchmarks', 'examples') for p in (ROOT / folder).glob('*.py')]:
+    for path in [
+        p
+        for folder in ('.', 'engine', 'formats', 'images', 'benchmarks', 'examples')
+        for p in (ROOT / folder).glob('*.py')
+    ]:
         for call in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
             if not isinstance(call, ast.Call):
                 continue

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-import checkpoint
 import utils
+from formats import networks, write
 from nin import fold_nin, nin, nin_shape
 
 
@@ -80,20 +80,18 @@ def test_width_that_fits_no_network_is_one_clear_error(width):
 def test_a_file_is_recognised_and_what_is_missing_in_it_is_named(tmp_path, no_bn):
     f, params = nin(0.25, 10, no_bn)
     path = tmp_path / 'model.pt7'
-    checkpoint.save(
-        path, {'params': {k: v.detach() for k, v in params.items()} | {'adapter.0': torch.ones(1, 1, 1, 1)}}
-    )
-    g, loaded = checkpoint.load_teacher(path, (None, 0.25))
+    write.save(path, {'params': {k: v.detach() for k, v in params.items()} | {'adapter.0': torch.ones(1, 1, 1, 1)}})
+    g, loaded = networks.load_teacher(path, (None, 0.25))
     x = torch.randn(2, 3, 16, 16)
     torch.testing.assert_close(g(x, loaded, False)[0], f(x, params, False)[0].detach(), rtol=0, atol=0)
     assert set(loaded) == set(params)
-    assert checkpoint.describe(loaded) == f'NIN-0.25, {"no batch norm, " if no_bn else ""}10 classes'
+    assert networks.describe(loaded) == f'NIN-0.25, {"no batch norm, " if no_bn else ""}10 classes'
     with pytest.raises(ValueError, match='is a NIN-0.25, but its log speaks of a NIN-0.5'):
-        checkpoint.load_teacher(path, (None, 0.5))
+        networks.load_teacher(path, (None, 0.5))
     del params['group1.conv2']
-    checkpoint.save(path, {'params': {k: v.detach() for k, v in params.items()}})
+    write.save(path, {'params': {k: v.detach() for k, v in params.items()}})
     with pytest.raises(ValueError, match='no group1.conv2'):
-        checkpoint.load_teacher(path)
+        networks.load_teacher(path)
 
 
 def test_a_folded_network_computes_the_same_without_batch_norm():

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from conftest import refused
 
-import checkpoint
+import imagenet_resnet
 import nin
 import plot
 import resnet
 import utils
+from formats import write
 from images import crops, decode, memory, photographs
 
 NAN = math.nan
@@ -231,13 +232,13 @@ def model(tmp_path):
 
     def save(name, network):
         (tmp_path / name).mkdir()
-        checkpoint.save(tmp_path / name / 'model.pt7', {'params': {k: v.detach() for k, v in network[1].items()}})
+        write.save(tmp_path / name / 'model.pt7', {'params': {k: v.detach() for k, v in network[1].items()}})
         return tmp_path / name
 
     return save
 
 
-IMAGENET = {'kind': resnet.imagenet_resnet, 'shape': (18, 1 / 16, 10)}
+IMAGENET = {'kind': imagenet_resnet.imagenet_resnet, 'shape': (18, 1 / 16, 10)}
 PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8))
 
 

@@ -144,8 +144,8 @@ def test_a_folded_network_computes_the_same_with_less_batch_norm(depth, width, l
 
 
 NARROW = """
-import torch, resnet
-f, params = resnet.imagenet_resnet(18, 0.0625, 10)
+import torch, imagenet_resnet
+f, params = imagenet_resnet.imagenet_resnet(18, 0.0625, 10)
 for _ in range(5):
     f(torch.randn(8, 3, 224, 224).contiguous(memory_format=torch.channels_last), params, True)[0].sum().backward()
 """

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpoint
 import cifar
+import imagenet_resnet
 import resnet
 from engine import workers
+from formats import networks
 from nin import nin
 
 sys.path.insert(0, os.path.join(os.path.dirname(cifar.__file__), 'benchmarks'))
@@ -144,8 +145,8 @@ def test_attention_transfer_takes_at_most_a_third_more_memory_than_the_student_a
 
 
 def test_a_frozen_teacher_holds_weights_in_the_compute_dtype_and_batch_norm_in_float32():
-    for f, params in (resnet.wide_resnet(10, 1, 10), resnet.imagenet_resnet(18, 0.125, 10), nin(0.125, 10)):
-        frozen = freeze(checkpoint.fold({k: v.detach() for k, v in params.items()}), 'bfloat16', CPU)
+    for f, params in (resnet.wide_resnet(10, 1, 10), imagenet_resnet.imagenet_resnet(18, 0.125, 10), nin(0.125, 10)):
+        frozen = freeze(networks.fold({k: v.detach() for k, v in params.items()}), 'bfloat16', CPU)
         logits, groups = f(torch.randn(2, 3, 64, 64), frozen, False)
         assert {a.dtype for a in (logits, *groups)} == {torch.bfloat16}
         norms = {v.dtype for k, v in frozen.items() if '.bn' in k or k.startswith('bn')}

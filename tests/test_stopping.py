@@ -15,10 +15,10 @@ import pytest
 from conftest import HANGS, SMALL, refused, started_by
 from test_cifar import logged, same_weights
 
-import checkpoint
 import cifar
 from engine import stopping
 from engine.log import read_log
+from formats import networks, write
 
 LONG = bool(os.environ.get('AT_LONG_TESTS'))
 ROOT = os.path.dirname(os.path.abspath(cifar.__file__))
@@ -130,7 +130,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_in_the_middle_of_the_epoc
         found, _, err = ended(process)
         assert found == status[name] and err.count('\n') == 1, err
         step, epoch = re.search(r'stopped after step (\d+) of epoch (\d); go on with --resume auto', err).groups()
-        state = checkpoint.load('logs/run/model.pt7')
+        state = networks.load('logs/run/model.pt7')
         assert (state['epoch'], state['progress']['steps']) == (int(epoch) - 1, int(step))
     found, out, err = ended(start('run', '--ngpu', str(workers)))
     assert found == 0, err
@@ -188,9 +188,9 @@ def test_a_position_in_the_epoch_needs_the_workers_that_it_is_of(train, script, 
     go(process)
     process.send_signal(signal.SIGTERM)
     assert ended(process)[0] == 143
-    state = checkpoint.load('logs/run/model.pt7')
+    state = networks.load('logs/run/model.pt7')
     state['progress']['workers'] *= 2
-    checkpoint.save('logs/other.pt7', state)
+    write.save('logs/other.pt7', state)
     assert refused(
         train('--epochs 8 --batch_size 2 --resume logs/other.pt7'),
         'in the middle of an epoch with --batch_size 2, --seed 0 and 2 workers',
@@ -204,5 +204,5 @@ def test_a_position_in_the_epoch_needs_the_workers_that_it_is_of(train, script, 
         {**whole, 'values': {'ce': {'n': 'x'}}},
         7,
     ):
-        checkpoint.save('logs/other.pt7', {**state, 'progress': damaged})
+        write.save('logs/other.pt7', {**state, 'progress': damaged})
         assert refused(train('--epochs 8 --batch_size 2 --resume logs/other.pt7'), 'logs/other.pt7')

@@ -15,11 +15,11 @@ import torch
 from conftest import HANGS, SMALL, ends, refused, started_by
 from test_stopping import ended, wait_for_epoch
 
-import checkpoint
 import cifar
 import imagenet
 from engine import workers
 from engine.log import read_log
+from formats import networks
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -298,7 +298,7 @@ def test_what_one_worker_knows_to_be_spoilt_none_saves_or_logs(photos, tmp_path,
     status, _, err = ended(start(photos, tmp_path, '--ngpu', ngpu, SPOIL='3'))
     assert status == 1 and err.count('\n') == 1 and 'epoch 3, step 4: bn.running_var became infinite or NaN' in err, err
     assert [r['epoch'] for r in read_log(tmp_path / 'logs' / 'run' / 'log.txt')] == [1, 2]
-    state = checkpoint.load(tmp_path / 'logs' / 'run' / 'model.pt7')
+    state = networks.load(tmp_path / 'logs' / 'run' / 'model.pt7')
     assert state['epoch'] == 2 and state['params']['bn.running_var'].isfinite().all()
 
 

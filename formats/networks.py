@@ -1,0 +1,202 @@
+"""The table of the families of networks, and a network of any of them from a file: (f, params).
+
+A new family is a file with its functions, as `nin` is one, and a line of `NETWORKS`; nothing else knows its name.
+"""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+import imagenet_resnet as imagenet
+import nin
+import resnet
+from formats.read import read
+from formats.torchvision import download, from_torchvision
+from formats.unwrap import flat_params, some
+from utils import without_adapters
+
+
+class Family(NamedTuple):
+    """What the rest asks of a family of networks."""
+
+    title: str  # before depth and width, as in WRN-16-1
+    plural: str  # for --help and refusals
+    script: str  # that trains it: the flag --net of cifar.py offers those of cifar.py
+    flags: tuple  # of --depth, --width and --no_bn, those that it has
+    network: Callable  # of the flags: what builds one, num_classes -> (f, params)
+    first: str  # a pattern of names of which each network has one, in its first block
+    owns: Callable  # of flat params: whether they are those of such a network
+    expected: Callable  # of flat params: (f, {name: shape}, (depth, width)) of the one that they should be; ValueError
+    unit: int  # what width is exact to: 1 / unit
+    fold: Callable  # of params: those with batch norm folded where a convolution is before it
+    describe: Callable  # of params: the network in words
+
+
+NETWORKS = {
+    'wrn': Family(
+        title='WRN',
+        plural='wide ResNets',
+        script='cifar.py',
+        flags=('depth', 'width'),
+        network=lambda opt: partial(resnet.wide_resnet, opt.depth, opt.width),
+        first=r'group0\.block0\.conv[01]',
+        owns=resnet.is_wide_resnet,
+        expected=resnet.wide_resnet_expected,
+        unit=64,
+        fold=resnet.fold_wide_resnet,
+        describe=resnet.describe_wide_resnet,
+    ),
+    'nin': Family(
+        title='NIN',
+        plural='Networks-in-Network',
+        script='cifar.py',
+        flags=('width', 'no_bn'),
+        network=lambda opt: partial(nin.nin, opt.width, no_bn=opt.no_bn),
+        first=r'group0\.conv0',
+        owns=nin.is_nin,
+        expected=nin.nin_expected,
+        unit=32,
+        fold=nin.fold_nin,
+        describe=nin.describe_nin,
+    ),
+    'resnet': Family(
+        title='ResNet',
+        plural='ResNet-18, 34, 50, 101 and 152',
+        script='imagenet.py',
+        flags=('depth', 'width'),
+        network=lambda opt: partial(imagenet.imagenet_resnet, opt.depth, opt.width),
+        first=r'layer1\.0\.conv1\.weight|group0\.block0\.conv[01](?:\.weight)?',
+        owns=imagenet.is_imagenet_resnet,
+        expected=imagenet.imagenet_resnet_expected,
+        unit=64,
+        fold=imagenet.fold_batch_norm,
+        describe=imagenet.describe_imagenet_resnet,
+    ),
+}
+
+
+def family_of(params):
+    """The family that flat params belong to, or None. The last line of the table is asked first: it is the newest."""
+    return next((family for family in reversed(NETWORKS.values()) if family.owns(params)), None)
+
+
+def supported():
+    """What networks can be read, in words."""
+    *others, last = (family.plural for family in NETWORKS.values())
+    return f'read are {", ".join(others)} and {last}; examples/own_networks.py pairs any two networks'
+
+
+def load(path, note=print):
+    """Read a checkpoint, ours or one of the authors' (`student.` prefixes, or running statistics apart).
+
+    Returns a dictionary with `params`, flat and without prefix, and whatever else the file holds. Raises OSError
+    where there is none and ValueError where the file is not a checkpoint. `note` takes a line for the user.
+    """
+    state = read(path)
+    if not isinstance(state, dict) or not isinstance(state.get('params'), dict):
+        raise ValueError(f'{path} is not a checkpoint: it holds no dictionary of params')
+    rest = {k: v for k, v in state.items() if k not in ('params', 'stats')}
+    apart = {k: v for k, v in state.items() if k in ('params', 'stats')}
+    return {**rest, 'params': flat_params(apart, path, _first(), note)}
+
+
+def _first():
+    return [family.first for family in NETWORKS.values()]
+
+
+def load_params(path, note=print):
+    """Read the flat params, in the names that are used here, from a file of any kind that `load_teacher` takes.
+
+    Raises OSError and ValueError as `read` and `download` do, and ValueError where the file holds no named tensors.
+    """
+    if str(path).startswith('torchvision:'):
+        return from_torchvision(download(str(path).removeprefix('torchvision:')))
+    params = flat_params(read(path), path, _first(), note)
+    try:
+        return from_torchvision(params) if any(k.startswith('layer1.') for k in params) else params
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from None
+
+
+def load_teacher(path, shape=None, note=print):
+    """Read a trained network whatever its shape: (f, params), as of `resnet`, with params that need no gradient.
+
+    `path` names a checkpoint of ours or of the authors', their folded export, a torchvision ResNet's state_dict, a
+    .safetensors or .hkl of any of these, told apart by content, or is `torchvision:resnet34`. Depth, widths and number
+    of classes are read from the parameters; `shape` is the (depth, width) that they must have, if any. Params are
+    float32. Raises as `load_params` does, and ValueError for parameters of no known network, or that do not fit it or
+    are not finite.
+    """
+    return build(load_params(path, note), path, shape)
+
+
+def build(loaded, path, shape=None):
+    """The network (f, params) that flat params belong to; `path` is what errors call them. See `load_teacher`."""
+    loaded = without_adapters(loaded)
+    try:
+        family = family_of(loaded)
+        if family is None:
+            first = ', '.join(key[:99] for key in [*loaded][:3]) or 'none'
+            raise ValueError(f'no network that is known here; its first parameters are {first}')
+        f, shapes, (depth, width) = family.expected(loaded)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}; {supported()}') from None
+    check_fit(shapes, loaded, path)
+    if shape is not None and not _has_shape(shape, depth, width, family.unit):
+        found, told = (_name(family.title, *numbers) for numbers in ((depth, width), shape))
+        raise ValueError(f'{path} is a {found}, but its log speaks of a {told}')
+    params = {key: loaded[key].detach().to(torch.float32, copy=True).contiguous() for key in shapes}
+    wrong = [f'{k} is empty' for k, v in params.items() if not v.numel()]
+    wrong += [f'{k} has values that are not finite' for k, v in params.items() if not v.isfinite().all()]
+    wrong += [f'{k} is negative' for k, v in params.items() if k.endswith('running_var') and (v < 0).any()]
+    if wrong:
+        raise ValueError(f'{path}: {some(wrong)}')
+    return f, params
+
+
+def fold(params):
+    """A network's params, as `build` returns them, with batch norm folded where a convolution is before it."""
+    return family_of(params).fold(params)
+
+
+def describe(params):
+    """What network params are those of, in words; they are as `build` returns them."""
+    return family_of(params).describe(params)
+
+
+def _name(*title_depth_width):
+    parts = (part for part in title_depth_width if part is not None)
+    return '-'.join(f'{part:g}' if isinstance(part, float) else str(part) for part in parts)
+
+
+def _has_shape(shape, depth, width, unit):
+    """Whether a shape is (depth, width), to the channel."""
+    return shape[0] == depth and isinstance(shape[1], int | float) and 0 <= unit * shape[1] - int(unit * width) < 1
+
+
+def restore_(params, loaded, path):
+    """Copy loaded parameters into a network's, in place; ValueError names what is missing, left over or misshapen."""
+    check_fit({k: v.shape for k, v in params.items()}, loaded, path)
+    with torch.no_grad():
+        for key, value in params.items():
+            value.copy_(loaded[key])
+
+
+def check_fit(shapes, loaded, path):
+    """Refuse arrays {name: tensor} of other names or shapes than {name: shape}, or that are no floats."""
+    wrong = [f'no {k}' for k in shapes if k not in loaded] + [f'unknown {k}' for k in loaded if k not in shapes]
+    for key in shapes:
+        if key in loaded and loaded[key].shape != shapes[key]:
+            wrong.append(f'{key} is {tuple(loaded[key].shape)}, not {tuple(shapes[key])}')
+        elif key in loaded and not loaded[key].is_floating_point():
+            wrong.append(f'{key} is {loaded[key].dtype}')
+    if wrong:
+        raise ValueError(f'{path} does not fit the network: {some(wrong)}')
+
+
+def checkpoint_of(run):
+    """The checkpoint that a run's folder holds, or the file itself where a file is named."""
+    return os.path.join(run, 'model.pt7') if os.path.isdir(run) else run

@@ -1,0 +1,177 @@
+"""Torch files as data: an archive and its pickles are looked at before torch reads them, and nothing in them runs."""
+
+import collections
+import io
+import json
+import pickletools
+import re
+import shlex
+import zipfile
+
+import torch
+
+from formats.unwrap import AVERAGED, PARTS
+
+MAX_UNFOLDED = 10_000_000  # objects of a pickle, each counted as often as others hold it
+PICKLED = re.compile(  # all that the pickle of a checkpoint has to name; bytearray(2**34) is short, but not small
+    r'collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch\.nn\.parameter Parameter'
+    r'|torch (\w+Storage|Size|device|bool|[a-z]+\d+)'
+)
+SETTINGS = re.compile(  # names of what training scripts save beside the weights
+    r'(argparse|collections|datetime|easydict|lightning\w*|numpy|omegaconf|pathlib|pytorch_lightning|torch\.optim|yacs)'
+    r'[. ].*|_codecs encode|(__builtin__|builtins) (dict|list|object|set)|copy_reg _reconstructor'
+)
+ADVISED = {name: (1, name) for name in (*AVERAGED, *PARTS, 'stats')}  # one object of a pickle, with its text
+ONE = (1, None)  # the same without a text that matters
+MAX_REFUSED = 1000  # names in one pickle; advice looks at them all
+MAX_NAME = 200  # characters of a module or a class that a pickle names
+MAX_GROWTH = 8  # times, of a pickle that is rewritten
+
+
+def read_torch(path):
+    """What torch.save wrote, read with weights_only=True, after a look at its zip archive and its pickles."""
+    with open(path, 'rb') as file:
+        content = io.BytesIO(file.read())
+    if content.getbuffer()[:2] == b'PK':  # as torch does, which takes for an archive what zipfile may not
+        content = _plain_archive(content, path)
+    else:  # before there were archives: magic number, version, system, objects, names of storages, then their values
+        pickles = b''.join(_checked_pickle(content, path) for _ in range(5))
+        if pickles != content.getbuffer()[: content.tell()]:
+            content = io.BytesIO(pickles + content.read())
+    content.seek(0)
+    return torch.load(content, map_location='cpu', weights_only=True)
+
+
+def _plain_archive(content, path):
+    """A zip archive written again as zipfile understands it: torch could find another directory in the same bytes."""
+    plain, archive = io.BytesIO(), zipfile.ZipFile(content)
+    unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > len(content.getbuffer()):  # torch.save does not compress
+        raise ValueError(f'a zip archive that unpacks to {unpacked:,} bytes, more than it has itself')
+    with zipfile.ZipFile(plain, 'w') as again:
+        for entry in archive.infolist():
+            values = archive.read(entry)
+            if entry.filename.lower().endswith('.pkl'):
+                values = _checked_pickle(io.BytesIO(values), path)
+            again.writestr(entry.filename, values)
+    return plain
+
+
+def _checked_pickle(stream, path):
+    """The bytes of the next pickle of a stream, in protocol 2 and checked; `path` is what advice calls the file."""
+    start = stream.tell()
+    if stream.getbuffer()[start : start + 2] in (b'\x80\4', b'\x80\5'):
+        content = _as_protocol_2(stream)
+        _check_pickle(io.BytesIO(content), path)
+        return content
+    _check_pickle(stream, path)
+    return bytes(stream.getbuffer()[start : stream.tell()])
+
+
+def _as_protocol_2(stream):
+    """The next pickle of a stream with the operations of protocol 4 as those of protocol 2, which alone torch reads.
+
+    A class is named by two strings on the stack there, here by an operation that takes their place. What protocol 2
+    has no words for stays as it is, for torch to refuse.
+    """
+    content, start, out = stream.getbuffer(), stream.tell(), bytearray()
+    memo = {}  # strings by number, others None
+    pushed = collections.deque(maxlen=2)  # strings on top of the stack, and where they are in `out`
+    for code, value, at in pickletools.genops(stream):
+        operation, name = bytes(content[at : stream.tell()]), code.name
+        if name == 'FRAME':
+            continue
+        if name == 'PROTO':
+            operation = b'\x80\2'
+        elif name == 'MEMOIZE':
+            value = len(memo)
+            operation = b'r' + value.to_bytes(4, 'little')
+        elif name == 'STACK_GLOBAL':
+            (at, module), (_, attribute) = pushed
+            if not (module + attribute).isprintable() or max(len(module), len(attribute)) > MAX_NAME:
+                raise ValueError(f'{module[:MAX_NAME]!r} {attribute[:MAX_NAME]!r} in it is no name')
+            del out[at:]
+            operation = f'c{module}\n{attribute}\n'.encode()
+        elif name.endswith('GET') and memo.get(value) is not None:  # the place where it was first may have gone
+            name, value = 'BINUNICODE', memo[value]
+        if name.endswith('PUT') or name == 'MEMOIZE':
+            memo[value] = pushed[-1][1] if pushed and len(pushed[-1][1]) <= MAX_NAME else None
+        elif name.endswith(('BINUNICODE', 'BINUNICODE8')):
+            text = value.encode('utf-8', 'surrogatepass')
+            operation = b'X' + len(text).to_bytes(4, 'little') + text
+            pushed.append((len(out), value))
+        else:
+            pushed.clear()
+        out += operation
+        if len(out) > MAX_GROWTH * (stream.tell() - start) + 2**20:
+            raise ValueError(f'a pickle that grows {MAX_GROWTH}-fold in protocol 2')
+    return bytes(out)
+
+
+def _check_pickle(stream, path):
+    """Refuse a pickle of other things than tensors in containers, or of tuples in tuples that take for ever to hash.
+
+    Nothing is unpickled: kept instead is the size of what would be on the stack, and its text if that may tell where
+    the weights are; None for a mark.
+    """
+    stack, memo, unfolded, marks, refused, keys = [], {}, 0, 0, [], set()
+    for code, value, _ in pickletools.genops(stream):
+        if code.name == 'GLOBAL' and not PICKLED.fullmatch(value):
+            refused.append(value)
+            if len(refused) > MAX_REFUSED:
+                raise ValueError(f'{value!r} in it is neither a tensor nor a container of tensors')
+        taken, item = 1, ADVISED.get(value, ONE) if code.name.endswith('UNICODE') else ONE
+        if pickletools.markobject in code.stack_before:
+            while (top := stack.pop()) is not None:
+                taken += top[0]
+            marks -= 1
+            if code.name != 'TUPLE':
+                stack.pop()  # the list or dictionary that takes them
+        else:
+            taken += sum(stack.pop()[0] for _ in code.stack_before)
+        unfolded += taken
+        if unfolded > MAX_UNFOLDED:
+            raise ValueError(f'a pickle of more than {MAX_UNFOLDED:,} objects')
+        if code.name.endswith('GET'):
+            item = memo[value]
+        elif taken > 1:
+            item = (taken, None)
+        # A key of the outermost dictionary comes right after that, or after a mark and pairs of key and value.
+        outermost = len(stack) == 1 or (marks == 1 and stack[1:2] == [None] and len(stack) % 2 == 0)
+        if outermost and item and item[1]:
+            keys.add(item[1])
+        if code.name.endswith('PUT'):
+            memo[value] = stack[-1]
+        elif code.name == 'MARK':
+            stack.append(None)
+            marks += 1
+        else:
+            stack.extend(item for _ in code.stack_after)
+    if refused:
+        error = ValueError(f'{refused[0]!r} in it is neither a tensor nor a container of tensors')
+        advice = _advice(refused, keys, path)
+        if advice:
+            error.add_note(advice)
+        raise error
+
+
+def _advice(names, keys, path):
+    """What helps where a checkpoint names what is not read; keys: those of `ADVISED` in its outermost dictionary."""
+    if any(name.startswith('torch.nn.modules.') for name in names):
+        return (
+            'it is a whole network, which the code that made it alone can read; save its parameters there instead: '
+            'torch.save(model.state_dict(), "weights.pth")'
+        )
+    if not all(map(SETTINGS.fullmatch, names)):
+        return None
+    part = next((key for key in (*AVERAGED, *PARTS) if key in keys), None)
+    if part is None:
+        return 'save the parameters alone: torch.save(model.state_dict(), "weights.pth")'
+    kept = [part, 'stats'] if part == 'params' and 'stats' in keys else [part]
+    program = (
+        f'import torch; s = torch.load({json.dumps(str(path))}, map_location="cpu", weights_only=False); '
+        f'torch.save({{k: s[k] for k in {json.dumps(kept)}}}, "weights.pth")'
+    )
+    return (
+        f'if you trust it, this takes the weights out, and may run what else is in it: python -c {shlex.quote(program)}'
+    )

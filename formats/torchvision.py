@@ -1,0 +1,120 @@
+"""torchvision's ResNets: their names for ours, ours for theirs, and the weights that torchvision offers."""
+
+import re
+import warnings
+
+import torch
+
+from formats.read import first_line
+from imagenet_resnet import IMAGENET_DEPTHS, NORM, imagenet_resnet_shape
+
+
+def from_torchvision(state):
+    """A torchvision ResNet's state_dict under the names of `imagenet_resnet`, without num_batches_tracked.
+
+    conv1.weight -> conv0, bn1.* -> bn0.*, layer1.0.conv1.weight -> group0.block0.conv0, downsample.0.weight ->
+    convdim, downsample.1.* -> bndim.*. Other names stay. Raises ValueError where two names become one.
+    """
+    params = {}
+    for key, value in state.items():
+        name = _our_name(key)
+        if name in params:
+            raise ValueError(f'{key} is there twice')
+        if not key.endswith('.num_batches_tracked'):
+            params[name] = value
+    return params
+
+
+def _our_name(key):
+    match = re.fullmatch(r'(?:layer([1-4])\.(\d{1,2})\.)?(?:(conv|bn)([1-3])|downsample\.([01]))\.(\w+)', key)
+    if not match or (match[5] and not match[1]):
+        return key
+    layer, i, kind, number, shortcut, part = match.groups()
+    kind = kind or ('conv', 'bn')[int(shortcut)]
+    if kind == 'conv' and part != 'weight':
+        return key
+    base = f'group{int(layer) - 1}.block{int(i)}.' if layer else ''
+    return f'{base}{kind}{int(number) - 1 if number else "dim"}' + ('' if kind == 'conv' else f'.{part}')
+
+
+def to_torchvision(params):
+    """The params of an ImageNet ResNet, folded or not, as the state_dict of a torchvision ResNet.
+
+    Folded params get a batch norm that does nothing but add their bias, shortcuts without batch norm one that does
+    nothing. Names go as in `from_torchvision`. Raises ValueError for numbers of blocks that torchvision does not have.
+    """
+    depth, counts, _ = imagenet_resnet_shape(params)
+    if counts != IMAGENET_DEPTHS[depth][0]:
+        here, there = ('-'.join(map(str, numbers)) for numbers in (counts, IMAGENET_DEPTHS[depth][0]))
+        raise ValueError(f"torchvision's resnet{depth} has {there} blocks, not {here}; --to upstream can hold them")
+    state = {}
+    for key, value in unfold_batch_norm(params).items():
+        state[_torchvision_name(key)] = value.detach()
+        if key.endswith('.running_var'):
+            state[_torchvision_name(key.replace('running_var', 'num_batches_tracked'))] = torch.tensor(0)
+    return state
+
+
+def _torchvision_name(key):
+    match = re.fullmatch(r'(?:group(\d)\.block(\d+)\.)?(conv|bn)(\d|dim)(?:\.(\w+))?', key)
+    if not match:
+        return key
+    group, i, kind, number, part = match.groups()
+    base = f'layer{int(group) + 1}.{i}.' if group else ''
+    name = f'downsample.{int(kind == "bn")}' if number == 'dim' else f'{kind}{int(number) + 1}'
+    return f'{base}{name}.{part or "weight"}'
+
+
+def unfold_batch_norm(params):
+    """Undo the layout of `fold_batch_norm`, though not its arithmetic; what is not folded stays as it is.
+
+    Each convolution's bias becomes a batch norm of weight 1, mean 0 and variance 1 - eps with that bias, and behind a
+    shortcut without batch norm comes one with bias 0.
+    """
+    if 'conv0.weight' not in params:
+        plain = {k: v for k, v in params.items() if k.endswith('convdim') and f'{k[:-7]}bndim.weight' not in params}
+        return params | {k: v for conv, w in plain.items() for k, v in _norm_of(conv, w.new_zeros(len(w))).items()}
+    unfolded = {}
+    for key, value in params.items():
+        conv, _, part = key.rpartition('.')
+        conv = conv.replace('conv_dim', 'convdim')
+        if key.startswith('fc.'):
+            unfolded[key] = value
+        elif part == 'weight':
+            unfolded[conv] = value
+        else:
+            unfolded |= _norm_of(conv, value)
+    return unfolded
+
+
+def _norm_of(conv, bias):
+    """The batch norm of a convolution that does nothing but add a bias (C,)."""
+    ones = torch.ones_like(bias)
+    norm = ones, bias, torch.zeros_like(bias), ones - 1e-5
+    return {f'{conv.replace("conv", "bn")}.{name}': tensor for name, tensor in zip(NORM, norm)}
+
+
+def check_name(name):
+    """Refuse a name that is none of the networks that `download` fetches."""
+    names = [f'resnet{depth}' for depth in IMAGENET_DEPTHS]
+    if name not in names:
+        raise ValueError(f'torchvision:{name}: there are {", ".join(f"torchvision:{n}" for n in names)}')
+
+
+def download(name):
+    """The state_dict of torchvision's own trained network of that name (resnet18, 34, 50, 101 or 152).
+
+    torchvision keeps what it has fetched in ~/.cache/torch/hub. Raises ValueError for another name, OSError where it
+    cannot be fetched or read.
+    """
+    import torchvision  # slow to import, and needed by no training script
+
+    check_name(name)
+    weights = torchvision.models.get_model_weights(name).DEFAULT
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            return weights.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location='cpu')
+    except Exception as error:  # no network, a proxy's page, a damaged or half-written file in the cache
+        reason = first_line(error)
+        raise OSError(f'torchvision:{name}: {weights.url} could not be fetched or read ({reason})') from None

@@ -1,0 +1,83 @@
+"""The params of one network in what a file holds: in dictionaries, behind prefixes, beside other networks."""
+
+import re
+
+import torch
+
+# Under these names files hold the params of a network: averaged over training first, as timm takes them.
+PARTS = ('params', 'state_dict', 'model_state_dict', 'model', 'net', 'network', 'module', 'student')
+AVERAGED = ('ema', *(f'{part}_ema' for part in PARTS))
+MAX_NETWORKS = 10  # in one file
+
+
+def flat_params(state, path, first, note):
+    """The params of the network in what a file holds, in whatever dictionaries and behind whatever prefixes.
+
+    first: patterns of the names of which each network has one, in its first block. note: takes a line for the user.
+    Raises ValueError where something else than named tensors is there, or several networks.
+    """
+    if not isinstance(state, dict):
+        raise ValueError(f'{path} is not a checkpoint: it holds a {type(state).__name__}, not a dictionary')
+    params = _unwrapped(state, path, note)
+    for key, value in params.items():
+        if not isinstance(key, str) or not key.isprintable() or not _is_plain(value):
+            raise ValueError(f'{path} is not a checkpoint: {str(key)[:100]!r} in it is not a named tensor')
+    return _without_prefix(params, path, first, note)
+
+
+def _unwrapped(state, path, note):
+    """The innermost dictionary under the names that files hold params under, with the statistics beside it.
+
+    Weights that are averaged over training are taken before plain ones, as timm does, which is said where both are.
+    """
+    for _ in range(MAX_NETWORKS):  # of a dictionary that holds itself, there is no innermost
+        parts = [k for k in PARTS if isinstance(state.get(k), dict)]
+        averaged = [k for k in AVERAGED if isinstance(state.get(k), dict) and state[k]]
+        if averaged and parts:
+            _note_averaged(note, path, averaged[0], parts[0])
+        if not averaged + parts:
+            return state
+        stats = state.get('stats')
+        state = {**state[(averaged + parts)[0]], **(stats if isinstance(stats, dict) else {})}
+    raise ValueError(f'{path} is not a checkpoint: it has dictionaries in dictionaries without end')
+
+
+def _without_prefix(params, path, first, note):
+    """The network among flat params, by its own names.
+
+    Wrappers put words before them (DataParallel `module.`, torch.compile `_orig_mod.`, Lightning those of the user's
+    attributes), and may hold other things beside it: losses, a teacher, an average of the network. Raises ValueError
+    where several networks are left.
+    """
+    named = re.compile(rf'(.*\.|)(?:{"|".join(first)})', re.DOTALL)
+    found = {match[1] for match in map(named.fullmatch, params) if match}
+    if not found:
+        return params
+    chosen = {p for p in found if 'teacher' not in p} or found
+    averaged = {p for p in chosen if re.search(r'(^|[._])ema[._]', p)}
+    if averaged and averaged != chosen:
+        _note_averaged(note, path, min(averaged), min(chosen - averaged))
+    chosen = sorted(averaged or chosen)
+    if len(found) > MAX_NETWORKS or (len(chosen) > 1 and '' not in chosen):
+        raise ValueError(
+            f'{path} holds several networks ({some([p[:99] for p in chosen])}): save the state_dict of one of them'
+        )
+    prefix = chosen[0]
+    others = tuple(p for p in found if len(p) > len(prefix) and p.startswith(prefix))
+    return {k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix) and not k.startswith(others)}
+
+
+def _note_averaged(note, path, averaged, plain):
+    note(f'note: {path} holds plain weights ({plain[:99]}) and averaged ones ({averaged[:99]}): the averaged are taken')
+
+
+def _is_plain(value):
+    """Whether a value is a tensor on the CPU with a byte in the file for each of its own."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != 'cpu':
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
+def some(wrong):
+    """The first three of a list of texts, and how many more there are."""
+    return '; '.join(wrong[:3]) + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else '')
