@@ -1,4 +1,4 @@
-# make venv | demo | test | test-long | lint | format | table | clean
+# make venv | demo | test | test-quick | test-long | lint | format | table | clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +9,7 @@ BEGUN := .venv/installing
 # What an interrupted installation has left may look whole to pip.
 AGAIN = $$([ ! -e $(BEGUN) ] || echo --ignore-installed)
 
-.PHONY: venv venv-dev demo test test-long lint format table clean
+.PHONY: venv venv-dev demo test test-quick test-long lint format table clean
 
 # A .venv that was not made here is installed into, and never removed.
 venv:
@@ -33,6 +33,10 @@ demo: venv
 # Two tests at a time: most wait for one thread.
 test: venv-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# What starts no process and compiles nothing.
+test-quick: venv-dev
+	AT_QUICK_TESTS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 # With 20 kills instead of 2, three seeds, and thousands of mutated files.
 test-long: venv-dev

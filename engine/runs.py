@@ -29,7 +29,7 @@ def find(teacher_id):
     log, model = (os.path.join(run, name) for name in ('log.txt', 'model.pt7'))
     missing = next((path for path in (log, model) if not os.path.isfile(path)), None)
     if missing:
-        near = os.path.join('logs', os.path.dirname(folder))
+        near = os.path.normpath(os.path.join('logs', os.path.dirname(folder)))
         advice = _nearest(os.path.basename(folder), near if os.path.isdir(near) else os.path.dirname(folder))
         if ':' in teacher_id or (os.path.isfile(teacher_id) and not names_model):
             advice = (

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 
 import cv2
 import numpy as np
@@ -80,6 +81,16 @@ def environment():
     yield
     os.environ.clear()
     os.environ.update(before)
+
+
+@pytest.fixture(scope='session', autouse=True)
+def quick():
+    """With AT_QUICK_TESTS, leave out what starts a process (a training asks git for its commit) or compiles."""
+    with pytest.MonkeyPatch.context() as patch:
+        if os.environ.get('AT_QUICK_TESTS'):
+            for owner, name in ((subprocess.Popen, '__init__'), (BaseProcess, 'start'), (torch, 'compile')):
+                patch.setattr(owner, name, lambda *_, **__: pytest.skip('starts a process or compiles'))
+        yield
 
 
 @pytest.fixture(scope='session')

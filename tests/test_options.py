@@ -131,7 +131,10 @@ def test_wrong_value_for_fine_tuning_is_refused_in_one_line_that_names_it(script
 
 @pytest.mark.parametrize('module', [cifar, imagenet, finetune])
 def test_every_flag_is_read_and_explained(monkeypatch, module):
-    shared = [path for path in (ROOT / 'engine').glob('*.py') if module is not cifar or path.stem != 'photographs']
+    shared = [
+        ROOT / 'formats' / 'networks.py',
+        *(path for path in (ROOT / 'engine').glob('*.py') if module is not cifar or path.stem != 'photographs'),
+    ]
     sources = ''.join(path.read_text(encoding='utf-8') for path in (ROOT / f'{module.__name__}.py', *shared))
     actions, flags = parser(monkeypatch, module=module)
     for flag in vars(flags):
