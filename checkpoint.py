@@ -12,8 +12,7 @@ It is read as data and never as code: nothing in it can run, or open another fil
 import hashlib
 import os
 
-import ending
-import options
+from engine import arguments, ending
 from formats.networks import build, checkpoint_of, describe, load, load_params, load_teacher
 from formats.write import WRITERS, save, write, write_whole
 from utils import STATISTICS, num_trained, without_adapters
@@ -58,17 +57,19 @@ def info(run):
 
 def main():
     """Do what the command line asks of a file: slim, info or export."""
-    parser = options.Parser(__doc__)
-    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=options.subcommand)
+    parser = arguments.Parser(__doc__)
+    commands = parser.add_subparsers(
+        dest='command', required=True, metavar='COMMAND', parser_class=arguments.subcommand
+    )
     command = commands.add_parser('slim', help="reduce a run's checkpoint to its parameters")
-    command.add_argument('run', type=options.path, help='a folder that holds model.pt7')
+    command.add_argument('run', type=arguments.path, help='a folder that holds model.pt7')
     command = commands.add_parser('info', help='say what network a file or a run holds')
-    command.add_argument('run', type=options.path, metavar='FILE', help='a file, or a folder that holds model.pt7')
+    command.add_argument('run', type=arguments.path, metavar='FILE', help='a file, or a folder that holds model.pt7')
     command = commands.add_parser('export', help='write the network in another format')
-    command.add_argument('run', type=options.path, metavar='RUN', help='a folder that holds model.pt7, or a file')
-    command.add_argument('out', type=options.path, metavar='OUT', help='the file to write')
+    command.add_argument('run', type=arguments.path, metavar='RUN', help='a folder that holds model.pt7, or a file')
+    command.add_argument('out', type=arguments.path, metavar='OUT', help='the file to write')
     command.add_argument('--to', required=True, choices=list(WRITERS))
-    image_size = options.number(int, 1, 4096)
+    image_size = arguments.number(int, 1, 4096)
     command.add_argument('--image_size', type=image_size, help='for onnx: height and width (default: 224, CIFAR 32)')
     command.add_argument('--overwrite', action='store_true', help='replace OUT where it exists')
     opt = parser.parse_args()

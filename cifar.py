@@ -13,12 +13,13 @@ from functools import partial
 
 import torch
 
-import data
-import ending
-import engine
-import options
-import workers
+from engine import ending, flags, teacher
+from engine.loop import Data, count, fit, start
+from engine.step import make_step
+from engine.student import initialise, pair
+from engine.workers import data_parallel, rank, say, world
 from formats.networks import NETWORKS
+from images import memory
 
 # The flags that say which images are tested on, and their values where an older log does not hold them.
 TEST_SET = {'dataset': 'CIFAR10', 'holdout': 0, 'image_size': 32}
@@ -26,59 +27,52 @@ TEST_SET = {'dataset': 'CIFAR10', 'holdout': 0, 'image_size': 32}
 
 def parse():
     """The flags; ValueError where they name no network or contradict each other."""
-    opt = options.parse_cifar(__doc__)
-    with torch.device('meta'):  # no memory: a shape that is none is told before anything else begins
+    opt = flags.parse_cifar(__doc__)
+    with torch.device('meta'):  # an impossible shape is reported before anything is allocated
         network(opt)(2)
     return opt
 
 
 def network(opt):
-    """What draws the student: num_classes -> (f, params)."""
+    """What builds the student: num_classes -> (f, params)."""
     return NETWORKS[opt.net].network(opt)
 
 
 def build_data(opt, device):
-    """The data set, and train_batches(epoch) and test_batches() on the device."""
+    """The `Data` of a set of small images on the device, and a function that gives some to fit int8 to."""
     source = opt.dataset, opt.dataroot, opt.image_size, opt.holdout, opt.nthread
-    dataset = data.load(*source, workers.say, opt.follow_links)
-    workers.say(f'{opt.dataset}: {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images')
+    dataset = memory.load(*source, say, opt.follow_links)
+    say(f'{opt.dataset}: {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images')
     train, test = dataset.train.to(device), dataset.test.to(device)
-    augment = int(opt.randomcrop_pad), dataset.flip, opt.seed
-    share = workers.rank(), workers.world()
-    train_batches = partial(data.TrainBatches, train, opt.batch_size, *augment, *share)
-    return dataset, train_batches, partial(data.TestBatches, test, opt.batch_size, *share)
+    augment, share = (int(opt.randomcrop_pad), dataset.flip, opt.seed), (rank(), world())
+    train_batches = partial(memory.TrainBatches, train, opt.batch_size, *augment, *share)
+    test_batches = partial(memory.TestBatches, test, opt.batch_size, *share)
+    image = next(iter(test_batches()))[0][:1]
+    return Data(train_batches, test_batches, count(dataset), image), partial(memory.sample, dataset.train)
 
 
-def build_teacher(opt, dataset, test_batches, device):
-    """The teacher as x -> (logits, groups), folded and checked against its own log; None where none is named.
-
-    One of other classes is not checked, and teaches by its activations alone.
-    """
+def build_teacher(opt, data, sample):
+    """The teacher as x -> (logits, groups), checked against its own log; None where none is named."""
     if not opt.teacher_id:
         return None
-    f, params, record = engine.find_teacher(opt.teacher_id)
-    same_classes = engine.check_classes(opt, f'--teacher_id {opt.teacher_id}', params, dataset.num_classes)
-    params = engine.frozen(opt, f, params, partial(data.sample, dataset.train), device)
-    if same_classes:
-        evaluated = f, params, test_batches(), device, opt.dtype
-        (accuracy,) = engine.evaluate_teacher(f'--teacher_id {opt.teacher_id}', *evaluated)
+    network, record = teacher.find(opt.teacher_id)
+    f, accuracies = teacher.build(opt, f'--teacher_id {opt.teacher_id}', network, data, sample)
+    if accuracies:
         same = all(record.get(flag, default) == getattr(opt, flag) for flag, default in TEST_SET.items())
-        engine.check_teacher(record, accuracy, same, opt.teacher_dtype)
-    return partial(f, params=params, mode=False)
+        teacher.check_accuracy(record, accuracies[0], same, opt.teacher_dtype)
+    return f
 
 
 def main():
     """Train a network on small images, as the flags say."""
     opt = parse()
-    device = engine.start(opt)
-    workers.say('parsed options:', vars(opt))
-    dataset, train_batches, test_batches = build_data(opt, device)
-    f, params = engine.draw(network(opt), opt, dataset.num_classes, device)
-    teacher = build_teacher(opt, dataset, test_batches, device)
-    trained = engine.prepare(opt, f, params, teacher, next(iter(test_batches()))[0][:1])
-    student = workers.data_parallel(trained, params, sync_bn=opt.sync_bn)
-    step = engine.make_step(opt, student, teacher, device)
-    engine.fit(opt, step, f, params, train_batches, test_batches, device, engine.counts(dataset))
+    device = start(opt)
+    data, sample = build_data(opt, device)
+    student = initialise(network(opt), opt, data.num_classes, device)
+    taught = build_teacher(opt, data, sample)
+    trained = pair(opt, student, taught, data.image)
+    learner = data_parallel(trained, student.params, sync_bn=opt.sync_bn)
+    fit(opt, make_step(opt, learner, taught, device), student, data)
 
 
 if __name__ == '__main__':

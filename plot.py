@@ -24,21 +24,21 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-import data
-import ending
-import engine
-import imagefolder
-import options
+from engine import arguments, ending
+from engine.log import read_log
+from engine.transfer import PENALTIES, TRANSFERS
 from formats.networks import checkpoint_of, describe, load_teacher
 from formats.write import write_whole
 from imagenet_resnet import imagenet_forward
+from images import memory, photographs
+from images.crops import resize, test_crop
+from images.decode import read_image
+from images.folders import IMAGE_SUFFIXES, is_hidden
 from utils import attention_map
 
 WIDTH, DPI = 9, 160  # inches, and pixels to the inch: sharp at the 900 pixels that a README shows
 COLOURS = '#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000'.split()  # Okabe & Ito: safe for colour-blind eyes
 MARKERS = ('', 'o', '^', 's', 'x')  # the second seven runs have the first marker, and so on
-TERM = re.compile(r'(ce|kd|grad|symmetry|min_l2)|(at|full)(\d{1,3})')  # what a log calls the terms of a loss
-TERM_ORDER = ('ce', 'kd', 'at', 'full', 'grad', 'symmetry', 'min_l2')
 STYLE = {'font.size': 8, 'axes.titlesize': 8, 'axes.spines.top': False, 'axes.spines.right': False}
 COLOUR_MAP = 'inferno'  # its lightness rises evenly: safe for colour-blind eyes, and in print
 IMAGENET_SIZE, SMALL_SIZE = 224, 32
@@ -53,30 +53,15 @@ def name_of(path):
     return (os.path.basename(folder) if name in ('log.txt', 'model.pt7') else name) or path
 
 
-def name_apart(paths):
-    """Names that tell runs apart, without the words that all share at either end: (names, 'shared-*-shared').
-
-    Words stand between - or _; a name is cut only before a word that begins with a letter, so that wrn-16-2 stays in
-    one piece. The second is '' where nothing is cut. Folders of one name are called by their paths.
-    """
+def names_of(paths, labels=()):
+    """What a picture calls runs: the labels that are given, or the names of their folders, or where two are the same
+    their paths. Raises ValueError where there are not as many labels as runs."""
+    if labels and len(labels) != len(paths):
+        raise ValueError(f'--label: {len(labels)} labels for {len(paths)} logs')
     names = [name_of(path) for path in paths]
     if len(set(names)) < len({os.path.abspath(path) for path in paths}):
         names = list(map(str, paths))
-    if len(names) == 1:
-        return [_shorten(names[0])], ''
-    words = [re.split(r'([-_]+)', name) for name in names]  # word, separator, word, ...
-    fewest = min(map(len, words))
-
-    def same(parts):
-        return len(set(map(tuple, parts))) == 1
-
-    fronts = [k for k in range(2, fewest, 2) if same(w[:k] for w in words) and all(w[k][:1].isalpha() for w in words)]
-    front = max(fronts, default=0)
-    backs = [k for k in range(2, fewest - front, 2) if same(w[-k:] for w in words) and words[0][1 - k][:1].isalpha()]
-    back = max(backs, default=0)
-    rest = [_shorten(''.join(w[front : len(w) - back])) for w in words]
-    pattern = [*words[0][:front], '*', *words[0][len(words[0]) - back :]]
-    return rest, _shorten(''.join(pattern)) if front or back else ''
+    return [_shorten(name) for name in labels or names]
 
 
 def _shorten(name, most=60):
@@ -94,7 +79,7 @@ def read_run(path):
     log = os.path.join(path, 'log.txt') if os.path.isdir(path) else path
     if not os.path.isfile(log):
         raise OSError(f'{log}: no such log; expected the folder of a run, which holds log.txt, or a log')
-    records = engine.read_log(log)
+    records = read_log(log)
     if not records:
         raise ValueError(f'{log} has no line of results (json_stats: ...)')
     if not all(type(r.get('epoch')) is int and 0 < r['epoch'] < 10**6 for r in records):
@@ -124,23 +109,31 @@ def errors(records, part):
 def loss_terms(records):
     """The terms of a run's loss, unweighted: {name: one number an epoch}, NaN where it is not above 0.
 
-    They are the keys that `TERM` matches, or in the authors' logs, which have no `ce`, the means in `at_losses`.
+    They are the keys that `term_of` knows, or in the authors' logs, which have no `ce`, the means in `at_losses`.
     """
 
     def terms(record):
-        named = {key: _number(value) for key, value in record.items() if TERM.fullmatch(key)}
+        named = {key: _number(value) for key, value in record.items() if term_of(key)}
         means = record.get('at_losses')
         if 'ce' not in record and isinstance(means, list):
             named = {f'at{i}': _number(mean) for i, mean in enumerate(means)} | named
         return {key: value for key, value in named.items() if value > 0}
 
     rows = [terms(record) for record in records]
-    return {key: [row.get(key, math.nan) for row in rows] for key in sorted(set().union(*rows), key=_term_order)}
+    return {key: [row.get(key, math.nan) for row in rows] for key in sorted(set().union(*rows), key=term_of)}
 
 
-def _term_order(name):
-    single, grouped, number = TERM.fullmatch(name).groups()
-    return TERM_ORDER.index(single or grouped), int(number or 0)
+def term_of(key):
+    """The place in the order of terms, and the number of the group, of what a log calls a term; None for another key.
+
+    ce, kd, those of the table of transfers, with a number behind where they are of groups, and the penalties.
+    """
+    order = ['ce', 'kd', *(row.term for row in TRANSFERS.values()), *PENALTIES]
+    grouped = [row.term for row in TRANSFERS.values() if not row.at_image]
+    found = re.fullmatch(rf'({"|".join(grouped)})(\d{{1,3}})', key)
+    if found:
+        return order.index(found[1]), int(found[2])
+    return (order.index(key), 0) if key in order and key not in grouped else None
 
 
 def rate_drops(records):
@@ -156,16 +149,16 @@ def rate_drops(records):
 
 
 @matplotlib.rc_context(STYLE)
-def draw_curves(paths):
-    """The Figure of runs' errors and loss terms over epochs, one colour a run.
+def draw_curves(paths, labels=()):
+    """The Figure of runs' errors and loss terms over epochs, one colour a run; labels: what to call them.
 
     What an epoch ends with stands at its number, so the rate that drops at the start of epoch n drops at n - 1: a
     dotted line, grey where several runs share it. The axis of errors ends at four times the last of the worst run, so
     that runs stay apart at their end; the first epochs may lie above it. Raises what `read_run` raises.
     """
     runs = [read_run(path) for path in paths]
-    names, shared = name_apart(paths)
-    terms = sorted({name for run in runs for name in loss_terms(run)}, key=_term_order)
+    names = names_of(paths, labels)
+    terms = sorted({name for run in runs for name in loss_terms(run)}, key=term_of)
     columns = 0 if not terms else 1 if len(terms) < 4 else 2
     rows = math.ceil(len(terms) / columns) if terms else 1
     last = [next((e for e in reversed(errors(run, 'test')) if e == e), math.nan) for run in runs]
@@ -185,8 +178,6 @@ def draw_curves(paths):
         small.tick_params(labelbottom=lowest)
     for panel in figure.axes:
         _draw_drops(panel, runs)
-    if shared:
-        figure.suptitle(_plain(shared), fontsize=9)
     handles = [Line2D([], [], **_look(number)) for number in range(len(runs))]
     figure.legend(handles, list(map(_plain, labels)), loc='outside lower center', ncols=across, frameon=False)
     return figure
@@ -271,23 +262,23 @@ def load_images(images, dataroot, count, image_size, imagenet):
     """
     if images in ('CIFAR10', 'CIFAR100', 'digits'):
         usual = IMAGENET_SIZE if imagenet and images == 'digits' else SMALL_SIZE
-        test = data.load(images, dataroot, image_size or usual).test
+        test = memory.load(images, dataroot, image_size or usual).test
         return test.pixels[spread(test.labels.tolist(), count)]
     if not os.path.isdir(images):
         raise OSError(f'--images {images}: no such folder, nor CIFAR10, CIFAR100 or digits')
     files = []
     for folder, folders, names in os.walk(images):
-        folders[:] = [name for name in folders if not data.is_hidden(name)]
-        files += [os.path.join(folder, name) for name in names if not data.is_hidden(name)]
-    files = sorted(file for file in files if file.lower().endswith(data.IMAGE_SUFFIXES))
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        files += [os.path.join(folder, name) for name in names if not is_hidden(name)]
+    files = sorted(file for file in files if file.lower().endswith(IMAGE_SUFFIXES))
     if not files:
-        raise ValueError(f'--images {images} holds no images ({" ".join(data.IMAGE_SUFFIXES)})')
+        raise ValueError(f'--images {images} holds no images ({" ".join(IMAGE_SUFFIXES)})')
     size = image_size or (IMAGENET_SIZE if imagenet else SMALL_SIZE)
     chosen = [files[i] for i in spread(map(os.path.dirname, files), count)]
     if imagenet:
-        crops = [imagefolder.test_crop(file, size) for file in chosen]
+        crops = [test_crop(file, size) for file in chosen]
     else:
-        crops = [imagefolder.resize(data.read_image(file), size, size) for file in chosen]
+        crops = [resize(read_image(file), size, size) for file in chosen]
     return torch.from_numpy(np.stack(crops))
 
 
@@ -296,7 +287,7 @@ def attention_maps(f, params, pixels, power=2, mapping='sum'):
 
     Raises ValueError where a map is not finite.
     """
-    normalize = imagefolder.normalize if f is imagenet_forward else data.normalize
+    normalize = photographs.normalize if f is imagenet_forward else memory.normalize
     with torch.no_grad():
         groups = f(normalize(pixels), params, False)[1]
         maps = [attention_map(group, power, mapping) for group in groups]
@@ -385,7 +376,7 @@ def attention(opt):
 
 def picture(text):
     """An argparse type: the name of a .png or .svg in a folder that exists."""
-    text = options.path(text)
+    text = arguments.path(text)
     folder = os.path.dirname(text) or '.'
     if not text.lower().endswith(('.png', '.svg')):
         raise argparse.ArgumentTypeError(f'{text!r} ends neither in .png nor in .svg')
@@ -405,26 +396,30 @@ def write(figure, out):
 
 def main():
     """Draw what the command line asks for: curves or attention."""
-    parser = options.Parser(__doc__)
-    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=options.subcommand)
+    parser = arguments.Parser(__doc__)
+    commands = parser.add_subparsers(
+        dest='command', required=True, metavar='COMMAND', parser_class=arguments.subcommand
+    )
     flag = commands.add_parser('curves', help='errors and loss terms of runs over epochs').add_argument
     logs = "a folder that holds log.txt, or a log, ours or the authors'"
-    flag('logs', nargs='+', type=options.path, metavar='LOG', help=logs)
+    flag('logs', nargs='+', type=arguments.path, metavar='LOG', help=logs)
+    label = 'what to call a run, once for each log in their order (default: the name of its folder)'
+    flag('--label', action='append', default=[], metavar='NAME', help=label)
     flag('--out', default='curves.png', type=picture, help='.png or .svg (default: %(default)s)')
     flag = commands.add_parser('attention', help='where a teacher and a student look').add_argument
     model = 'a run, a file or torchvision:NAME; twice, the teacher first'
-    flag('--model', action='append', required=True, type=options.path, help=model)
-    flag('--images', required=True, type=options.path, help='a folder of images, or CIFAR10, CIFAR100 or digits')
-    flag('--dataroot', default='.', type=options.path, help='where the data set is, as of cifar.py')
-    flag('--count', default=4, type=options.number(int, 1, 32), help='number of images (default: 4)')
-    size = options.number(int, 8, 1024)
+    flag('--model', action='append', required=True, type=arguments.path, help=model)
+    flag('--images', required=True, type=arguments.path, help='a folder of images, or CIFAR10, CIFAR100 or digits')
+    flag('--dataroot', default='.', type=arguments.path, help='where the data set is, as of cifar.py')
+    flag('--count', default=4, type=arguments.number(int, 1, 32), help='number of images (default: 4)')
+    size = arguments.number(int, 8, 1024)
     flag('--image_size', type=size, metavar='N', help='height and width (default: 224 for ImageNet networks, else 32)')
     flag('--mapping', default='sum', choices=['sum', 'max'], help='attention map: over channels (section 3.1)')
-    power = options.number(float, 0, 16, above=True)
+    power = arguments.number(float, 0, 16, above=True)
     flag('--power', default=2, type=power, help='attention map: p of |A|^p (section 3.1; default: 2)')
     flag('--out', default='attention.png', type=picture, help='.png or .svg (default: %(default)s)')
     opt = parser.parse_args()
-    write(draw_curves(opt.logs) if opt.command == 'curves' else attention(opt), opt.out)
+    write(draw_curves(opt.logs, opt.label) if opt.command == 'curves' else attention(opt), opt.out)
     print(f'picture: {opt.out}')
 
 

@@ -160,21 +160,15 @@ def at(x, p=2, mapping='sum'):
 
 
 def at_loss(x, y, p=2, mapping='sum', form='code'):
-    """How far the attention maps of two activations x (N, C, H, W) and y (N, C', H', W') lie apart; a scalar.
+    """The distance of the attention maps of two activations x (N, C, H, W) and y (N, C', H', W'); a scalar.
 
-    See `map_loss` for the forms. Raises what it and `attention_map` raise.
-    """
-    return map_loss(*(attention_map(a, p, mapping, relative=True) for a in (x, y)), form)
-
-
-def map_loss(x, y, form='code'):
-    """How far two batches of attention maps x (N, H, W) and y (N, H', W') lie apart; a scalar.
-
+    y may also be a map already, (N, H', W') as of `attention_map`, which is all that has to be kept of a teacher.
     form='code' is what the authors' code computes, mean((Q_x - Q_y)^2) over samples and positions. form='paper' is
     eq. 2, 1/2 mean_n ||Q_x - Q_y||_2. Both are to be multiplied by beta, and they are not proportional to each other.
     Where the maps differ in size, the larger is average-pooled to the smaller before it is normalised.
-    Raises ValueError for an unknown form.
+    Raises ValueError for an unknown form, and what `attention_map` raises.
     """
+    x, y = (a if a.dim() == 3 else attention_map(a, p, mapping, relative=True) for a in (x, y))
     q_x, q_y = _normalized(x, y)  # (N, H, W) -> (N, H*W)
     if form == 'code':
         return (q_x - q_y).square().mean()
@@ -233,5 +227,5 @@ def kd_loss(y, teacher_y, temperature):
 
 
 def distillation(y, teacher_y, labels, temperature, alpha):
-    """alpha * `kd_loss` + (1 - alpha) * cross entropy, of logits (N, classes) and labels (N,); a scalar."""
-    return alpha * kd_loss(y, teacher_y, temperature) + (1 - alpha) * F.cross_entropy(y, labels)
+    """(1 - alpha) * cross entropy + alpha * `kd_loss`, of logits (N, classes) and labels (N,); a scalar."""
+    return (1 - alpha) * F.cross_entropy(y, labels) + alpha * kd_loss(y, teacher_y, temperature)

@@ -4,7 +4,7 @@
     python benchmarks/epoch.py --dataroot data        # of CIFAR-10
     python benchmarks/epoch.py --eager --teacher_dtype same --json
 
-WRN-16-1 learns from WRN-16-2 by attention transfer. Ours goes through `engine.fit` and `data`, with the switches that
+WRN-16-1 learns from WRN-16-2 by attention transfer. Ours goes through `fit` and `data`, with the switches that
 the fast step of step.py has. The other reads PIL images from a torchvision dataset through its transforms and a
 DataLoader, takes the plain step of step.py and evaluates in float32, in a process of its own. They run in turns; each
 ratio is that of a pair. The first pair, in which ours is compiled, does not count.
@@ -31,14 +31,19 @@ from torchvision import transforms
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.join(HERE, '..'), HERE]
 
-import step as benchmark  # noqa: E402
+import step as benchmark
 
-import data  # noqa: E402
-import ending  # noqa: E402
-import engine  # noqa: E402
-import options  # noqa: E402
-import runs  # noqa: E402
-import workers  # noqa: E402
+from engine import ending, workers
+from engine.arguments import Parser, number, path
+from engine.flags import parse_cifar
+from engine.log import commit, environment
+from engine.loop import Data, count, fit
+from engine.meters import Meters
+from engine.step import FLUSH, Updates, make_step, total_loss
+from engine.student import Network
+from engine.teacher import frozen
+from images import memory
+from utils import DTYPES
 
 AT = '--teacher_id X --beta 1e+3'
 
@@ -60,20 +65,20 @@ class Pictures(torchvision.datasets.VisionDataset):
 def load(dataroot, count):
     """`count` images to train on and up to 10,000 to test on: of CIFAR-10 if `dataroot` names it, or random."""
     if dataroot:
-        dataset = data.load('CIFAR10', dataroot, note=lambda text: None)
+        dataset = memory.load('CIFAR10', dataroot, note=lambda text: None)
     else:
         rng = np.random.default_rng(0)
         pixels, labels = rng.integers(0, 256, (count, 32, 32, 3), np.uint8), rng.integers(0, 10, count)
-        images = data.Images(torch.from_numpy(pixels), torch.from_numpy(labels))
-        dataset = data.Dataset(images, images, 10, True)
-    return dataset._replace(train=data.Images(*(t[:count] for t in dataset.train)))
+        images = memory.Images(torch.from_numpy(pixels), torch.from_numpy(labels))
+        dataset = memory.Dataset(images, images, 10, True)
+    return dataset._replace(train=memory.Images(*(t[:count] for t in dataset.train)))
 
 
 @functools.cache
 def plain_epoch(dataroot, count, nthread):
     """The plain loop: run() -> (seconds of training, seconds of evaluation)."""
-    flags, dataset, device = options.parse_cifar('', AT.split()), load(dataroot, count), benchmark.device()
-    tensor = [transforms.ToTensor(), transforms.Normalize(*(np.array(v) / 255 for v in (data.MEAN, data.STD)))]
+    flags, dataset, device = parse_cifar('', AT.split()), load(dataroot, count), benchmark.device()
+    tensor = [transforms.ToTensor(), transforms.Normalize(*(np.array(v) / 255 for v in (memory.MEAN, memory.STD)))]
     augment = [transforms.Pad(4, padding_mode='reflect'), transforms.RandomCrop(32), transforms.RandomHorizontalFlip()]
     loader = partial(DataLoader, batch_size=flags.batch_size, num_workers=nthread)
     train = loader(Pictures(dataset.train, transforms.Compose(augment + tensor)), shuffle=True)
@@ -102,16 +107,17 @@ def run_plain_epoch(*arguments):
 def fast_epoch(flags, dataset, device):
     """Ours: run() -> (seconds of training, seconds of evaluation)."""
     train, test = dataset.train.to(device), dataset.test.to(device)
-    train_batches = partial(data.TrainBatches, train, flags.batch_size, 4, True, flags.seed, 0, 1)
-    test_batches = partial(data.TestBatches, test, flags.batch_size)
+    train_batches = partial(memory.TrainBatches, train, flags.batch_size, 4, True, flags.seed, 0, 1)
+    test_batches = partial(memory.TestBatches, test, flags.batch_size)
     teacher = frozen_teacher(flags, dataset, device)
     f, params = benchmark.draw(benchmark.WRN_16_1, device)
-    step = engine.make_step(flags, partial(f, params=params, mode=True), teacher, device)
+    step = make_step(flags, partial(f, params=params, mode=True), teacher, device)
+    source = Data(train_batches, test_batches, count(dataset), next(iter(test_batches()))[0][:1])
 
     def run():
         with contextlib.redirect_stdout(None), tempfile.TemporaryDirectory() as folder:
             flags.save = os.path.join(folder, 'run')
-            record = engine.fit(flags, step, f, params, train_batches, test_batches, device, engine.counts(dataset))
+            record = fit(flags, step, Network(f, params), source)
         return record['train_time'], record['test_time']
 
     return run
@@ -120,16 +126,16 @@ def fast_epoch(flags, dataset, device):
 def frozen_teacher(flags, dataset, device):
     g, fixed = benchmark.draw(benchmark.WRN_16_2, device)
     fixed = {k: v.detach() for k, v in fixed.items()}
-    sample = partial(data.sample, dataset.train)
-    return partial(g, params=engine.frozen(flags, g, fixed, sample, device), mode=False)
+    sample = partial(memory.sample, dataset.train)
+    return partial(g, params=frozen(flags, Network(g, fixed), sample, device), mode=False)
 
 
 def parts(flags, dataset, device):
     """Seconds of ours by part, over an epoch but for its first step; on a GPU, those of the host."""
     f, params = benchmark.draw(benchmark.WRN_16_1, device)
-    updates = engine.Updates(flags, [v for v in params.values() if v.requires_grad], device)
-    step = engine.make_step(flags, partial(f, params=params, mode=True), frozen_teacher(flags, dataset, device), device)
-    meters, times, since = engine.Meters(device, (1,)), {}, time.perf_counter()
+    updates = Updates(flags, [v for v in params.values() if v.requires_grad], device)
+    step = make_step(flags, partial(f, params=params, mode=True), frozen_teacher(flags, dataset, device), device)
+    meters, times, since = Meters(device, (1,)), {}, time.perf_counter()
 
     def lap(part):
         nonlocal since
@@ -137,17 +143,17 @@ def parts(flags, dataset, device):
         times[part] = times.get(part, 0) + now - since
         since = now
 
-    batches = data.TrainBatches(dataset.train.to(device), flags.batch_size, 4, True, 0, 0, 1, 1)
+    batches = memory.TrainBatches(dataset.train.to(device), flags.batch_size, 4, True, 0, 0, 1, 1)
     for i, sample in enumerate(batches):
         lap('input')
-        loss, _ = engine.weighted_loss(flags, step, sample, 1, meters)
+        loss, _ = total_loss(flags, step, sample, 1, meters)
         lap('forward')
         updates.zero_grad()
         updates.scaled(loss, None)[0].backward()
         lap('backward')
         updates.step(lambda: None)
         lap('update')
-        if len(meters.pending) == engine.FLUSH:
+        if len(meters.pending) == FLUSH:
             meters.flush(1)
         lap('host')
         if i == 0:
@@ -157,23 +163,23 @@ def parts(flags, dataset, device):
 
 def main():
     """Measure both epochs in turns and print the table."""
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     flag = parser.add_argument
-    flag('--dataroot', default='', type=options.path, help='where CIFAR-10 is (default: random images)')
-    flag('--images', default=10_000, type=options.number(int, 256), help='to train on (default: 10,000)')
-    flag('--dtype', default='bfloat16', choices=list(options.DTYPES), help='of the fast epoch (default: bfloat16)')
+    flag('--dataroot', default='', type=path, help='where CIFAR-10 is (default: random images)')
+    flag('--images', default=10_000, type=number(int, 256), help='to train on (default: 10,000)')
+    flag('--dtype', default='bfloat16', choices=list(DTYPES), help='of the fast epoch (default: bfloat16)')
     flag('--eager', action='store_true', help='the fast epoch without --compile')
     flag('--teacher_dtype', choices=['same', 'int8'], help='as of step.py')
-    flag('--nthread', default=2, type=options.number(int, 0, 64), help='processes of the plain DataLoader (default: 2)')
-    flag('--pairs', default=3, type=options.number(int, 1, 1000), help='pairs that are measured (default: 3)')
+    flag('--nthread', default=2, type=number(int, 0, 64), help='processes of the plain DataLoader (default: 2)')
+    flag('--pairs', default=3, type=number(int, 1, 1000), help='pairs that are measured (default: 3)')
     flag('--json', action='store_true', help='end with a line of JSON')
     opt = parser.parse_args()
     opt.teacher_dtype = opt.teacher_dtype or benchmark.default_teacher_dtype(opt.dtype)
     workers.keep_memory()
     words = f'{AT} --dtype {opt.dtype} --teacher_dtype {opt.teacher_dtype} --epochs 1'
-    flags = options.parse_cifar('', words.split() + ['--compile'] * (not opt.eager))
+    flags = parse_cifar('', words.split() + ['--compile'] * (not opt.eager))
     dataset, device = load(opt.dataroot, opt.images), benchmark.device()
-    print(f'{engine.environment(device)["device"]}, torch {torch.__version__}, commit {runs.commit()}')
+    print(f'{environment(device)["device"]}, torch {torch.__version__}, commit {commit()}')
     print(f'{opt.images:,} training and {len(dataset.test.labels):,} test images, {opt.dtype} beside float32')
     run, plain = fast_epoch(flags, dataset, device), (run_plain_epoch, opt.dataroot, opt.images, opt.nthread)
     with benchmark.own_process() as process:

@@ -26,10 +26,10 @@ from torchvision import transforms
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 
-import data  # noqa: E402
-import ending  # noqa: E402
-import imagefolder  # noqa: E402
-import options  # noqa: E402
+from engine import ending
+from engine.arguments import Parser, number, path
+from images import crops, photographs
+from images.batches import order
 
 BATCH = 50
 
@@ -72,10 +72,10 @@ def pixel_differences(files, image_size, indices):
     """Mean absolute difference from PIL's resize of the same random box, in levels of 255, one an image."""
     found = []
     for i in indices:
-        _, trials = imagefolder.augmentation(0, 1, i)
-        ours = imagefolder.train_crop(files.paths[i], image_size, False, trials)
+        _, trials = crops.augmentation(0, 1, i)
+        ours = crops.train_crop(files.paths[i], image_size, False, trials)
         with Image.open(files.paths[i]) as file:
-            top, left, height, width = imagefolder.random_box(file.height, file.width, trials)
+            top, left, height, width = crops.random_box(file.height, file.width, trials)
             crop = file.convert('RGB').crop((left, top, left + width, top + height))
         theirs = np.asarray(crop.resize((image_size, image_size), Image.BILINEAR))
         found.append(np.abs(ours.astype(int) - theirs).mean())
@@ -95,12 +95,12 @@ def speeds(pipelines, batches):
 
 def compare(files, image_size, repeats):
     """Print the table."""
-    indices = data.order(len(files.paths), seed=0, epoch=0)[:200]
+    indices = order(len(files.paths), seed=0, epoch=0)[:200]
     batches = [indices[i : i + BATCH] for i in range(0, len(indices), BATCH)]
-    ours = partial(imagefolder.read_batch, files, image_size, (0, 1))
+    ours = partial(photographs.read_batch, files, image_size, (0, 1))
     pipelines = {
         'ours, uint8 batch': ours,
-        'ours, normalised on the CPU': lambda batch: imagefolder.normalize(ours(batch)[0]),
+        'ours, normalised on the CPU': lambda batch: photographs.normalize(ours(batch)[0]),
         'torchvision on PIL': torchvision_pipeline(files, image_size),
     }
     found = [speeds(pipelines.values(), batches) for _ in range(1 + repeats)]
@@ -118,17 +118,17 @@ def compare(files, image_size, repeats):
 
 def main():
     """Read the flags, make images where none are named, and compare."""
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     flag = parser.add_argument
-    flag('--imagenetpath', type=options.path, help='folder with train/<class>/*; without it, images are made')
-    flag('--image_size', default=224, type=options.number(int, 8, 1024), help='default: 224')
-    flag('--repeats', default=7, type=options.number(int, 1, 10_000), help='default: 7')
+    flag('--imagenetpath', type=path, help='folder with train/<class>/*; without it, images are made')
+    flag('--image_size', default=224, type=number(int, 8, 1024), help='default: 224')
+    flag('--repeats', default=7, type=number(int, 1, 10_000), help='default: 7')
     opt = parser.parse_args()
     torch.set_num_threads(1)
     print(f'{platform.processor() or platform.machine()}, torch {torch.__version__}, OpenCV {cv2.__version__}')
     with tempfile.TemporaryDirectory() as made:
         root = opt.imagenetpath or write_photographs(made)
-        compare(imagefolder.load(root).train, opt.image_size, opt.repeats)
+        compare(photographs.load(root).train, opt.image_size, opt.repeats)
 
 
 if __name__ == '__main__':

@@ -15,15 +15,16 @@ import matplotlib
 
 matplotlib.use('Agg')
 
-import matplotlib.pyplot as plt  # noqa: E402
-import torch  # noqa: E402
+import matplotlib.pyplot as plt
+import torch
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..')
 sys.path.insert(0, ROOT)
 
-import ending  # noqa: E402
-import options  # noqa: E402
-from runs import read_log  # noqa: E402
+from engine import ending
+from engine.arguments import Parser, path
+from engine.log import read_log
+from utils import DTYPES
 
 BATCHES, WIDTHS, PROCESSES = (32, 64, 128, 256, 512), (0.5, 1, 2, 4), (1, 2)
 AXES = {'batch size': ('batch_size', BATCHES), 'width': ('width', WIDTHS), 'processes': ('ngpu', PROCESSES)}
@@ -73,9 +74,9 @@ def draw(found, path):
 
 def main():
     """Train a run for each row, print the table and draw it."""
-    parser = options.Parser(__doc__)
-    parser.add_argument('--dtype', default='bfloat16', choices=list(options.DTYPES), help='default: bfloat16')
-    parser.add_argument('--out', type=options.path, metavar='FILE', help='also draw a picture, .svg or .png')
+    parser = Parser(__doc__)
+    parser.add_argument('--dtype', default='bfloat16', choices=list(DTYPES), help='default: bfloat16')
+    parser.add_argument('--out', type=path, metavar='FILE', help='also draw a picture, .svg or .png')
     opt = parser.parse_args()
     print('| batch size | width | processes | images/s | seconds an epoch of 50,000 | MB of the largest process |')
     print('|---|---|---|---|---|---|')

@@ -29,15 +29,21 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 
-import children  # noqa: E402
-import ending
-import engine  # noqa: E402
-import options  # noqa: E402
-import runs  # noqa: E402
-import workers  # noqa: E402
-from imagenet_resnet import imagenet_resnet  # noqa: E402
-from resnet import wide_resnet  # noqa: E402
-from utils import set_requires_grad_except_bn_  # noqa: E402
+from engine import ending, workers
+from engine.arguments import Parser, number
+from engine.flags import parse_cifar
+from engine.log import commit, environment
+from engine.precision import place
+from engine.step import make_update
+from engine.student import Network
+from engine.teacher import frozen
+from imagenet_resnet import imagenet_resnet
+from images import children
+from resnet import wide_resnet
+from utils import (
+    DTYPES,
+    set_requires_grad_except_bn_,
+)
 
 WARM_UP = 1  # pairs that are not counted
 
@@ -71,7 +77,7 @@ def draw(network, device):
     """A network from a fixed seed, whose batch norm has seen some images: (f, params)."""
     torch.manual_seed(0)
     f, params = network()
-    params = engine.place(params, 'float', device)
+    params = place(params, 'float', device)
     with torch.no_grad():
         f(torch.randn(8, 3, 64, 64, device=device), params, True)
     set_requires_grad_except_bn_(params)
@@ -127,9 +133,9 @@ def fast_step(opt, case, device):
     if case.teacher:
         g, fixed = draw(case.teacher, device)
         sample = partial(torch.randn, case.batch, 3, case.size, case.size)
-        teacher = partial(g, params=engine.frozen(opt, g, fixed, sample, device), mode=False)
+        teacher = partial(g, params=frozen(opt, Network(g, fixed), sample, device), mode=False)
     image = torch.zeros(1, 3, case.size, case.size, device=device)
-    return engine.make_update(opt, f, params, teacher, image)
+    return make_update(opt, Network(f, params), teacher, image)
 
 
 def seconds(step, *batch):
@@ -192,7 +198,7 @@ def fast(name, opt):
     words += ['--teacher_dtype', opt.teacher_dtype] if case.teacher and not twice else []
     if not (opt.eager or twice):
         words += ['--compile', '--cuda_graphs'] if opt.cuda_graphs else ['--compile']
-    return fast_step(options.parse_cifar('', words), case, device()), *batch(case)
+    return fast_step(parse_cifar('', words), case, device()), *batch(case)
 
 
 @functools.cache
@@ -200,7 +206,7 @@ def plain(name):
     """The plain step of a case, and its batch."""
     case = CASES[name]
     images, labels = batch(case)
-    return plain_step(options.parse_cifar('', case.flags.split()), case, device()), images.contiguous(), labels
+    return plain_step(parse_cifar('', case.flags.split()), case, device()), images.contiguous(), labels
 
 
 def of_plain(measured, name):
@@ -209,7 +215,7 @@ def of_plain(measured, name):
 
 
 def default_teacher_dtype(dtype):
-    return 'int8' if engine.DTYPES[dtype].itemsize == 2 and device().type == 'cpu' else 'same'
+    return 'int8' if DTYPES[dtype].itemsize == 2 and device().type == 'cpu' else 'same'
 
 
 def own_process():
@@ -266,15 +272,15 @@ def profile(name, opt):
 
 def main():
     """Measure the cases one after the other and print a row of each."""
-    parser = options.Parser(__doc__)
+    parser = Parser(__doc__)
     flag = parser.add_argument
     flag('--only', default=','.join(CASES), help=f'some of {",".join(CASES)} (default: all)')
-    flag('--dtype', default='bfloat16', choices=list(options.DTYPES), help='of the fast step (default: bfloat16)')
+    flag('--dtype', default='bfloat16', choices=list(DTYPES), help='of the fast step (default: bfloat16)')
     flag('--eager', action='store_true', help='the fast step without --compile')
     flag('--cuda_graphs', action='store_true', help='the fast step with --cuda_graphs, on a GPU')
     integers = "of the fast step's teacher (default: int8 on a CPU beside a 16-bit --dtype)"
     flag('--teacher_dtype', choices=['same', 'int8'], help=integers)
-    flag('--pairs', default=11, type=options.number(int, 1, 10_000), help='pairs that are measured (default: 11)')
+    flag('--pairs', default=11, type=number(int, 1, 10_000), help='pairs that are measured (default: 11)')
     flag('--json', action='store_true', help='end with a line of JSON')
     flag('--profile', action='store_true', help='show the most expensive operators of the fast step too')
     opt = parser.parse_args()
@@ -285,8 +291,8 @@ def main():
         raise ValueError('--cuda_graphs: there is no GPU')
     opt.teacher_dtype = opt.teacher_dtype or default_teacher_dtype(opt.dtype)
     workers.keep_memory()
-    rates = {dtype: matrix_rate(engine.DTYPES[dtype], device()) for dtype in {'float', opt.dtype}}
-    print(f'{engine.environment(device())["device"]}, torch {torch.__version__}, commit {runs.commit()}')
+    rates = {dtype: matrix_rate(DTYPES[dtype], device()) for dtype in {'float', opt.dtype}}
+    print(f'{environment(device())["device"]}, torch {torch.__version__}, commit {commit()}')
     print(f'fast: --dtype {opt.dtype}{"" if opt.eager else " --compile"}, teacher_dtype {opt.teacher_dtype}')
     print('matrix product: ' + ', '.join(f'{dtype} {rate / 1e9:.0f} GFLOP/s' for dtype, rate in sorted(rates.items())))
     print(

@@ -19,13 +19,12 @@ from torchvision.models.feature_extraction import create_feature_extractor
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 
-import data  # noqa: E402
-import imagefolder  # noqa: E402
-from ending import run  # noqa: E402
-from formats.read import read  # noqa: E402
-from formats.torchvision import download  # noqa: E402
-from options import Parser, number, path  # noqa: E402
-from utils import at_loss  # noqa: E402
+from engine.arguments import Parser, number, path
+from engine.ending import run
+from formats.read import read
+from formats.torchvision import download
+from images import memory, photographs
+from utils import at_loss
 
 # Layers of one name are compared: here the last of strides 4, 8, 16, 32. `get_graph_node_names(network)` lists layers;
 # take none that is followed by one that works in place, like ReLU(inplace=True), which overwrites its activation.
@@ -73,13 +72,13 @@ def main():
 
     torch.manual_seed(0)
     teacher = load_teacher(opt.teacher_weights)
-    digits = data.load('digits', image_size=64)
+    digits = memory.load('digits', image_size=64)
     student = mobilenet_v3_large(num_classes=digits.num_classes)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
     student, teacher = extractors(student, teacher)
     for step in range(opt.steps):
         index = torch.randperm(len(digits.train.labels))[: opt.batch_size]
-        images = imagefolder.normalize(digits.train.pixels[index])  # as torchvision's weights expect
+        images = photographs.normalize(digits.train.pixels[index])  # as torchvision's weights expect
         ce, at = losses(student, teacher, images, digits.train.labels[index])
         optimizer.zero_grad()
         (ce + opt.beta * sum(at.values())).backward()

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 import cifar
-import ending
+from engine import ending
+from images import memory, photographs
 
 torch.set_num_threads(1)
 HANGS = 600  # seconds after which a process that tests wait for is taken to hang
+TRAINING, TESTING = 25, 9  # images that `write_photographs` writes
 
 
 def draw(rng, label, size):
@@ -26,6 +29,49 @@ def draw(rng, label, size):
     top, left = divmod(label, 2)
     image[top * half_h : (top + 1) * half_h, left * half_w : (left + 1) * half_w] += 120
     return image
+
+
+def smooth(rng, height, width, channels=3):
+    """A picture without hard edges, as photographs are: (height, width, channels) uint8."""
+    coarse = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, channels)).astype(np.float32)
+    return np.clip(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC), 0, 255).astype(np.uint8)
+
+
+def random_images(n=23, size=8):
+    """Images in memory, each of a class of its own."""
+    pixels = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (n, size, size, 3), dtype=np.uint8))
+    return memory.Images(pixels, torch.arange(n))
+
+
+def write_folder(root, train=('a', 'b'), test=('a', 'b'), count=1):
+    """`count` images of 9x9 of each class, to train and to test on; returns root."""
+    rng = np.random.default_rng(0)
+    for part, classes in (('train', train), ('test', test)):
+        (root / part).mkdir(parents=True)
+        for label, name in enumerate(classes):
+            (root / part / name).mkdir()
+            for i in range(count):
+                cv2.imwrite(str(root / part / name / f'{i}.png'), draw(rng, label, (9, 9)))
+    return root
+
+
+def write_photographs(root, train=TRAINING, test=TESTING):
+    """Images of two classes, in turns, of many sizes and two kinds of file."""
+    rng = np.random.default_rng(0)
+    for part, count in (('train', train), ('val', test)):
+        for i in range(count):
+            folder = root / part / ('ant', 'bee')[i % 2]
+            folder.mkdir(parents=True, exist_ok=True)
+            name = f'{i:02}.{("JPEG", "png")[i // 2 % 2]}'
+            image = smooth(rng, 30 + i, 60 - i)
+            Image.fromarray(image).save(folder / name, quality=95)
+    return root
+
+
+def difference(ours, theirs):
+    """Mean and largest absolute difference in levels of 255."""
+    difference = np.abs(ours.astype(int) - np.asarray(theirs))
+    return difference.mean(), difference.max()
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +95,12 @@ def photos(tmp_path_factory):
                 suffix = ('png', 'jpg', 'bmp')[i % 3]
                 assert cv2.imwrite(str(folder / f'{i}.{suffix}'), draw(rng, label, (24 + i, 40 - i)))
     return root
+
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory):
+    """What `write_photographs` writes, loaded."""
+    return photographs.load(write_photographs(tmp_path_factory.mktemp('folder')))
 
 
 @pytest.fixture

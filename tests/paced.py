@@ -16,12 +16,9 @@ import signal
 import sys
 import time
 
-import ending
-import engine
-import imagefolder
-import workers
-
-say = engine.say
+from engine import ending, loop, workers
+from engine.workers import say
+from images import photographs
 
 
 def say_and_wait(*words):
@@ -50,11 +47,11 @@ def spoil(evaluate, epoch):
     """Evaluation that spoils the network the `epoch`-th time."""
     times = []
 
-    def spoiling(f, params, *more):
-        found = evaluate(f, params, *more)
+    def spoiling(network, *more):
+        found = evaluate(network, *more)
         times.append(1)
         if len(times) == epoch:
-            params['bn.running_var'][0] = float('inf')
+            network.params['bn.running_var'][0] = float('inf')
         return found
 
     return spoiling
@@ -66,11 +63,11 @@ if __name__ == '__main__':
     if workers.rank() == 1 and dies and not os.path.exists(dies):
         open(dies, 'x').close()
         os.kill(os.getpid(), signal.SIGKILL)
-    engine.say = say_and_wait
+    loop.say = say_and_wait
     if 'SPOIL' in os.environ and workers.rank() == workers.world() - 1:
-        engine.evaluate = spoil(engine.evaluate, int(os.environ['SPOIL']))
+        loop.evaluate = spoil(loop.evaluate, int(os.environ['SPOIL']))
     if 'PAUSED' in os.environ:
-        pause(getattr(imagefolder, os.environ['PAUSED']))
+        pause(getattr(photographs, os.environ['PAUSED']))
     if workers.rank() == 1:
         atexit.register(time.sleep, float(os.environ.get('SLOW_END', 0)))
     ending.run(importlib.import_module(os.environ['PACED']).main)

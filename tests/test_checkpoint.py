@@ -11,7 +11,7 @@ from conftest import refused
 
 import checkpoint
 import resnet
-import runs
+from engine.log import append_line
 from formats import networks, write
 from formats.torchvision import from_torchvision
 
@@ -48,7 +48,7 @@ def test_nothing_is_written_through_a_link(tmp_path):
         link.symlink_to(mine)
     write.save(path, STATE)
     with pytest.raises(OSError, match='log.txt could not be written'):
-        runs.append_line(str(tmp_path / 'log.txt'), 'line')
+        append_line(str(tmp_path / 'log.txt'), 'line')
     assert mine.read_text() == 'mine' and networks.load(path)['epoch'] == 3
 
 

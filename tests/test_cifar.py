@@ -13,22 +13,25 @@ from conftest import SMALL, refused
 
 import checkpoint
 import cifar
-import engine
 import nin
-import runs
-from formats import networks
+from engine.log import line_of, read_log
+from engine.loop import Run
+from formats import networks, write
 
 TIMES = {'train_time', 'test_time', 'images_per_second', 'save', 'save_every', 'resume'}
 
 
 def logged(run):
     """The lines of a run's log, without what differs between two runs of the same."""
-    return [{k: v for k, v in r.items() if k not in TIMES} for r in engine.read_log(f'logs/{run}/log.txt')]
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_log(f'logs/{run}/log.txt')]
 
 
 def weights(run):
     state = networks.load(f'logs/{run}/model.pt7')
-    return {**state['params'], **{f'momentum of {k}': v for k, v in state['optimizer'].items()}}
+    return {
+        **state['params'],
+        **{f'momentum {i}': v['momentum_buffer'] for i, v in state['optimizer']['state'].items()},
+    }
 
 
 def same_weights(a, b):
@@ -43,7 +46,7 @@ def teacher(train):
 
 def test_a_teacher_learns_and_what_a_run_writes_is_complete(teacher):
     assert sorted(os.listdir('logs/teacher')) == ['log.txt', 'model.pt7']
-    records = engine.read_log('logs/teacher/log.txt')
+    records = read_log('logs/teacher/log.txt')
     assert [r['epoch'] for r in records] == [1, 2, 3, 4, 5, 6]
     assert records[-1]['train_acc'] > 60 and records[-1]['test_acc'] > 60  # 33 by chance
     fields = 'train_loss train_acc test_loss test_acc train_time test_time at_losses n_parameters num_classes'
@@ -65,7 +68,7 @@ def test_at_kd_and_both_learn_from_a_teacher_and_log_their_terms(train, teacher)
             '--epochs 2 --teacher_id teacher --epoch_step [] --lr 0.05', flags, f'--save logs/{name}'
         )
         assert status == 0, err
-        first, last = engine.read_log(f'logs/{name}/log.txt')
+        first, last = read_log(f'logs/{name}/log.txt')
         assert [k for k in last if k in ('ce', 'kd') or re.fullmatch(r'at\d', k)] == terms
         assert last['train_loss'] < first['train_loss']
         expected = {'ce': 1 - last['alpha'], 'kd': last['alpha']}
@@ -87,8 +90,8 @@ def nin_teacher(train):
 
 
 def test_a_network_in_network_learns_and_teaches_in_every_way(train, nin_teacher):
-    accuracy = engine.read_log('logs/teacher/log.txt')[-1]['test_acc']
-    assert engine.read_log('logs/teacher/log.txt')[-1]['depth'] is None and accuracy > 50  # 33 by chance
+    accuracy = read_log('logs/teacher/log.txt')[-1]['test_acc']
+    assert read_log('logs/teacher/log.txt')[-1]['depth'] is None and accuracy > 50  # 33 by chance
     for name, flags, terms in (
         ('full', '--transfer full --beta 1000 --beta_decay cosine', ['ce', 'full0', 'full1', 'full2']),
         ('gradient', '--transfer gradient --beta 1', ['ce', 'grad']),
@@ -102,7 +105,7 @@ def test_a_network_in_network_learns_and_teaches_in_every_way(train, nin_teacher
         teacher = '' if name == 'alone' else '--teacher_id teacher'
         status, out, err = train(NIN, '--width 0.0625 --epochs 2', teacher, flags, f'--save logs/{name}')
         assert status == 0, err
-        record = engine.read_log(f'logs/{name}/log.txt')[-1]
+        record = read_log(f'logs/{name}/log.txt')[-1]
         assert [k for k in record if k in 'ce kd grad symmetry min_l2' or re.fullmatch(r'(at|full)\d', k)] == terms
         weight = {'ce': 1 - record['alpha'], 'kd': record['alpha'], record['penalty']: record['gamma']}
         total = sum(weight.get(k, record['beta_now']) * record[k] for k in terms)
@@ -140,7 +143,7 @@ def test_what_one_sees_is_readable_without_a_terminal(train):
 @pytest.mark.parametrize('dtype', ['float', 'bfloat16', 'half', 'double'])
 def test_every_dtype_trains_and_keeps_its_parameters_precise(train, dtype):
     assert train('--epochs 2 --epoch_step [] --lr 0.05 --save logs/run', '--dtype', dtype)[0] == 0
-    first, last = engine.read_log('logs/run/log.txt')
+    first, last = read_log('logs/run/log.txt')
     assert last['train_loss'] < first['train_loss']
     expected = torch.float64 if dtype == 'double' else torch.float32
     assert {v.dtype for v in weights('run').values()} == {expected}
@@ -150,7 +153,7 @@ def test_dtypes_agree_on_the_first_epoch(train):
     losses = {}
     for dtype in ('float', 'double', 'bfloat16', 'half'):
         assert train('--epochs 1 --lr 0.01 --save', f'logs/{dtype} --dtype {dtype}')[0] == 0
-        losses[dtype] = engine.read_log(f'logs/{dtype}/log.txt')[0]['train_loss']
+        losses[dtype] = read_log(f'logs/{dtype}/log.txt')[0]['train_loss']
     assert losses['float'] == pytest.approx(losses['double'], rel=1e-5)
     assert losses['half'] == pytest.approx(losses['double'], rel=1e-2)
     assert losses['bfloat16'] == pytest.approx(losses['double'], rel=2e-2)
@@ -165,7 +168,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(train, teacher, monkey
         f'--epochs 4 --epoch_step [2,4] --teacher_id teacher --alpha 0.5 --beta 100 --beta_decay linear --dtype {dtype}'
     )
     assert train(flags, '--save logs/whole --resume auto')[0] == 0
-    keep = engine._keep
+    keep = Run.keep_epoch
     for stop in (1, 2, 3):
 
         def interrupted(run, stop=stop):
@@ -173,12 +176,12 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(train, teacher, monkey
             if run.epoch == stop:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(engine, '_keep', interrupted)
+        monkeypatch.setattr(Run, 'keep_epoch', interrupted)
         status, _, err = train(flags, f'--save logs/part{stop} --resume auto')
         assert status == 130 and err == 'cifar.py: error: interrupted\n'
-        monkeypatch.setattr(engine, '_keep', keep)
+        monkeypatch.setattr(Run, 'keep_epoch', keep)
         with open(f'logs/part{stop}/log.txt', 'a') as log:  # what a kill between log and checkpoint leaves
-            log.write(runs.line_of({**logged('whole')[-1], 'epoch': stop + 1}) + 'json_stats: {"dep')
+            log.write(line_of({**logged('whole')[-1], 'epoch': stop + 1}) + 'json_stats: {"dep')
         status, out, _ = train(flags, f'--save logs/part{stop} --resume auto')
         assert status == 0 and f'after epoch {stop}' in out
         assert logged(f'part{stop}') == logged('whole')
@@ -392,7 +395,7 @@ def test_two_workers_write_one_log_and_test_every_image_once(photos, tmp_path):
     done = run_real(photos, *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('parsed options') == 1 and done.stdout.count('epoch 1/2') == 1
-    records = engine.read_log(tmp_path / 'logs' / 'two' / 'log.txt')
+    records = read_log(tmp_path / 'logs' / 'two' / 'log.txt')
     assert [r['epoch'] for r in records] == [1, 2] and records[0]['workers'] == 2
     assert (records[-1]['test_acc'] * 21 / 100) % 1 == pytest.approx(0, abs=1e-6)
     state = networks.load(tmp_path / 'logs' / 'two' / 'model.pt7')
@@ -406,3 +409,19 @@ def test_bad_input_to_several_workers_is_still_one_line_and_status_2(tmp_path):
 
 def test_more_workers_than_the_machine_has_are_refused(script):
     assert refused(script(cifar, '--dataset digits --ngpu 999 --batch_size 1000'), '--ngpu 999: there are')
+
+
+def test_a_checkpoint_of_before_with_momentum_by_name_is_resumed_bit_for_bit(train):
+    """Older ones have {name: momentum} where the optimizer's state_dict stands today, and no scaler."""
+    flags = '--epochs 2 --epoch_step [] --lr 0.05 --save'
+    assert train(flags, 'logs/whole')[0] == 0
+    assert train('--epochs 1 --epoch_step [] --lr 0.05 --save logs/old')[0] == 0
+    state = networks.load('logs/old/model.pt7')
+    trained = [k for k in state['params'] if 'running' not in k]
+    momentum = state['optimizer']['state']
+    state['optimizer'] = {k: momentum[i]['momentum_buffer'] for i, k in enumerate(trained)}
+    del state['scaler']
+    write.save('logs/old/model.pt7', state)
+    status, out, err = train(flags, 'logs/old --resume auto')
+    assert status == 0 and 'after epoch 1' in out, err
+    assert logged('old')[-1] == logged('whole')[-1] and same_weights('old', 'whole')

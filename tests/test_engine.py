@@ -9,14 +9,19 @@ import torch
 import torch.nn.functional as F
 from conftest import refused
 
-import data
-import engine
-import options
 import resnet
-import runs
-import schedules
 import utils
+from engine import log, schedules
+from engine.arguments import Parser
+from engine.evaluate import evaluate
+from engine.flags import common_flags, parse_cifar
+from engine.log import commit, line_of, read_log
+from engine.step import Updates, make_step, make_update
+from engine.student import Network, pair
+from engine.teacher import frozen
+from engine.transfer import group_numbers
 from formats import networks, write
+from images import memory
 from nin import nin
 
 CPU = torch.device('cpu')
@@ -42,7 +47,7 @@ def test_fit_equals_a_loop_written_out_by_hand(train, photos, tmp_path):
     flags = '--teacher_id teacher --alpha 0.7 --beta 50 --beta_decay linear --temperature 3 --seed 5 --epochs 3'
     assert train(flags, '--epoch_step [2,3] --lr 0.05 --weight_decay 0.01 --save logs/student')[0] == 0
 
-    images = data.load('folder', photos, image_size=16).train
+    images = memory.load('folder', photos, image_size=16).train
     torch.manual_seed(5)
     f, params = resnet.wide_resnet(10, 0.25, 3)
     g, fixed = networks.load_teacher('logs/teacher/model.pt7')
@@ -52,7 +57,7 @@ def test_fit_equals_a_loop_written_out_by_hand(train, photos, tmp_path):
         if epoch in (1, 2, 3):
             optimizer = torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=0.01)
         total, steps = 0, 0
-        for x, labels, _ in data.TrainBatches(images, 16, 2, True, 5, 0, 1, epoch):
+        for x, labels, _ in memory.TrainBatches(images, 16, 2, True, 5, 0, 1, epoch):
             y, groups = f(x, params, True)
             with torch.no_grad():
                 y_t, groups_t = g(x, fixed, False)
@@ -66,32 +71,33 @@ def test_fit_equals_a_loop_written_out_by_hand(train, photos, tmp_path):
     saved = networks.load('logs/student/model.pt7')['params']
     for key, value in params.items():
         torch.testing.assert_close(saved[key], value.detach(), rtol=1e-5, atol=1e-6)
-    records = engine.read_log('logs/student/log.txt')
+    records = read_log('logs/student/log.txt')
     assert [r['train_loss'] for r in records] == pytest.approx(losses, rel=1e-5)
-    assert [r['lr'] for r in records] == pytest.approx([0.05, 0.01, 0.002])
+    assert [r['lr'] for r in records] == [0.05] * 3
+    assert [r['lr_now'] for r in records] == pytest.approx([0.05, 0.01, 0.002])
     assert [r['beta_now'] for r in records] == pytest.approx([50, 100 / 3, 50 / 3])
 
 
 def test_evaluation_counts_every_image_once_whatever_the_batches():
     torch.manual_seed(0)
     f, params = resnet.wide_resnet(10, 0.25, 10)
-    images = data.load('digits', image_size=8).test
-    images = data.Images(images.pixels[:101], images.labels[:101])
-    logits = f(data.normalize(images.pixels), params, False)[0].detach()
+    images = memory.load('digits', image_size=8).test
+    images = memory.Images(images.pixels[:101], images.labels[:101])
+    logits = f(memory.normalize(images.pixels), params, False)[0].detach()
     wrong = (logits.argmax(1) != images.labels).sum().item()
     for batch_size in (101, 25, 7):
-        loss, (accuracy,) = engine.evaluate(f, params, data.TestBatches(images, batch_size), CPU)
+        loss, (accuracy,) = evaluate(Network(f, params), memory.TestBatches(images, batch_size), CPU)
         assert accuracy == pytest.approx(100 * (1 - wrong / 101), abs=1e-9)
         assert loss == pytest.approx(F.cross_entropy(logits, images.labels).item(), rel=1e-5)
-    top2 = engine.evaluate(f, params, data.TestBatches(images, 25), CPU, topk=(1, 2))[1]
+    top2 = evaluate(Network(f, params), memory.TestBatches(images, 25), CPU, topk=(1, 2))[1]
     second = (logits.topk(2)[1] == images.labels[:, None]).any(1).double().mean().item()
     assert top2 == pytest.approx([accuracy, 100 * second])
 
 
 def flags(words):
-    parser = options.Parser('')
+    parser = Parser('')
     recipe = {'depth': 10, 'batch_size': 4, 'epochs': 1, 'epoch_step': '[]', 'lr_decay_ratio': 1, 'weight_decay': 0}
-    options.common_flags(parser, '4.1', **recipe)
+    common_flags(parser, '4.1', **recipe)
     return parser.parse_args(words.split())
 
 
@@ -110,9 +116,9 @@ def flags(words):
 def test_step_names_its_terms_and_computes_no_other(words, names):
     f, params = resnet.wide_resnet(10, 0.25, 10)
     network = partial(f, params=params, mode=True)
-    step = engine.make_step(flags(words), network, network, CPU)
-    logits, terms = step(torch.randn(4, 3, 8, 8), torch.arange(4))
-    assert list(terms) == names.split() and logits.shape == (4, 10)
+    step = make_step(flags(words), network, network, CPU)
+    logits, losses = step(torch.randn(4, 3, 8, 8), torch.arange(4))
+    assert list(losses.named()) == names.split() and logits.shape == (4, 10)
 
 
 def image_gradient(f, params, mode, images, labels):
@@ -152,8 +158,8 @@ def test_losses_of_gradients_equal_finite_differences(network, words):
     trained = [v.requires_grad_() for k, v in params.items() if 'running' not in k]
 
     def term():
-        step = engine.make_step(opt, partial(f, params=params, mode=True), partial(g, params=fixed, mode=False), CPU)
-        return list(step(images, labels)[1].values())[1]
+        step = make_step(opt, partial(f, params=params, mode=True), partial(g, params=fixed, mode=False), CPU)
+        return list(step(images, labels)[1].named().values())[1]
 
     value = term()
     with torch.no_grad():
@@ -226,9 +232,9 @@ def test_losses_of_activations_equal_their_formulas_and_finite_differences(words
     images, labels = torch.randn(3, 3, 8, 8, dtype=torch.float64), torch.tensor([0, 2, 3])
     opt = flags(f'--beta 1 --dtype double {words}')
     teacher = partial(g, params=fixed, mode=False)
-    student = partial(engine.prepare(opt, f, params, teacher, images[:1]), params=params, mode=True)
-    step = engine.make_step(opt, student, teacher, CPU)
-    terms = {k: v.item() for k, v in step(images, labels)[1].items()}
+    student = partial(pair(opt, Network(f, params), teacher, images[:1]), params=params, mode=True)
+    step = make_step(opt, student, teacher, CPU)
+    terms = {k: v.item() for k, v in step(images, labels)[1].named().items()}
 
     with torch.no_grad():
         (y, xs), (y_t, ys) = f(images, params, True), teacher(images)
@@ -240,13 +246,14 @@ def test_losses_of_activations_equal_their_formulas_and_finite_differences(words
         expected['kd'] = np_kd(opt.temperature, y.numpy(), y_t.numpy())
     expected['ce'] = F.cross_entropy(y, labels).item()
     assert terms == pytest.approx(expected, rel=1e-9) and min(expected.values()) > 1e-5
-    assert_gradient(lambda: sum(step(images, labels)[1].values()), [v for v in params.values() if v.requires_grad])
+    trained = [v for v in params.values() if v.requires_grad]
+    assert_gradient(lambda: step(images, labels)[1].total(opt.beta, opt.gamma), trained)
 
 
 def test_transfer_groups_are_chosen_by_number():
-    assert engine.transfer_groups('', 3) == [0, 1, 2] and engine.transfer_groups('2,0', 3) == [2, 0]
+    assert group_numbers('', 3) == [0, 1, 2] and group_numbers('2,0', 3) == [2, 0]
     with pytest.raises(ValueError, match='--groups 3: the network has groups 0 to 2'):
-        engine.transfer_groups('3', 3)
+        group_numbers('3', 3)
 
 
 # -------------------------------------------------------------------------------------------------------- the log
@@ -261,7 +268,7 @@ UPSTREAM_LINE = (
 def test_the_authors_logs_are_read_and_other_lines_passed_over(tmp_path):
     path = tmp_path / 'log.txt'
     path.write_text(f'parsed options: {{}}\n{UPSTREAM_LINE}\n\n{UPSTREAM_LINE.replace("60.5", "61.0")}\n')
-    records = engine.read_log(path)
+    records = read_log(path)
     assert [r['test_acc'] for r in records] == [60.5, 61.0] and records[0]['width'] == 2
 
 
@@ -269,17 +276,17 @@ def test_a_last_line_cut_short_is_left_out_and_any_other_is_an_error(tmp_path):
     path = tmp_path / 'log.txt'
     for cut in range(10, len(UPSTREAM_LINE)):
         path.write_text(f'{UPSTREAM_LINE}\n{UPSTREAM_LINE[:cut]}')
-        assert len(engine.read_log(path)) == 1
+        assert len(read_log(path)) == 1
     path.write_text(f'{UPSTREAM_LINE[:100]}\n{UPSTREAM_LINE}\n')
     with pytest.raises(ValueError, match='log.txt, line 1: json_stats is not followed by a JSON object'):
-        engine.read_log(path)
+        read_log(path)
     path.write_text(f'json_stats: {"[" * 100_000}\n{UPSTREAM_LINE}\n')
     with pytest.raises(ValueError, match='line 1'):
-        engine.read_log(path)
+        read_log(path)
 
 
 def test_log_lines_are_strict_json():
-    line = runs.line_of({'a': float('nan'), 'b': [(1.0, float('inf'))], 'c': 'd', 'e': True, 'f': None})
+    line = line_of({'a': float('nan'), 'b': [(1.0, float('inf'))], 'c': 'd', 'e': True, 'f': None})
     assert json.loads(line.removeprefix('json_stats: ')) == {
         'a': None,
         'b': [[1.0, None]],
@@ -290,9 +297,9 @@ def test_log_lines_are_strict_json():
 
 
 def test_commit_is_that_of_this_code_or_none(monkeypatch, tmp_path):
-    assert runs.commit() is None or len(runs.commit().removesuffix('-dirty')) >= 7
-    monkeypatch.setattr(runs, '__file__', str(tmp_path / 'runs.py'))
-    assert runs.commit() is None
+    assert commit() is None or len(commit().removesuffix('-dirty')) >= 7
+    monkeypatch.setattr(log, '__file__', str(tmp_path / 'engine' / 'log.py'))
+    assert commit() is None
 
 
 HALF = [
@@ -308,13 +315,13 @@ def test_a_weight_that_float32_bears_is_borne_by_float16(words):
     """Its gradients are infinite at first, and those steps are left out."""
     losses = {}
     for dtype in ('float', 'half'):
-        opt = options.parse_cifar('', f'--teacher_id x --batch_size 32 --lr 1e-4 --dtype {dtype} {words}'.split())
+        opt = parse_cifar('', f'--teacher_id x --batch_size 32 --lr 1e-4 --dtype {dtype} {words}'.split())
         torch.manual_seed(0)
         f, params = resnet.wide_resnet(10, 0.25, 10)
         g, fixed = resnet.wide_resnet(10, 0.5, 10)
         taught = partial(g, params={k: v.detach() for k, v in fixed.items()}, mode=False)
         images, labels = torch.randn(32, 3, 16, 16), torch.arange(32) % 10
-        update, before = engine.make_update(opt, f, params, taught, images[:1]), params['fc.weight'].detach().clone()
+        update, before = make_update(opt, Network(f, params), taught, images[:1]), params['fc.weight'].detach().clone()
         for _ in range(30):
             update(images, labels)
         assert not torch.equal(params['fc.weight'], before)
@@ -337,9 +344,9 @@ def test_the_scale_of_float16_losses_is_resumed(train):
 
 
 def test_gradients_that_no_scale_makes_finite_fail_the_run():
-    opt = options.parse_cifar('', ['--dtype', 'half'])
+    opt = parse_cifar('', ['--dtype', 'half'])
     weight = torch.ones(1, requires_grad=True)
-    updates = engine.Updates(opt, [weight], torch.device('cpu'))
+    updates = Updates(opt, [weight], torch.device('cpu'))
 
     def closure():
         updates.zero_grad()
@@ -353,11 +360,11 @@ def test_gradients_that_no_scale_makes_finite_fail_the_run():
 
 
 def test_a_float64_teacher_is_folded_in_float64():
-    opt = options.parse_cifar('', ['--dtype', 'double'])
+    opt = parse_cifar('', ['--dtype', 'double'])
     torch.manual_seed(0)
     f, params = resnet.wide_resnet(10, 0.5, 10)
     params = {k: v.detach() + 0.1 for k, v in params.items()}
-    folded = engine.frozen(opt, f, params, None, torch.device('cpu'))
+    folded = frozen(opt, Network(f, params), None, torch.device('cpu'))
     x = torch.randn(2, 3, 16, 16, dtype=torch.double)
     expected = f(x, {k: v.double() for k, v in params.items()}, False)[0]
     torch.testing.assert_close(f(x, folded, False)[0], expected, rtol=1e-12, atol=1e-12)

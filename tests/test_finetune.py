@@ -13,13 +13,13 @@ from conftest import draw, refused
 from PIL import Image
 from torchvision import transforms
 
-import engine
 import finetune
-import imagefolder
 import imagenet_resnet
 import resnet
 import utils
+from engine.log import read_log
 from formats import networks, write
+from images import crops, photographs
 
 SIZE = 32
 SMALL = f'--image_size {SIZE} --epochs 1 --batch_size 8 --nthread 0'
@@ -80,7 +80,7 @@ def tune(script, pretrained):
 @pytest.mark.parametrize('dataset', ['cub', 'scenes'])
 def test_lists_are_read_as_published(request, dataset):
     root = request.getfixturevalue(dataset)
-    loaded = finetune.DATASETS[dataset](root)
+    loaded = photographs.DATASETS[dataset](root)
     assert (len(loaded.train.paths), len(loaded.test.paths), loaded.num_classes) == (18, 9, 3)
     assert loaded.train.labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
     assert [os.path.basename(path) for path in loaded.test.paths] == ['0.jpg', '3.jpg', '6.jpg'] * 3
@@ -92,16 +92,16 @@ def test_lists_are_read_as_published(request, dataset):
 
 def test_boxes_are_cropped_then_scaled_then_the_centre_is_taken_or_to_train_any_part(cub):
     """As PIL and torchvision do it, to the rounding of a pixel."""
-    files = imagefolder.load_cub(cub).train
+    files = photographs.load_cub(cub).train
     path, (left, top, width, height) = files.paths[3], files.boxes[3]
     part = Image.open(path).crop((int(left), int(top), round(left + width), round(top + height)))
     scaled = np.asarray(transforms.Resize(round(SIZE * 256 / 224))(part)).astype(int)
-    (found,), _, _ = imagefolder.read_batch(files, SIZE, None, [3])
+    (found,), _, _ = photographs.read_batch(files, SIZE, None, [3])
     y, x = (round((side - SIZE) / 2) for side in scaled.shape[:2])
     assert np.abs(found.numpy() - scaled[y : y + SIZE, x : x + SIZE]).max() <= 1
     places = set()
     for epoch in range(40):
-        (found,), _, _ = imagefolder.read_batch(files, SIZE, (0, epoch), [3])
+        (found,), _, _ = photographs.read_batch(files, SIZE, (0, epoch), [3])
         options = {
             (y, x, m): np.abs(found.numpy()[:, :: 1 - 2 * m] - scaled[y : y + SIZE, x : x + SIZE]).max()
             for y in range(scaled.shape[0] - SIZE + 1)
@@ -117,10 +117,10 @@ def test_boxes_are_cropped_then_scaled_then_the_centre_is_taken_or_to_train_any_
 
 def test_a_box_is_cut_to_its_image_and_one_outside_of_it_is_a_bad_image(cub):
     path = str(cub / 'images' / CLASSES[0] / '0.jpg')  # 50x40 pixels
-    whole = imagefolder.test_crop(path, SIZE)
-    assert np.array_equal(imagefolder.test_crop(path, SIZE, (0.0, 0.0, 999.0, 999.0)), whole)
+    whole = crops.test_crop(path, SIZE)
+    assert np.array_equal(crops.test_crop(path, SIZE, (0.0, 0.0, 999.0, 999.0)), whole)
     with pytest.raises(ValueError, match='none of which its box'):
-        imagefolder.test_crop(path, SIZE, (50.0, 0.0, 10.0, 10.0))
+        crops.test_crop(path, SIZE, (50.0, 0.0, 10.0, 10.0))
 
 
 def test_a_part_too_thin_to_be_scaled_is_a_bad_image(cub):
@@ -128,8 +128,8 @@ def test_a_part_too_thin_to_be_scaled_is_a_bad_image(cub):
     Image.fromarray(np.zeros((2, 500, 3), np.uint8)).save(path)
     for box in (None, (0.0, 0.0, 400.0, 2.0)):
         with pytest.raises(ValueError, match='too thin'):
-            imagefolder.test_crop(path, SIZE, box)
-    assert imagefolder.test_crop(path, SIZE, (0.0, 0.0, 200.0, 2.0)).shape == (SIZE, SIZE, 3)
+            crops.test_crop(path, SIZE, box)
+    assert crops.test_crop(path, SIZE, (0.0, 0.0, 200.0, 2.0)).shape == (SIZE, SIZE, 3)
 
 
 def test_batch_norm_stem_and_first_group_stay_and_all_else_learns(tune, cub, pretrained):
@@ -143,7 +143,7 @@ def test_batch_norm_stem_and_first_group_stay_and_all_else_learns(tune, cub, pre
     assert after['fc.weight'].shape[0] == 3
     trained = sum(after[k].numel() for k in changed)
     assert f'{trained:,} trained parameters' in out
-    (record,) = engine.read_log('logs/run/log.txt')
+    (record,) = read_log('logs/run/log.txt')
     assert (record['train_images'], record['test_images'], record['num_classes']) == (18, 9, 3)
     assert (record['depth'], record['pretrained']) == (18, str(pretrained))
     _, _, err = tune(cub, '--save logs/all --fixed_groups 0')
@@ -171,7 +171,7 @@ def test_a_student_learns_from_a_fine_tuned_teacher_by_its_last_two_groups_and_r
     words = '--dataset scenes --teacher_params logs/teacher/model.pt7 --beta 1e+3 --alpha 0.5'
     status, out, err = tune(scenes, words, '--epochs 2 --save logs/run')
     assert status == 0 and 'teacher: top-1 ' in out, err
-    whole = engine.read_log('logs/run/log.txt')
+    whole = read_log('logs/run/log.txt')
     assert {k for k in whole[0] if k.startswith(('at', 'kd')) and k[-1].isdigit() or k == 'kd'} == {'at2', 'at3', 'kd'}
     assert tune(scenes, words, '--save logs/half')[0] == 0
     status, out, err = tune(scenes, words, '--epochs 2 --save logs/half --resume auto')
@@ -190,7 +190,7 @@ def test_the_other_transfers_and_penalties_can_be_fine_tuned_with(tune, cub):
     }.items():
         status, _, err = tune(cub, flags, '--save logs/run --overwrite')
         assert status == 0, err
-        assert terms <= set(engine.read_log('logs/run/log.txt')[0])
+        assert terms <= set(read_log('logs/run/log.txt')[0])
     assert refused(tune(cub, f'{words} --transfer gradient --groups 1'), '--groups')
 
 
@@ -208,24 +208,24 @@ def test_two_workers_learn_what_one_does(tune, cub):
 def test_ones_own_folder_is_cropped_in_the_same_way(cub, tmp_path):
     for part in ('train', 'val'):
         shutil.copytree(cub / 'images', tmp_path / 'photos' / part)
-    assert finetune.load_folder(tmp_path / 'photos', False).train.scaled
+    assert photographs.load_folder(tmp_path / 'photos').train.scaled
 
 
 @pytest.mark.parametrize('dataset', ['cub', 'scenes'])
 def test_held_out_training_images_of_every_class_are_tested_on_with_their_boxes(request, tune, dataset):
     root = request.getfixturevalue(dataset)
-    train = finetune.DATASETS[dataset](root).train
-    held = imagefolder.hold_out(finetune.DATASETS[dataset](root), 6)
+    train = photographs.DATASETS[dataset](root).train
+    held = photographs.hold_out(photographs.DATASETS[dataset](root), 6)
     assert held.test.labels.tolist() == [0, 0, 1, 1, 2, 2] and held.train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     for part in (held.train, held.test):
         where = [train.paths.index(path) for path in part.paths]
         assert part.boxes == [train.boxes[i] for i in where] and part.labels.tolist() == train.labels[where].tolist()
     assert sorted(held.train.paths + held.test.paths) == sorted(train.paths)
-    found = imagefolder.read_batch(held.test, SIZE, None, [0])[0][0]
-    assert np.array_equal(found, imagefolder.test_crop(held.test.paths[0], SIZE, held.test.boxes[0]))
+    found = photographs.read_batch(held.test, SIZE, None, [0])[0][0]
+    assert np.array_equal(found, crops.test_crop(held.test.paths[0], SIZE, held.test.boxes[0]))
     status, _, err = tune(root, f'--dataset {dataset} --holdout 6 --save logs/run')
     assert status == 0, err
-    (record,) = engine.read_log('logs/run/log.txt')
+    (record,) = read_log('logs/run/log.txt')
     assert (record['holdout'], record['train_images'], record['test_images']) == (6, 12, 6)
     assert refused(tune(root, f'--dataset {dataset} --holdout 16'), '--holdout 16: at most 15 of the 18', 'keep none')
 
@@ -254,7 +254,7 @@ def test_lists_that_do_not_fit_are_refused_in_one_line(tune, cub, name, change, 
 
 def test_any_bytes_in_the_lists_are_read_or_refused(cub, scenes):
     rng, refusals = np.random.default_rng(0), 0
-    for load, root in ((imagefolder.load_cub, cub), (imagefolder.load_scenes, scenes)):
+    for load, root in ((photographs.load_cub, cub), (photographs.load_scenes, scenes)):
         for path in sorted(root.glob('*.txt')):
             content = path.read_bytes()
             for _ in range(60):
@@ -281,7 +281,7 @@ def test_lists_of_windows_or_of_names_in_any_encoding_find_their_files(request, 
     for path in root.glob('*.txt'):
         content = path.read_bytes().replace(CLASSES[1].encode(), name).replace(b'\n', b'\r\n')
         path.write_bytes((b'\xef\xbb\xbf' if encoding == 'utf-8-sig' else b'') + content)
-    loaded = finetune.DATASETS[dataset](root)
+    loaded = photographs.DATASETS[dataset](root)
     assert loaded.train.labels.tolist() == [0] * 6 + [1] * 6 + [2] * 6
     status, _, err = tune(root, f'--dataset {dataset}')
     assert status == 0, err

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from urllib.error import URLError
 
 import cv2
 import h5py
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torchvision
 from conftest import HANGS, SMALL, draw, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,15 +24,14 @@ from PIL import Image
 from torchnet.meter import AverageValueMeter
 
 import cifar
-import data
-import engine
 import finetune
-import imagefolder
 import imagenet
 import plot
 import reproduce
 import resnet
+from engine.log import read_log
 from formats import networks, write
+from images import crops, decode, memory
 
 LONG = bool(os.environ.get('AT_LONG_TESTS'))
 ROOT = os.path.dirname(os.path.abspath(cifar.__file__))
@@ -110,8 +111,8 @@ def test_a_mutated_image_is_read_or_refused(tmp_path_factory, suffix, mutations,
     image.convert('RGB' if suffix == '.jpg' else 'RGBA').save(content, Image.registered_extensions()[suffix])
     path.write_bytes(mutate(content.getvalue(), mutations))
     try:
-        trials = imagefolder.augmentation(0, 1, 0)[1]
-        found = data.read_image(path, (lambda h, w: imagefolder.random_box(h, w, trials)) if boxed else None)
+        trials = crops.augmentation(0, 1, 0)[1]
+        found = decode.read_image(path, (lambda h, w: crops.random_box(h, w, trials)) if boxed else None)
     except ValueError as error:
         assert str(error).startswith(str(path))
     else:
@@ -127,7 +128,7 @@ def test_a_mutated_log_is_read_or_refused(tmp_path_factory, mutations, whole):
     )
     path.write_bytes(mutate((line * 3).encode(), mutations))
     try:
-        assert all(isinstance(record, dict) for record in engine.read_log(path))
+        assert all(isinstance(record, dict) for record in read_log(path))
         if whole:
             plot.draw_curves([path])
     except ValueError as error:
@@ -167,7 +168,9 @@ def test_any_words_are_understood_or_refused(monkeypatch, capsys, module, words)
 
 REFUSALS = """
 import resource, sys
-import data, engine
+import checkpoint, engine.log
+from images import decode
+from images import decode
 from formats import networks
 with open('/proc/self/statm') as file:
     used = int(file.read().split()[0]) * resource.getpagesize()
@@ -222,7 +225,7 @@ def test_images_that_declare_gigabytes_are_refused(tmp_path):
     for i, content in enumerate(images):
         assert len(content) < 2000
         (tmp_path / f'{i}.png').write_bytes(content)
-    found = refusals(*(('data.read_image', tmp_path / f'{i}.png') for i in range(3)))
+    found = refusals(*(('decode.read_image', tmp_path / f'{i}.png') for i in range(3)))
     assert all('is not a readable image' in line for line in found)
 
 
@@ -231,7 +234,7 @@ def test_16_gib_of_holes_are_not_read(tmp_path):
     path = tmp_path / 'sparse'
     with open(path, 'wb') as file:
         file.truncate(16 * 2**30)
-    readers = 'data.read_image', 'engine.read_log', 'networks.load', 'networks.load_teacher'
+    readers = 'decode.read_image', 'engine.log.read_log', 'networks.load', 'networks.load_teacher'
     assert all('sparse' in line for line in refusals(*((reader, path) for reader in readers)))
 
 
@@ -254,12 +257,12 @@ def test_code_in_cifars_pickles_is_not_run(tmp_path, monkeypatch):
         (folder / name).write_bytes(pickle.dumps(Trap(trace)))
 
     def offline(*_, **__):
-        raise data.URLError('no network')
+        raise URLError('no network')
 
-    monkeypatch.setattr(data.torchvision.datasets.utils, 'urlretrieve', offline, raising=False)
+    monkeypatch.setattr(torchvision.datasets.utils, 'urlretrieve', offline, raising=False)
     monkeypatch.setattr('urllib.request.urlopen', offline)
     with pytest.raises((OSError, ValueError)):
-        data.load('CIFAR10', str(tmp_path))
+        memory.load('CIFAR10', str(tmp_path))
     assert not trace.exists()
     pickle.loads(pickle.dumps(Trap(trace))).close()  # the trap does work
     assert trace.exists()
@@ -272,7 +275,7 @@ def test_a_log_of_huge_numbers_or_depth_is_read_or_refused(tmp_path, line):
     log = tmp_path / 'log.txt'
     log.write_text(f'json_stats: {line}\njson_stats: {{"epoch": 2}}\n')
     try:
-        assert engine.read_log(log)[-1] == {'epoch': 2}
+        assert read_log(log)[-1] == {'epoch': 2}
     except ValueError as error:
         assert str(error).startswith(f'{log}, line 1')
 
@@ -287,6 +290,9 @@ def test_a_checkpoint_that_no_run_wrote_is_not_resumed(train):
         {'epoch': -5},
         {'optimizer': dict.fromkeys(state['optimizer'], 3)},
         {'optimizer': {}},
+        {'optimizer': {**state['optimizer'], 'state': {0: {'momentum_buffer': torch.zeros(3)}}}},
+        {'optimizer': {**state['optimizer'], 'state': {999: {'momentum_buffer': torch.zeros(3)}}}},
+        {'optimizer': {**state['optimizer'], 'state': [3]}},
         {'progress': progress},  # without a loss
         {'progress': {**progress, 'values': {'loss': value}}},
         {'progress': {**progress, 'steps': -1}},
@@ -309,7 +315,7 @@ LINES = [
 def test_a_log_that_no_run_wrote_spoils_no_other_run(train, line):
     flags = '--epochs 1 --epoch_step []'
     assert train(flags, '--save logs/run')[0] == 0
-    record = {**engine.read_log('logs/run/log.txt')[0], **line}
+    record = {**read_log('logs/run/log.txt')[0], **line}
     with open('logs/run/log.txt', 'w') as log:
         log.write(f'json_stats: {json.dumps(record)}\n')
     result = train(flags, '--save logs/run')
@@ -346,13 +352,13 @@ def test_a_teacher_that_is_constant_and_one_that_equals_its_student_teach_nothin
         for teacher in ('constant', 'start'):
             status, _, err = train(flags, transfer, f'--alpha 0.5 --teacher_id {teacher} --save logs/run --overwrite')
             assert status == 0, err
-            (found,) = engine.read_log('logs/run/log.txt')
+            (found,) = read_log('logs/run/log.txt')
             assert np.isfinite(found['train_loss'])
 
 
 def test_a_last_batch_of_one_image_trains(train):
     status, _, err = train('--epochs 1 --batch_size 59 --epoch_step [] --save logs/run')  # 60 images
-    assert status == 0 and np.isfinite(engine.read_log('logs/run/log.txt')[0]['train_loss']), err
+    assert status == 0 and np.isfinite(read_log('logs/run/log.txt')[0]['train_loss']), err
 
 
 def test_a_class_without_images_is_refused_by_name(script, photos, tmp_path):
@@ -374,7 +380,7 @@ def test_a_teacher_whose_logits_are_not_finite_is_refused_by_name(train):
     state['params']['fc.weight'] = torch.full_like(state['params']['fc.weight'], 3e38)
     state['params']['bn.bias'] += 10  # features of 10 and more: the logits overflow
     write.save('logs/teacher/model.pt7', state)
-    record = engine.read_log('logs/teacher/log.txt')[-1]
+    record = read_log('logs/teacher/log.txt')[-1]
     with open('logs/teacher/log.txt', 'w') as log:
         log.write(f'json_stats: {json.dumps(record | {"test_acc": None})}\n')
     assert refused(train('--epochs 1 --teacher_id teacher --alpha 0.5'), '--teacher_id teacher cannot teach', 'finite')

@@ -11,9 +11,10 @@ from conftest import draw, refused
 from PIL import Image
 
 import checkpoint
-import engine
 import imagenet
 import imagenet_resnet
+from engine.log import read_log
+from engine.loop import Run
 from formats import networks, write
 from formats.torchvision import from_torchvision
 
@@ -48,7 +49,7 @@ def write_teacher(path, classes=6, depth=34):
 def test_a_baseline_trains_and_logs_top1_and_top5(train):
     status, out, err = train('--epochs 6 --lr 0.005 --save logs/run')
     assert status == 0, err
-    first, *_, last = engine.read_log('logs/run/log.txt')
+    first, *_, last = read_log('logs/run/log.txt')
     assert all(len(r[k]) == 2 and r[k][0] <= r[k][1] <= 100 for r in (first, last) for k in ('train_acc', 'test_acc'))
     assert last['bad_images'] == 0 and last['train_images'] == 36 and last['num_classes'] == 6
     assert last['train_loss'] < first['train_loss']
@@ -61,8 +62,8 @@ def test_students_learn_from_torchvision_teachers_basic_and_bottleneck(train, de
     status, out, err = train('--epochs 1 --teacher_params teacher.bin --beta 1e+3 --alpha 0.5 --save logs/run', flags)
     assert status == 0, err
     assert re.search(r'teacher: top-1 [\d.]+%, top-5 [\d.]+%', out)
-    assert 'at3: beta 1000 weighs each element of the 1x1 maps by 125' in out
-    (record,) = engine.read_log('logs/run/log.txt')
+    assert 'at2: beta 1000 weighs each element of the 2x2 maps by 31.25' in out
+    (record,) = read_log('logs/run/log.txt')
     assert {'ce', 'kd', 'at0', 'at1', 'at2', 'at3'} <= set(record)
 
 
@@ -72,7 +73,7 @@ def test_last_two_groups_alone_and_the_teacher_unchecked(train):
         '--epochs 1 --teacher_params teacher.bin --skip_teacher_check --beta 10 --groups 2,3 --save logs/run'
     )
     assert 'top-1' not in out.split('trained parameters')[0]
-    assert [k for k in engine.read_log('logs/run/log.txt')[0] if re.fullmatch(r'at\d', k)] == ['at2', 'at3']
+    assert [k for k in read_log('logs/run/log.txt')[0] if re.fullmatch(r'at\d', k)] == ['at2', 'at3']
 
 
 def test_a_teacher_that_is_not_checked_and_spoils_the_loss_is_seen_at_the_first_step(train):
@@ -126,17 +127,17 @@ def test_logits_equal_those_of_torchvision_with_the_same_weights(depth):
 def test_a_last_batch_of_one_image_is_left_out_where_batch_norm_needs_two(train):
     """Of 36 training images; at 32 pixels the last maps are of 1x1."""
     assert train('--epochs 1 --batch_size 7 --save logs/run')[0] == 0
-    (record,) = engine.read_log('logs/run/log.txt')
+    (record,) = read_log('logs/run/log.txt')
     assert record['images_per_second'] * record['train_time'] == pytest.approx(35)
     assert train('--epochs 1 --batch_size 7 --image_size 33 --save logs/larger')[0] == 0
-    (record,) = engine.read_log('logs/larger/log.txt')
+    (record,) = read_log('logs/larger/log.txt')
     assert record['images_per_second'] * record['train_time'] == pytest.approx(36)
 
 
 def test_maps_of_one_position_are_said_to_teach_nothing(train):
     write_teacher('teacher.bin', depth=18)
     out = train('--epochs 1 --teacher_params teacher.bin --beta 10')[1]
-    assert 'note: at3 is of 1x1 maps, which are all equal: it is always 0 and teaches nothing' in out
+    assert 'note: at3 compares maps of 1x1, which are all equal: it is always 0 and teaches nothing' in out
     assert out.count('teaches nothing') == 1
 
 
@@ -155,15 +156,15 @@ def test_a_teacher_that_guesses_and_a_test_loss_far_above_guessing_are_said_once
 
 def test_a_resumed_run_equals_an_uninterrupted_one(train, monkeypatch):
     assert train('--epochs 3 --epoch_step [3] --save logs/whole')[0] == 0
-    keep = engine._keep
+    keep = Run.keep_epoch
 
     def interrupted(run):
         keep(run)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, '_keep', interrupted)
+    monkeypatch.setattr(Run, 'keep_epoch', interrupted)
     assert train('--epochs 3 --epoch_step [3] --save logs/part')[0] == 130
-    monkeypatch.setattr(engine, '_keep', keep)
+    monkeypatch.setattr(Run, 'keep_epoch', keep)
     assert train('--epochs 3 --epoch_step [3] --save logs/part --resume auto --nthread 1')[0] == 0
     whole, part = (networks.load(f'logs/{run}/model.pt7') for run in ('whole', 'part'))
     assert all(torch.equal(whole['params'][k], part['params'][k]) for k in whole['params'])
@@ -172,7 +173,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, monkeypatch):
 def test_held_out_training_images_of_every_class_take_the_place_of_the_validation(train):
     status, out, err = train('--epochs 1 --holdout 12 --save logs/run')
     assert status == 0 and '24 training and 12 validation images' in out, err
-    (record,) = engine.read_log('logs/run/log.txt')
+    (record,) = read_log('logs/run/log.txt')
     assert (record['holdout'], record['train_images'], record['test_images']) == (12, 24, 12)
     assert refused(train('--holdout 31'), '--holdout 31: at most 30 of the 36 training images')
     assert refused(train('--holdout 5'), '--holdout 5: at least 6, an image of each class')
@@ -275,7 +276,7 @@ def test_a_teacher_of_other_classes_teaches_attention_unchecked(train, flags, te
     assert status == 0, err
     said = 'teacher: other.pth has 7 output classes, the data set has 6; its logits are not used, and its accuracy is'
     assert out.count(said) == 1 and 'top-1' not in out.split('trained parameters')[0]
-    (record,) = engine.read_log('logs/run/log.txt')
+    (record,) = read_log('logs/run/log.txt')
     assert terms == {k for k in record if re.fullmatch(r'ce|kd|grad|(at|full)\d', k)}
 
 

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from conftest import SMALL
 
 import cifar
-import engine
 import imagenet_resnet
-import int8
-import options
 import resnet
+from engine import int8
+from engine.flags import parse_cifar
+from engine.log import read_log
+from engine.student import Network
+from engine.teacher import frozen
 from formats import networks
 from nin import nin
 from utils import at
@@ -88,7 +90,7 @@ def test_a_run_with_an_int8_teacher_checks_it_learns_from_it_and_logs_it(train):
         status, out, err = train(taught, flags, f'--save logs/{name}')
         assert status == 0, err
         assert 'by its log' in out
-        record = engine.read_log(f'logs/{name}/log.txt')[-1]
+        record = read_log(f'logs/{name}/log.txt')[-1]
         assert record['teacher_dtype'] == 'int8' and record['train_loss'] > 0
 
 
@@ -112,9 +114,9 @@ def test_a_teacher_that_overflows_is_not_hidden_by_rounding():
 
 def test_int8_is_for_cpus_alone():
     f, params = resnet.wide_resnet(10, 0.25, 10)
-    opt = options.parse_cifar('', '--teacher_id x --beta 1 --teacher_dtype int8'.split())
+    opt = parse_cifar('', '--teacher_id x --beta 1 --teacher_dtype int8'.split())
     for device in ('cpu', 'cuda'):
-        make = partial(engine.frozen, opt, f, params, lambda: torch.randn(4, 3, 16, 16), torch.device(device))
+        make = partial(frozen, opt, Network(f, params), lambda: torch.randn(4, 3, 16, 16), torch.device(device))
         if device == 'cpu':
             assert isinstance(make()['group2.block0.conv1'], int8._Int8)
         else:

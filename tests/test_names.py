@@ -14,18 +14,18 @@ from conftest import HANGS, SMALL, refused
 
 import checkpoint
 import cifar
-import engine
 import finetune
 import imagenet
-import options
 import plot
 import reproduce
+from engine import arguments
+from engine.log import read_log
 
 ROOT = pathlib.Path(cifar.__file__).parent
 SCRIPTS = [cifar, imagenet, finetune, reproduce, plot, checkpoint]
 OTHERS = ['benchmarks/epoch.py', 'benchmarks/input.py', 'benchmarks/scale.py', 'benchmarks/step.py']
 OTHERS += ['examples/own_networks.py']
-NO_PATHS = {'dataset', 'rows', 'methods', 'only'}  # flags that take any text and name no file
+NO_PATHS = {'dataset', 'label', 'rows', 'methods', 'only'}  # flags that take any text and name no file
 
 
 def script_of(name, monkeypatch):
@@ -35,10 +35,10 @@ def script_of(name, monkeypatch):
     return importlib.import_module(file.removesuffix('.py'))
 
 
-def arguments(module, monkeypatch):
+def actions_of(module, monkeypatch):
     """What a script's parser, and each of its subcommands', takes."""
     caught = []
-    monkeypatch.setattr(options.Parser, 'parse_args', lambda self, *_: caught.append(self) or sys.exit())
+    monkeypatch.setattr(arguments.Parser, 'parse_args', lambda self, *_: caught.append(self) or sys.exit())
     with pytest.raises(SystemExit):
         module.main()
     actions = caught[0]._actions
@@ -50,10 +50,10 @@ def arguments(module, monkeypatch):
 def test_every_flag_that_names_a_file_or_folder_knows_the_home_folder(script, monkeypatch, tmp_path):
     monkeypatch.setenv('HOME', str(tmp_path))
     module = script_of(script, monkeypatch) if isinstance(script, str) else script
-    for action in arguments(module, monkeypatch):
+    for action in actions_of(module, monkeypatch):
         free = action.nargs != 0 and not action.choices and action.dest not in NO_PATHS
-        if free and action.type in (None, options.path, plot.picture):
-            assert action.type, f'{action.dest} takes a text: is it a path, of type options.path, or does it name none?'
+        if free and action.type in (None, arguments.path, plot.picture):
+            assert action.type, f'{action.dest} takes a text: is it of type arguments.path, or no path?'
             assert action.type('~/a.png') == str(tmp_path / 'a.png')
             assert action.type is plot.picture or action.type('torchvision:resnet34') == 'torchvision:resnet34'
 
@@ -99,7 +99,7 @@ def test_names_of_any_bytes_are_printed_trained_on_and_logged_on_any_terminal(ph
     words = [*flags, '--overwrite', '--ngpu', '2', '--dataroot', str(root)]
     status, out, err = run('cifar.py', *SMALL.split(), *words, **environment)
     assert status == 0 and out.count('note: a file in') == 2, err
-    (record,) = engine.read_log(save / 'log.txt')
+    (record,) = read_log(save / 'log.txt')
     assert record['save'] == str(save) and record['train_images'] == 12
     status, out, err = run('plot.py', 'curves', str(save), '--out', str(save / 'a.svg'), **environment)
     assert status == 0 and '\\udcff' in (save / 'a.svg').read_text(encoding='utf-8'), err
@@ -112,10 +112,10 @@ def test_a_log_of_windows_is_read(tmp_path, encoding):
     log = tmp_path / 'log.txt'
     text = ''.join(f'json_stats: {json.dumps({"epoch": i, "save": "é"}, ensure_ascii=False)}\r\né\r\n' for i in (1, 2))
     log.write_bytes(text.encode(encoding) + text.encode(encoding))  # a mark before each half
-    assert [record['epoch'] for record in engine.read_log(log)] == [1, 2, 1, 2]
+    assert [record['epoch'] for record in read_log(log)] == [1, 2, 1, 2]
     log.write_bytes(text.encode('utf-16'))
     with pytest.raises(ValueError, match='log.txt is a text in UTF-16: save it in UTF-8'):
-        engine.read_log(log)
+        read_log(log)
 
 
 def test_a_table_is_written_between_lines_of_windows_and_bytes_of_any_encoding(script, tmp_path):
@@ -130,7 +130,11 @@ def test_a_table_is_written_between_lines_of_windows_and_bytes_of_any_encoding(s
 
 def test_every_text_that_is_read_or_written_names_its_encoding():
     """Or it would be that of the machine."""
-    for path in [p for folder in ('.', 'formats', 'benchmarks', 'examples') for p in (ROOT / folder).glob('*.py')]:
+    for path in [
+        p
+        for folder in ('.', 'engine', 'formats', 'images', 'benchmarks', 'examples')
+        for p in (ROOT / folder).glob('*.py')
+    ]:
         for call in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
             if not isinstance(call, ast.Call):
                 continue

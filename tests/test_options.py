@@ -15,7 +15,7 @@ from conftest import refused
 import cifar
 import finetune
 import imagenet
-import options
+from engine.arguments import Parser
 
 ROOT = pathlib.Path(cifar.__file__).parent
 
@@ -93,9 +93,9 @@ CIFAR_ONLY = {'net', 'no_bn', 'dataset', 'dataroot', 'randomcrop_pad', 'teacher_
 def parser(monkeypatch, words=(), module=cifar):
     """The parser of a script, caught as it parses `words`, and the flags."""
     caught = []
-    parse_args = options.Parser.parse_args
+    parse_args = Parser.parse_args
     monkeypatch.setattr(sys, 'argv', [f'{module.__name__}.py', *words])
-    monkeypatch.setattr(options.Parser, 'parse_args', lambda self, *_: caught.append(self) or parse_args(self))
+    monkeypatch.setattr(Parser, 'parse_args', lambda self, *_: caught.append(self) or parse_args(self))
     opt = module.parse()
     return caught[0], opt
 
@@ -131,17 +131,14 @@ def test_wrong_value_for_fine_tuning_is_refused_in_one_line_that_names_it(script
 
 @pytest.mark.parametrize('module', [cifar, imagenet, finetune])
 def test_every_flag_is_read_and_explained(monkeypatch, module):
-    sources = ''.join((ROOT / f'{name}.py').read_text() for name in (module.__name__, *CALLED, *SHARED.get(module, ())))
+    shared = [path for path in (ROOT / 'engine').glob('*.py') if module is not cifar or path.stem != 'photographs']
+    sources = ''.join(path.read_text(encoding='utf-8') for path in (ROOT / f'{module.__name__}.py', *shared))
     actions, flags = parser(monkeypatch, module=module)
     for flag in vars(flags):
         by_name = module is cifar and flag in cifar.TEST_SET
         assert re.search(rf'\bopt\.{flag}\b', sources) or by_name, f'--{flag} is never read'
     for action in actions._actions:
         assert action.help, action.option_strings
-
-
-CALLED = 'formats/networks', 'engine', 'options', 'runs', 'workers', 'launch'
-SHARED = {finetune: ['imagenet']}  # what another script reads for it
 
 
 OTHERS = {  # of the other scripts: {words: {flag: values that it has to refuse}}
@@ -158,7 +155,7 @@ OTHERS = {  # of the other scripts: {words: {flag: values that it has to refuse}
         'markdown': ['nowhere.md', 'nowhere/a.md'],
         'dataroot': [],  # only handed on to cifar.py
     },
-    'plot curves log.txt': {'out': ['a', 'a.jpg', 'nowhere/a.png']},
+    'plot curves log.txt': {'label': [], 'out': ['a', 'a.jpg', 'nowhere/a.png']},
     'plot attention --model a --model b --images digits': {
         'model': ['c', ''],
         'images': ['nowhere', ''],
@@ -187,9 +184,9 @@ def test_wrong_value_for_another_script_is_refused_in_one_line(script, words, fl
 @pytest.mark.parametrize('words', OTHERS)
 def test_every_flag_of_another_script_is_tried_with_wrong_values(monkeypatch, words):
     found, (name, *rest) = [], words.split()
-    parse_args = options.Parser.parse_args
+    parse_args = Parser.parse_args
     monkeypatch.setattr(sys, 'argv', [name, *rest])
-    monkeypatch.setattr(options.Parser, 'parse_args', lambda self: found.append(parse_args(self)) or sys.exit())
+    monkeypatch.setattr(Parser, 'parse_args', lambda self: found.append(parse_args(self)) or sys.exit())
     with pytest.raises(SystemExit):
         importlib.import_module(name).main()
     assert set(vars(found[0])) - {'table', 'command', 'logs', 'run'} - set(rest) == set(OTHERS[words])
@@ -234,7 +231,10 @@ def test_flags_that_contradict_each_other_are_refused(script):
     assert refused(script(cifar, '--beta 1'), '--beta needs a teacher')
     assert refused(script(cifar, '--no_bn'), '--net nin')
     assert refused(script(cifar, '--teacher_id x --beta 1 --transfer gradient --groups 1'), '--groups: gradients')
-    assert refused(script(cifar, '--teacher_id x --beta 1 --transfer full --power 4'), 'are of attention maps, not')
+    assert refused(
+        script(cifar, '--teacher_id x --beta 1 --transfer full --power 4'),
+        '--power belongs to --transfer activation alone, not to --transfer full',
+    )
     assert refused(script(cifar, '--resume auto'), '--save, which is not given')
     assert refused(script(cifar, '--resume auto --save x --overwrite'), 'contradict')
     assert refused(script(cifar, '--dataset digits --cuda_graphs'), '--compile')

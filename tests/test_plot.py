@@ -12,14 +12,13 @@ import torch
 import torch.nn.functional as F
 from conftest import refused
 
-import data
-import imagefolder
 import imagenet_resnet
 import nin
 import plot
 import resnet
 import utils
 from formats import write
+from images import crops, decode, memory, photographs
 
 NAN = math.nan
 
@@ -166,24 +165,25 @@ def test_a_label_is_the_name_of_the_folder_and_the_last_test_error(log):
 
 
 @pytest.mark.parametrize(
-    ('names', 'apart', 'shared'),
+    ('paths', 'labels', 'names'),
     [
-        (
-            ['c10-e16-wrn-16-1-at-wrn-16-2-s0', 'c10-e16-wrn-16-1-s0', 'c10-e16-wrn-16-2-s0'],
-            ['wrn-16-1-at-wrn-16-2', 'wrn-16-1', 'wrn-16-2'],
-            'c10-e16-*-s0',
-        ),
-        (['c10-wrn-16-1-at-wrn-16-2', 'c10-wrn-16-1-kd-wrn-16-2'], ['at', 'kd'], 'c10-wrn-16-1-*-wrn-16-2'),
-        (['at_16_1_16_2', 'kd_16_1_16_2'], ['at_16_1_16_2', 'kd_16_1_16_2'], ''),
-        (['run', 'run-at'], ['run', 'run-at'], ''),
-        (['run-a-b', 'run-a-b'], ['b', 'b'], 'run-a-*'),
-        (['logs/alone-at-last'], ['alone-at-last'], ''),
-        (['one/run', 'two/run'], ['one/run', 'two/run'], ''),
-        (['a', 'x' * 100], ['a', 'x' * 30 + '…' + 'x' * 30], ''),
+        (['logs/alone', 'logs/at/log.txt'], [], ['alone', 'at']),
+        (['one/run', 'two/run'], [], ['one/run', 'two/run']),
+        (['a', 'x' * 100], [], ['a', 'x' * 30 + '…' + 'x' * 30]),
+        (['one/run', 'two/run'], ['AT', 'KD'], ['AT', 'KD']),
     ],
 )
-def test_names_are_cut_to_what_tells_runs_apart(names, apart, shared):
-    assert plot.name_apart(names) == (apart, shared)
+def test_runs_are_called_by_their_labels_or_by_their_folders(paths, labels, names):
+    assert plot.names_of(paths, labels) == names
+
+
+def test_a_label_for_each_log_stands_in_the_legend(script, log):
+    paths = [log(name, [ours(1), ours(2)]) for name in ('a', 'b')]
+    labels = ['--label', 'F-ActT, 5 $', '--label', 'KD']
+    assert script(plot, 'curves', paths, labels, '--out curves.svg')[0] == 0
+    words = open('curves.svg', encoding='utf-8').read()
+    assert 'F-ActT, 5 $' in words and 'KD (' in words
+    assert refused(script(plot, 'curves', paths, labels[:2]), '--label: 1 labels for 2 logs')
 
 
 def test_ten_runs_look_different_and_no_text_leaves_the_picture_or_covers_another(log):
@@ -261,7 +261,7 @@ def test_the_layer_over_an_image_is_its_attention_map_upsampled():
     maps = [plot.attention_maps(*network, PIXELS, 4, 'max') for network in networks]
     figure = plot.draw_attention(PIXELS, *maps, ['caption'])
     expected = []
-    groups = [groups_of(network, data.normalize(PIXELS)) for network in networks]
+    groups = [groups_of(network, memory.normalize(PIXELS)) for network in networks]
     for pair in zip(*groups):
         for row in range(2):
             for group in pair:
@@ -278,7 +278,7 @@ def test_the_printed_cosines_are_those_of_the_maps():
     networks = small_network(1), small_network(2, shape=(10, 1, 10))
     figure = plot.draw_attention(PIXELS, *(plot.attention_maps(*network, PIXELS) for network in networks), [])
     expected = []
-    for pair in zip(*(groups_of(network, data.normalize(PIXELS)) for network in networks)):
+    for pair in zip(*(groups_of(network, memory.normalize(PIXELS)) for network in networks)):
         x, y = ((group.double() ** 2).sum(1).reshape(2, -1).numpy() for group in pair)
         expected += [f'cosine {a @ b / np.linalg.norm(a) / np.linalg.norm(b):.2f}' for a, b in zip(x, y)]
     assert [text for text in texts(figure) if text.startswith('cosine')] == expected
@@ -301,7 +301,7 @@ def test_equal_networks_agree_everywhere():
 
 def test_imagenet_networks_see_images_normalised_as_in_their_training():
     network = small_network(**IMAGENET)
-    expected = [utils.attention_map(group) for group in groups_of(network, imagefolder.normalize(PIXELS))]
+    expected = [utils.attention_map(group) for group in groups_of(network, photographs.normalize(PIXELS))]
     for values, right in zip(plot.attention_maps(*network, PIXELS), expected):
         torch.testing.assert_close(values, right)
 
@@ -327,7 +327,7 @@ def test_no_text_of_an_attention_picture_leaves_it_or_covers_another(imagenet):
 def test_picks_are_spread_over_classes():
     assert plot.spread([1, 0, 1, 0, 2, 0], 3) == [1, 0, 4]
     assert plot.spread([1, 0, 1, 0, 2, 0], 9) == [1, 0, 4, 3, 2, 5]
-    digits = data.load('digits', image_size=8).test
+    digits = memory.load('digits', image_size=8).test
     pixels = plot.load_images('digits', '.', 10, 8, False)
     assert all(torch.equal(pixels[c], digits.pixels[digits.labels == c][0]) for c in range(10))
 
@@ -335,10 +335,10 @@ def test_picks_are_spread_over_classes():
 def test_a_folder_gives_the_first_images_of_each_of_its_folders(photos):
     first = [sorted((photos / 'test' / name).iterdir())[0] for name in ('ant', 'bee', 'cat')]
     pixels = plot.load_images(str(photos / 'test'), '.', 3, 16, imagenet=True)
-    assert all(np.array_equal(shown, imagefolder.test_crop(path, 16)) for shown, path in zip(pixels, first))
+    assert all(np.array_equal(shown, crops.test_crop(path, 16)) for shown, path in zip(pixels, first))
     pixels = plot.load_images(str(photos / 'test' / 'ant'), '.', 9, None, imagenet=False)
     assert pixels.shape == (7, 32, 32, 3)
-    assert np.array_equal(pixels[0], imagefolder.resize(data.read_image(first[0]), 32, 32))  # whole, not its centre
+    assert np.array_equal(pixels[0], crops.resize(decode.read_image(first[0]), 32, 32))  # whole, not its centre
 
 
 def test_hidden_files_are_not_looked_at(photos, tmp_path):

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from argparse import Namespace
 from functools import partial
 
 import pytest
@@ -18,12 +17,17 @@ import torch
 from conftest import ends, refused, started_by
 
 import cifar
-import engine
-import options
 import reproduce
 import resnet
+from engine import jobs, transfer
+from engine.flags import parse_cifar
+from engine.log import read_log
+from engine.loop import Run
+from engine.step import seconds_a_step
+from engine.student import Network
 
 ROOT = pathlib.Path(reproduce.__file__).parent
+PUBLISHED = sorted((ROOT / 'logs').glob('*/*/log.txt'))
 RECORD = {
     'dataset': 'CIFAR10', 'train_images': 50_000, 'test_images': 9_980, 'holdout': 0, 'epochs': 16, 'dtype': 'bfloat16',
     'lr_decay_ratio': 0.2, 'epoch_step': '[5,10,13]', 'batch_size': 128, 'device': 'a machine', 'torch': '2',
@@ -42,7 +46,7 @@ def write_log(name, error, epochs=16, last=16):
 @pytest.fixture
 def fast(monkeypatch):
     """Every step takes 0.01 s, without being measured."""
-    monkeypatch.setattr(engine, 'seconds_a_step', lambda *_: 0.01)
+    monkeypatch.setattr(reproduce, 'seconds_a_step', lambda *_: 0.01)
 
 
 def test_dry_run_prints_the_commands_teachers_first_and_each_once(script, fast):
@@ -68,7 +72,7 @@ def test_every_table_is_made_of_commands_that_are_understood(script, fast, table
     lines = out.splitlines()[:-1]
     assert len(lines) == runs
     for line in lines:
-        opt = options.parse_cifar('', shlex.split(line)[2:])
+        opt = parse_cifar('', shlex.split(line)[2:])
         if table == 'table3':
             assert opt.no_bn and opt.weight_decay == opt.randomcrop_pad == 0
         else:
@@ -84,31 +88,31 @@ def test_the_schedule_scales_with_the_epochs(script, fast):
     _, out, _ = script(reproduce, 'table1 --rows 2 --methods student --epochs 16 --seeds 1 --dtype bfloat16 --dry_run')
     assert out.splitlines()[0] == (
         "python cifar.py --dataset CIFAR10 --dataroot . --epochs 16 --epoch_step '[5,10,13]' --dtype bfloat16 "
-        '--depth 16 --width 1 --seed 0 --save logs/cifar10-e16-wrn-16-1-s0 --resume auto'
+        '--depth 16 --width 1 --seed 0 --save logs/cifar10-e16/wrn-16-1-s0 --resume auto'
     )
 
 
 def test_the_time_is_that_of_real_steps(script):
-    write_log('digits-e2-wrn-16-2-s0', 10.0, epochs=2, last=2)
+    write_log('digits-e2/wrn-16-2-s0', 10.0, epochs=2, last=2)
     status, out, _ = script(reproduce, 'demo --methods at --epochs 2 --dry_run')
     hours = float(re.search('# 1 runs, about (.*) hours here', out)[1])
     assert status == 0 and out.count('cifar.py') == 1 and 0 <= hours < 1
-    opt = options.parse_cifar('', '--batch_size 8 --beta 1 --teacher_id x --transfer full --depth 10'.split())
+    opt = parse_cifar('', '--batch_size 8 --beta 1 --teacher_id x --transfer full --depth 10'.split())
     f, params = resnet.wide_resnet(10, 1, 10)
     g, fixed = resnet.wide_resnet(10, 2, 10)
     taught = partial(g, params={k: v.detach() for k, v in fixed.items()}, mode=False)
     before = params['conv0'].detach().clone()
     start = time.perf_counter()
-    found = engine.seconds_a_step(opt, f, params, taught, torch.randn(8, 3, 32, 32), steps=3)
+    found = seconds_a_step(opt, Network(f, params), taught, torch.randn(8, 3, 32, 32), steps=3)
     assert 0 < 3 * found < 2 * (time.perf_counter() - start)
     assert not torch.equal(before, params['conv0']) and 'adapter.0' in params
 
 
 def test_the_table_shows_median_spread_and_difference_and_marks_what_was_not_run(script):
     for seed, error in enumerate((13.0, 12.0, 12.5)):
-        write_log(f'cifar10-e16-wrn-16-1-s{seed}', error)
-    write_log('cifar10-e16-wrn-16-1-at-wrn-16-2-s0', 11.0)
-    write_log('cifar10-e16-wrn-16-1-kd-wrn-16-2-s0', 10.0, last=15)  # not finished
+        write_log(f'cifar10-e16/wrn-16-1-s{seed}', error)
+    write_log('cifar10-e16/wrn-16-1-at-wrn-16-2-s0', 11.0)
+    write_log('cifar10-e16/wrn-16-1-kd-wrn-16-2-s0', 10.0, last=15)  # not finished
     status, out, _ = script(reproduce, 'table1 --rows 2 --epochs 16 --show')
     rows = {line.split(' | ')[1]: line for line in out.splitlines() if line.startswith('| WRN')}
     assert status == 0
@@ -124,23 +128,23 @@ def test_the_table_shows_median_spread_and_difference_and_marks_what_was_not_run
 def test_without_epochs_the_table_shows_the_longest_schedule_that_is_there_but_its_own_first(script):
     shown = partial(script, reproduce, 'table1 --rows 2 --methods student --show')
     assert '| not run |' in shown()[1]
-    write_log('cifar10-e8-wrn-16-1-s0', 14.0, epochs=8, last=8)
-    write_log('cifar10-e16-wrn-16-1-s1', 12.0)
-    write_log('cifar10-e300-wrn-16-1-s0', 9.0, epochs=300, last=299)  # not finished
+    write_log('cifar10-e8/wrn-16-1-s0', 14.0, epochs=8, last=8)
+    write_log('cifar10-e16/wrn-16-1-s1', 12.0)
+    write_log('cifar10-e300/wrn-16-1-s0', 9.0, epochs=300, last=299)  # not finished
     assert '| 12.00 |' in shown()[1] and '| 14.00 |' in shown('--epochs 8')[1]
-    write_log('cifar10-e200-wrn-16-1-s0', 10.0, epochs=200, last=200)
+    write_log('cifar10-e200/wrn-16-1-s0', 10.0, epochs=200, last=200)
     assert '| 10.00 |' in shown()[1]
 
 
 def test_a_log_that_is_none_of_ours_is_named(script):
-    write_log('cifar10-e16-wrn-16-1-s0', 12.0)
+    write_log('cifar10-e16/wrn-16-1-s0', 12.0)
     for line in ('{}', json.dumps({**RECORD, 'epoch': 16, 'test_acc': None}), '{"epoch": 16, "test_acc": 90.0}'):
-        pathlib.Path('logs/cifar10-e16-wrn-16-1-s0/log.txt').write_text(f'json_stats: {line}\n')
+        pathlib.Path('logs/cifar10-e16/wrn-16-1-s0/log.txt').write_text(f'json_stats: {line}\n')
         assert refused(script(reproduce, 'table1 --show'), 'wrn-16-1-s0/log.txt is no log of cifar.py')
 
 
 def test_the_table_is_written_between_its_markers_alone(script, tmp_path):
-    write_log('cifar10-e16-wrn-16-1-s0', 12.0)
+    write_log('cifar10-e16/wrn-16-1-s0', 12.0)
     (tmp_path / 'a.md').write_text('before\n<!-- table1 -->\nold\n<!-- /table1 -->\nafter\n')
     assert script(reproduce, 'table1 --rows 2 --epochs 16 --show --markdown a.md')[0] == 0
     text = (tmp_path / 'a.md').read_text()
@@ -170,11 +174,11 @@ def test_wrong_flags_are_refused_before_any_run(script, tmp_path, flags):
     assert refused(script(reproduce, flags)) and not list(tmp_path.iterdir())
 
 
-def test_a_taught_run_waits_for_its_own_teacher_alone_and_runs_begin_in_order(monkeypatch, capsys):
+def test_a_taught_run_waits_for_its_own_teacher_alone_and_runs_begin_in_order(capsys):
     """The slow teacher ends only when the pupil of the quick one has; of the two slots, each has one run at a time."""
     slots, quick_has_taught = [threading.Lock(), threading.Lock()], threading.Event()
 
-    def run(opt, name, arguments, job):
+    def run(name, job):
         if not slots[job].acquire(blocking=False):
             raise ValueError(f'slot {job} is taken')
         if name == 'slow' and not quick_has_taught.wait(5):
@@ -185,9 +189,7 @@ def test_a_taught_run_waits_for_its_own_teacher_alone_and_runs_begin_in_order(mo
         return 'well'
 
     names = ['slow', 'quick', 'pupil of slow', 'pupil of quick', 'another of slow']
-    runs = {name: ['--teacher_id', name.split()[-1]] * (' of ' in name) for name in names}
-    monkeypatch.setattr(reproduce, 'run', run)
-    assert reproduce.train(Namespace(jobs=2), runs) == []
+    assert jobs.run_all({name: name.split()[-1] if ' of ' in name else None for name in names}, run, 2) == []
     lines = capsys.readouterr().out.splitlines()
     assert sorted(lines) == sorted(f'[{i}/5] {name}{end}' for i, name in enumerate(names, 1) for end in ('', ': well'))
     began = [line[6:] for line in lines if not line.endswith(': well')]
@@ -195,11 +197,11 @@ def test_a_taught_run_waits_for_its_own_teacher_alone_and_runs_begin_in_order(mo
 
 
 def test_a_failed_run_is_reported_and_the_others_go_on(script):
-    pathlib.Path('logs').mkdir()
-    pathlib.Path('logs/digits-holdout936-e1-wrn-16-2-s0').write_text('where the teacher would be saved')
+    pathlib.Path('logs/digits-holdout936-e1').mkdir(parents=True)
+    pathlib.Path('logs/digits-holdout936-e1/wrn-16-2-s0').write_text('where the teacher would be saved')
     status, out, _ = script(reproduce, 'demo --methods teacher,student,kd --epochs 1 --holdout 936 --jobs 2')
     assert status == 1 and out.count('failed: exit status 2: cifar.py: error: --save logs/digits-') == 1
-    assert 'failed: its teacher digits-holdout936-e1-wrn-16-2-s0 is not trained' in out
+    assert 'failed: its teacher digits-holdout936-e1/wrn-16-2-s0 is not trained' in out
     assert '| WRN-16-1 <- WRN-16-2 | teacher | not run' in out and '| WRN-16-1 <- WRN-16-2 | KD | not run' in out
     assert re.search(r'\| student alone \| \d+\.\d\d \|  \| 1 \|', out)
 
@@ -249,37 +251,37 @@ def test_runs_do_not_outlive_what_started_them(tmp_path):
 
 def test_a_broken_run_goes_on_and_several_at_a_time_end_as_one_after_the_other(script, fast, monkeypatch):
     flags = 'demo --methods student --epochs 2 --holdout 936 --seeds 2'
-    log = 'logs/digits-holdout936-e2-wrn-16-1-s1/log.txt'
+    log = 'logs/digits-holdout936-e2/wrn-16-1-s1/log.txt'
     status, out, _ = script(reproduce, flags, '--jobs 2')
     assert status == 0 and len(re.findall(r'-s[01]: \d+\.\d\d% test error', out)) == 2
-    several = engine.read_log(log)
+    several = read_log(log)
     os.rename(os.path.dirname(log), 'elsewhere')
 
     command, _ = script(reproduce, flags, '--dry_run')[1].splitlines()
-    keep = engine._keep
+    keep = Run.keep_epoch
 
     def interrupted(run):
         keep(run)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, '_keep', interrupted)
+        patch.setattr(Run, 'keep_epoch', interrupted)
         assert script(cifar, shlex.split(command)[2:])[0] == 130
-    (first,) = engine.read_log(log)
+    (first,) = read_log(log)
 
     status, out, _ = script(reproduce, flags)
     assert status == 0 and out.count(': done') == 1
-    alone = engine.read_log(log)
+    alone = read_log(log)
     assert alone[0] == first and len(alone) == 2  # its first epoch was not trained again
     losses = [[record['train_loss'] for record in records] for records in (alone, several)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # other threads, other rounding
 
 
 def test_a_run_of_other_settings_is_refused_and_left_alone(script):
-    for name, changed in (('digits-e1-wrn-16-1-s0', {'beta': 5.0}), ('digits-e1-wrn-16-2-s0', {'batch_size': 32})):
+    for name, changed in (('digits-e1/wrn-16-1-s0', {'beta': 5.0}), ('digits-e1/wrn-16-2-s0', {'batch_size': 32})):
         write_log(name, 12.0, epochs=1, last=1)
         log = pathlib.Path('logs', name, 'log.txt')
-        log.write_text(f'json_stats: {json.dumps({**engine.read_log(log)[0], "dataset": "digits", **changed})}\n')
+        log.write_text(f'json_stats: {json.dumps({**read_log(log)[0], "dataset": "digits", **changed})}\n')
     status, out, _ = script(reproduce, 'demo --methods teacher,student --epochs 1')
     assert status == 1 and out.count('holds a run of other settings') == 2
     assert 'beta 5.0, not 0' in out and 'batch_size 32, not 64' in out
@@ -294,9 +296,28 @@ def test_the_readme_shows_what_the_published_logs_say(script, monkeypatch):
     assert shown == '\n'.join(lines)
 
 
-@pytest.mark.parametrize('log', sorted((ROOT / 'logs').glob('*/log.txt')), ids=lambda path: path.parent.name)
+@pytest.mark.parametrize('log', PUBLISHED, ids=lambda path: str(path.parent.relative_to(ROOT)))
 def test_published_logs_are_whole_and_name_no_place(log):
-    records = engine.read_log(log)
+    records = read_log(log)
     assert [r['epoch'] for r in records] == list(range(1, records[-1]['epochs'] + 1))
     assert not any(isinstance(v, str) and v.startswith('/') for r in records for v in r.values())
     assert all(r['commit'] and not r['commit'].endswith('-dirty') for r in records)
+
+
+def test_a_published_run_that_named_its_teacher_without_a_folder_is_still_the_same_run(script, fast, monkeypatch):
+    """Older logs say cifar10-e16-wrn-16-2-s0 of what is in logs/cifar10-e16/wrn-16-2-s0 now."""
+    monkeypatch.chdir(ROOT)
+    flags = 'table1 --rows 2 --methods at --epochs 16 --seeds 1 --dtype bfloat16 --dry_run'.split()
+    monkeypatch.setattr('sys.argv', ['reproduce.py', *flags])
+    opt = reproduce.parse()
+    assert [reproduce.run(opt, *run, 0) for run in reproduce.commands(opt).items()] == ['done', 'done']
+
+
+def test_a_new_transfer_is_a_method_of_the_tables(script, fast, monkeypatch):
+    row = transfer.TRANSFERS['full']._replace(term='nst', label='NST', beta='7')
+    monkeypatch.setitem(transfer.TRANSFERS, 'selectivity', row)
+    _, out, _ = script(reproduce, 'table1 --rows 2 --methods at,nst --epochs 16 --seeds 1 --dry_run')
+    assert '--transfer selectivity --beta 7' in out and 'logs/cifar10-e16/wrn-16-1-nst-wrn-16-2-s0' in out
+    write_log('cifar10-e16/wrn-16-1-nst-wrn-16-2-s0', 11.0)
+    _, out, _ = script(reproduce, 'table1 --rows 2 --methods at,nst --epochs 16 --seeds 1 --show')
+    assert '| WRN-16-1 <- WRN-16-2 | NST | 11.00 |  | 1 |  |  |' in out

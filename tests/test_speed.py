@@ -10,16 +10,20 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cifar
-import engine
 import imagenet_resnet
-import options
 import resnet
-import workers
+from engine import workers
 from formats import networks
 from nin import nin
 
-sys.path.insert(0, os.path.join(os.path.dirname(engine.__file__), 'benchmarks'))
+sys.path.insert(0, os.path.join(os.path.dirname(cifar.__file__), 'benchmarks'))
 import step as benchmark  # noqa: E402
+
+from engine.flags import parse_cifar
+from engine.meters import Meters
+from engine.precision import freeze
+from engine.step import FLUSH, make_step, make_update
+from engine.student import Network
 
 CPU = torch.device('cpu')
 # 32 images of 16x16 with beta 60 weigh the elements of a map as 128 of 32x32 do with 1e+3.
@@ -28,7 +32,7 @@ TAUGHT = '--teacher_id x --beta 60', '--teacher_id x --alpha 0.9', '--teacher_id
 
 def case(words, batch=16, depth=10, widths=(1, 2)):
     """A small case of the benchmark: (flags, case)."""
-    opt = options.parse_cifar('', [*words.split(), '--batch_size', str(batch)])
+    opt = parse_cifar('', [*words.split(), '--batch_size', str(batch)])
     student, teacher = (partial(resnet.wide_resnet, depth, width, 10) for width in widths)
     return opt, benchmark.Case(student, teacher if opt.teacher_id else None, batch, 16, words)
 
@@ -56,9 +60,9 @@ def steps(monkeypatch):
 def test_fast_float32_equals_plain_float32_over_20_steps(steps, monkeypatch, words):
     opt, small = case(words + ' --lr 0.001', batch=32)
     (plain, params), (fast, fast_params) = steps(opt, small)
-    losses, added = [], engine.Meters.add
+    losses, added = [], Meters.add
     monkeypatch.setattr(
-        engine.Meters, 'add', lambda self, terms, *rest: losses.append(terms['loss']) or added(self, terms, *rest)
+        Meters, 'add', lambda self, terms, *rest: losses.append(terms['loss']) or added(self, terms, *rest)
     )
     torch.manual_seed(1)
     images, labels = torch.randn(32, 3, 16, 16), torch.arange(32) % 10
@@ -142,7 +146,7 @@ def test_attention_transfer_takes_at_most_a_third_more_memory_than_the_student_a
 
 def test_a_frozen_teacher_holds_weights_in_the_compute_dtype_and_batch_norm_in_float32():
     for f, params in (resnet.wide_resnet(10, 1, 10), imagenet_resnet.imagenet_resnet(18, 0.125, 10), nin(0.125, 10)):
-        frozen = engine.freeze(networks.fold({k: v.detach() for k, v in params.items()}), 'bfloat16', CPU)
+        frozen = freeze(networks.fold({k: v.detach() for k, v in params.items()}), 'bfloat16', CPU)
         logits, groups = f(torch.randn(2, 3, 64, 64), frozen, False)
         assert {a.dtype for a in (logits, *groups)} == {torch.bfloat16}
         norms = {v.dtype for k, v in frozen.items() if '.bn' in k or k.startswith('bn')}
@@ -157,14 +161,19 @@ def test_a_compiled_step_equals_the_eager_one():
         assert opt.compile == bool(more)
         f, params = benchmark.draw(small.student, CPU)
         g, fixed = benchmark.draw(small.teacher, CPU)
-        step = engine.make_step(opt, partial(f, params=params, mode=True), partial(g, params=fixed, mode=False), CPU)
+        step = make_step(opt, partial(f, params=params, mode=True), partial(g, params=fixed, mode=False), CPU)
         torch.manual_seed(0)
         batch = torch.randn(8, 3, 16, 16), torch.arange(8)
         for n in (8, 8, 3):
-            logits, terms = step(batch[0][:n], batch[1][:n])
-            sum(terms.values()).backward()
+            logits, losses = step(batch[0][:n], batch[1][:n])
+            losses.total(1, 1).backward()
         results.append(
-            [*terms.values(), logits, *(v.grad for v in params.values() if v.requires_grad), params['bn.running_mean']]
+            [
+                *losses.named().values(),
+                logits,
+                *(v.grad for v in params.values() if v.requires_grad),
+                params['bn.running_mean'],
+            ]
         )
     for eager, compiled in zip(*results):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
@@ -180,8 +189,8 @@ def test_steps_of_cuda_graphs_equal_the_eager_ones():
         g, fixed = benchmark.draw(small.teacher, device)
         torch.manual_seed(0)
         images, labels = torch.randn(8, 3, 16, 16, device=device), torch.arange(8, device=device)
-        update = engine.make_update(opt, f, params, partial(g, params=fixed, mode=False), images[:1])
-        for step in range(2 * engine.FLUSH + 1):
+        update = make_update(opt, Network(f, params), partial(g, params=fixed, mode=False), images[:1])
+        for step in range(2 * FLUSH + 1):
             update(images, labels) if step % 5 else update(images[:3], labels[:3])
         results.append({k: v.detach().cpu() for k, v in params.items()})
     assert not torch._dynamo.utils.counters['inductor']['cudagraph_skips']

@@ -16,8 +16,8 @@ from conftest import HANGS, SMALL, refused, started_by
 from test_cifar import logged, same_weights
 
 import cifar
-import engine
-import stopping
+from engine import stopping
+from engine.log import read_log
 from formats import networks, write
 
 LONG = bool(os.environ.get('AT_LONG_TESTS'))
@@ -139,7 +139,8 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_in_the_middle_of_the_epoc
 
 
 SLOW_STEP = """
-import os, signal, stopping, time
+import os, signal, time
+from engine import stopping
 with stopping.Requests() as requests:
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGTERM)  # the same request again, from a launcher and a terminal
@@ -177,7 +178,7 @@ def test_a_clock_that_goes_backwards_does_not_show(train, monkeypatch):
     now = iter(range(10**9, 0, -3600))
     monkeypatch.setattr(time, 'time', lambda: float(next(now)))
     assert train('--epochs 2 --save logs/run')[0] == 0
-    for record in engine.read_log('logs/run/log.txt'):
+    for record in read_log('logs/run/log.txt'):
         assert 0 < record['train_time'] < 60 and 0 < record['test_time'] < 60 and record['images_per_second'] > 0
 
 

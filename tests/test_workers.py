@@ -16,9 +16,9 @@ from conftest import HANGS, SMALL, ends, refused, started_by
 from test_stopping import ended, wait_for_epoch
 
 import cifar
-import engine
 import imagenet
-import workers
+from engine import workers
+from engine.log import read_log
 from formats import networks
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -87,7 +87,7 @@ def test_two_machines_train_together(photos, tmp_path):
     ]
     out = [finished(node) for node in nodes]
     assert 'epoch 1/1' in out[0] and out[1] == ''
-    (record,) = engine.read_log(tmp_path / 'logs' / 'run' / 'log.txt')
+    (record,) = read_log(tmp_path / 'logs' / 'run' / 'log.txt')
     assert record['workers'] == 2 and record['train_images'] == 60
 
 
@@ -105,7 +105,7 @@ def test_containers_that_know_rank_and_address_train_together(photos, tmp_path):
     processes = [alone(photos, tmp_path, RANK=str(rank), **address) for rank in (0, 1)]
     out = [finished(process) for process in processes]
     assert 'epoch 1/1' in out[0] and out[1] == ''
-    (record,) = engine.read_log(tmp_path / 'logs' / 'run' / 'log.txt')
+    (record,) = read_log(tmp_path / 'logs' / 'run' / 'log.txt')
     assert record['workers'] == 2
 
 
@@ -115,7 +115,7 @@ def test_a_variable_that_something_else_left_behind_does_not_bear_on_a_run(train
         monkeypatch.setenv(name, value)
     status, out, err = train('--epochs 1 --save logs/run')
     assert status == 0 and 'epoch 1/1' in out, err
-    assert engine.read_log('logs/run/log.txt')[0]['workers'] == 1
+    assert read_log('logs/run/log.txt')[0]['workers'] == 1
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_what_one_worker_knows_to_be_spoilt_none_saves_or_logs(photos, tmp_path,
     """The last worker's running variance is infinite at the end of epoch 3, after the test."""
     status, _, err = ended(start(photos, tmp_path, '--ngpu', ngpu, SPOIL='3'))
     assert status == 1 and err.count('\n') == 1 and 'epoch 3, step 4: bn.running_var became infinite or NaN' in err, err
-    assert [r['epoch'] for r in engine.read_log(tmp_path / 'logs' / 'run' / 'log.txt')] == [1, 2]
+    assert [r['epoch'] for r in read_log(tmp_path / 'logs' / 'run' / 'log.txt')] == [1, 2]
     state = networks.load(tmp_path / 'logs' / 'run' / 'model.pt7')
     assert state['epoch'] == 2 and state['params']['bn.running_var'].isfinite().all()
 
@@ -315,7 +315,7 @@ def test_a_restart_before_the_run_was_opened_begins_the_new_run_and_not_the_old(
     more = '--seed', '2', '--overwrite', '--ngpu', '2', '--max_restarts', '1'
     status, out, err = ended(start(photos, tmp_path, *more, DIES_ONCE=str(tmp_path / 'died')))
     assert status == 0 and (tmp_path / 'died').exists() and 'resumed' not in out, err
-    assert [r['seed'] for r in engine.read_log(tmp_path / 'logs' / 'run' / 'log.txt')] == [2] * 5
+    assert [r['seed'] for r in read_log(tmp_path / 'logs' / 'run' / 'log.txt')] == [2] * 5
 
 
 def begins_again(process, folder):
@@ -323,7 +323,7 @@ def begins_again(process, folder):
     status, out, err = ended(process)
     assert status == 0, err
     assert 'resumed from logs/run/model.pt7 after epoch 3\n' in out
-    records = engine.read_log(folder / 'logs' / 'run' / 'log.txt')
+    records = read_log(folder / 'logs' / 'run' / 'log.txt')
     return [r['epoch'] for r in records] == list(range(1, 6)) and records[-1]['workers'] == 2
 
 

@@ -12,11 +12,11 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-import data
-import ending
-import engine
 import resnet
-import workers
+from engine import ending, workers
+from engine.step import make_step
+from engine.student import Network, pair
+from images import memory
 
 FLAGS = {
     **{'alpha': 0.7, 'beta': 100.0, 'temperature': 4.0, 'power': 2, 'mapping': 'sum', 'at_form': 'code'},
@@ -44,21 +44,19 @@ def steps(mode):
     for key, value in params.items():
         value.requires_grad_('running' not in key)
     teacher = partial(g, params=params_t, mode=False)
-    f = engine.prepare(opt, f, params, teacher, torch.zeros(1, 3, 8, 8, dtype=torch.double))
-    step = engine.make_step(opt, workers.data_parallel(f, params, training, sync_bn), teacher, device)
+    f = pair(opt, Network(f, params), teacher, torch.zeros(1, 3, 8, 8, dtype=torch.double))
+    step = make_step(opt, workers.data_parallel(f, params, training, sync_bn), teacher, device)
     optimizer = torch.optim.SGD([v for v in params.values() if v.requires_grad], 0.002, 0.9, weight_decay=5e-4)
-    digits = data.load('digits', image_size=8).train
-    images = data.Images(digits.pixels[:150], digits.labels[:150])  # the last batch of an epoch has 22 images
+    digits = memory.load('digits', image_size=8).train
+    images = memory.Images(digits.pixels[:150], digits.labels[:150])  # the last batch of an epoch has 22 images
     losses = []
     for epoch in range(1, 5):
         shares = [(0, 2), (1, 2)] if workers.world() == 1 and mode == 'own' else [(workers.rank(), workers.world())]
-        for batch in zip(*(data.TrainBatches(images, 32, 1, False, 0, *share, epoch) for share in shares)):
+        for batch in zip(*(memory.TrainBatches(images, 32, 1, False, 0, *share, epoch) for share in shares)):
             optimizer.zero_grad()
             losses.append(0)
             for x, labels, size in batch:
-                _, terms = step(x, labels)
-                weights = {'ce': 0.3, 'kd': 0.7, 'symmetry': opt.gamma}
-                loss = sum(weights.get(name, opt.beta) * term for name, term in terms.items())
+                loss = step(x, labels)[1].total(opt.beta, opt.gamma)
                 (loss * (len(labels) / size * workers.world())).backward()
                 losses[-1] += loss.detach() * len(labels) / size
             optimizer.step()

@@ -1,0 +1,80 @@
+"""The argument parser of every script, and the types of its flags."""
+
+import argparse
+import json
+import math
+import os
+import re
+
+TEACHERS = {'--teacher_id': '--teacher_params', '--teacher_params': '--teacher_id'}  # what the other scripts call it
+GPU = r'\d+|(GPU|MIG)-[\w/-]+'  # how CUDA_VISIBLE_DEVICES and --gpu_id name one
+MOST = 1e30  # of a rate or a weight: products of two stay below what float32 holds, or are seen as not finite
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that shows a description as it is written, and an error in one line with exit status 2."""
+
+    def __init__(self, description):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message):
+        for flag, other in TEACHERS.items():
+            if f' {flag}' in message.replace('=', ' ') and other in self._option_string_actions:
+                message += f' (here a teacher is named with {other})'
+        self.exit(2, f'{self.prog}: error: {message}\n')
+
+
+def subcommand(prog, description=None, **_):
+    """What add_subparsers takes as parser_class."""
+    parser = Parser(description)
+    parser.prog = prog
+    return parser
+
+
+def number(kind, low, high=math.inf, above=False):
+    """An argparse type: an int or float from low (or above it) to high."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except (ValueError, OverflowError):
+            raise argparse.ArgumentTypeError(f'{text!r} is not {"an integer" if kind is int else "a number"}') from None
+        if not (low < value if above else low <= value) or not value <= high or not math.isfinite(value):
+            bounds = f'{"above" if above else "at least"} {low:g}' + ('' if high == math.inf else f', at most {high:g}')
+            raise argparse.ArgumentTypeError(f'{text} is out of range ({bounds})')
+        return value
+
+    return parse
+
+
+def path(text):
+    """An argparse type, of every flag that names a file or folder: ~ is the home folder, also behind an =."""
+    return os.path.expanduser(text)
+
+
+def epoch_list(text):
+    """An argparse type: a JSON list of rising epochs, kept as the text that it was."""
+    try:
+        epochs = json.loads(text)
+    except (ValueError, RecursionError):
+        epochs = None
+    rising = isinstance(epochs, list) and all(type(e) is int and e > 0 for e in epochs)
+    if not rising or sorted(set(epochs)) != epochs:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON list of rising epochs, like [60,120,160]')
+    return text
+
+
+def group_list(text):
+    """An argparse type: distinct group numbers from 0, separated by commas, kept as the text that it was."""
+    parts = text.split(',') if text else []
+    if not all(p.isascii() and p.isdigit() and len(p) < 4 for p in parts) or len(set(map(int, parts))) != len(parts):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a list of group numbers like 0,2')
+    return text
+
+
+def gpu_list(text):
+    """An argparse type: what CUDA_VISIBLE_DEVICES takes, numbers or identifiers separated by commas."""
+    if text and not all(re.fullmatch(GPU, name) for name in text.split(',')):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a list of GPUs like 0,1')
+    return text

@@ -1,0 +1,136 @@
+"""The flags of the training scripts, and their checks."""
+
+from engine import transfer
+from engine.arguments import MOST, Parser, epoch_list, gpu_list, group_list, number, path
+from engine.schedules import BETA_DECAYS
+from engine.transfer import PENALTIES, TRANSFERS
+from formats.networks import NETWORKS
+from images.memory import DATASETS
+from utils import DTYPES
+
+HOLDOUT = 'test on N training images instead'
+
+
+def common_flags(
+    parser, section, *, depth, batch_size, epochs, epoch_step, lr_decay_ratio, weight_decay, lr=0.1, groups=''
+):
+    """Add the shared flags, with the defaults of the paper's section, under upstream's names and early spellings.
+
+    With depth None the network's shape is no matter of flags.
+    """
+    flag = parser.add_argument_group(f'network (section {section})').add_argument
+    if depth is not None:
+        flag('--depth', default=depth, type=number(int, 1, 10_000), help='layers of the network (default: %(default)s)')
+        flag('--width', default=1, type=number(float, 0, 100, above=True), help='times the base width (default: 1)')
+    flag('--dtype', default='float', choices=list(DTYPES), help='compute dtype; parameters and losses stay float32')
+    integers = "int8: the teacher's convolutions in integers, on CPUs (default: same, as --dtype)"
+    flag('--teacher_dtype', default='same', choices=['same', 'int8'], help=integers)
+    flag('--compile', action='store_true', help='compile the student and its losses with torch.compile at the start')
+    flag('--cuda_graphs', action='store_true', help='with --compile on a single GPU: replay the step as CUDA graphs')
+
+    flag = parser.add_argument_group(f'training (section {section})').add_argument
+    flag('--epochs', default=epochs, type=number(int, 1), metavar='N', help='default: %(default)s')
+    size, decay = 'of all workers together (default: %(default)s)', 'default: %(default)s'
+    flag('--batch_size', '--batchSize', default=batch_size, type=number(int, 2, 2**31), help=size)
+    flag('--lr', default=lr, type=number(float, 0, MOST, above=True), help='learning rate (default: %(default)s)')
+    flag(
+        '--epoch_step',
+        default=epoch_step,
+        type=epoch_list,
+        help='epochs at whose start the learning rate drops (default: %(default)s)',
+    )
+    flag('--lr_decay_ratio', default=lr_decay_ratio, type=number(float, 0, 1), help='times lr (default: %(default)s)')
+    flag('--weight_decay', '--weightDecay', default=weight_decay, type=number(float, 0, MOST), help=decay)
+    flag('--seed', default=0, type=number(int, 0, 2**63 - 1), help='of initialisation, order and augmentation')
+
+    flag = parser.add_argument_group('transfer from a teacher').add_argument
+    flag('--alpha', default=0, type=number(float, 0, 1), help='weight of knowledge distillation (section 4.1: 0.9)')
+    beta = 'weight of --transfer (section 4.1: 1e+3 for attention maps)'
+    flag('--temperature', default=4, type=number(float, 1e-6, 1000), help='of distillation (section 4.1: 4)')
+    flag('--beta', default=0, type=number(float, 0, MOST), help=beta)
+    flag('--beta_decay', default='none', choices=list(BETA_DECAYS), help='how beta falls to 0 (section 4.1: AT+KD)')
+    flag('--transfer', default='activation', choices=list(TRANSFERS), help=transfer.described(TRANSFERS))
+    for name, row in TRANSFERS.items():
+        for own, words in row.flags.items():
+            flag(f'--{own}', **{**words, 'help': f'{words["help"]} (of --transfer {name}, {row.paper})'})
+    only = f'only these, like 0,2 (section 4.1, table 2; default: {groups or "all"})'
+    flag('--groups', default=groups, type=group_list, help=only)
+
+    flag = parser.add_argument_group('penalty, without a teacher').add_argument
+    flag('--penalty', default='none', choices=['none', *PENALTIES], help=transfer.described(PENALTIES))
+    flag('--gamma', default=0, type=number(float, 0, MOST), help='weight of --penalty (section 3.2)')
+
+    flag = parser.add_argument_group('run').add_argument
+    flag('--save', default='', type=path, help='folder for log.txt and model.pt7; without it, nothing is kept')
+    resume = "a checkpoint to go on from, or 'auto' for the one in --save, if there is one"
+    flag('--resume', default='', type=path, help=resume)
+    flag(
+        '--save_every', default=0, type=number(float, 0), metavar='MINUTES', help='also within an epoch (default: not)'
+    )
+    flag('--overwrite', action='store_true', help='replace the run that --save holds')
+    flag('--nthread', default=4, type=number(int, 0, 1024), help='threads that decode images (default: 4)')
+    flag('--ngpu', default=1, type=number(int, 1, 1024), help='workers: one a GPU, or CPU processes without GPUs')
+    flag('--sync_bn', action='store_true', help="batch norm over all workers' images, not each worker's share")
+    flag(
+        '--max_restarts',
+        default=0,
+        type=number(int, 0, 1000),
+        help='restart up to N times after a worker dies',
+        metavar='N',
+    )
+    flag('--gpu_id', default='', type=gpu_list, help='like 0,1 (default: all that CUDA_VISIBLE_DEVICES allows)')
+
+
+def parse_cifar(description, words=None):
+    """The flags of cifar.py, from `words` or the command line, with the recipe of section 4.1 as defaults."""
+    parser = Parser(description)
+    flag = parser.add_argument_group('data and teacher (section 4.1)').add_argument
+    flag('--dataset', default='CIFAR10', choices=list(DATASETS), help='default: %(default)s')
+    flag('--dataroot', '--data_root', default='.', type=path, help='where the data set is, or is to be downloaded')
+    flag('--follow_links', action='store_true', help='of a folder, read images that links out of it lead to')
+    flag('--image_size', default=32, type=number(int, 8, 512), help='for folder and digits (default: 32)')
+    pad = number(float, 0, 511)
+    flag('--randomcrop_pad', default=4, type=pad, help='pixels around an image to crop from (default: 4; table 3: 0)')
+    held = f'{HOLDOUT}: the last, of a folder the same part of each class'
+    flag('--holdout', default=0, type=number(int, 0), metavar='N', help=held)
+    flag('--teacher_id', default='', type=path, help='run that teaches: its name in logs/, its folder or model.pt7')
+    flag = parser.add_argument_group('kind of network (section 4.1)').add_argument
+    offered = {name: family for name, family in NETWORKS.items() if family.script == 'cifar.py'}
+    kinds = ' or '.join(family.plural for family in offered.values())
+    flag('--net', default='wrn', choices=list(offered), help=f'{kinds} (table 1)')
+    flag('--no_bn', action='store_true', help='a Network-in-Network with biases instead of batch norm (table 3)')
+    common_flags(
+        parser,
+        '4.1',
+        depth=16,
+        batch_size=128,
+        epochs=200,
+        epoch_step='[60,120,160]',
+        lr_decay_ratio=0.2,
+        weight_decay=0.0005,
+    )
+    opt = parser.parse_args(words)
+    check(opt, opt.teacher_id, '--teacher_id')
+    if opt.randomcrop_pad % 1 or opt.randomcrop_pad >= opt.image_size:
+        raise ValueError(f'--randomcrop_pad {opt.randomcrop_pad:g}: expected whole pixels, fewer than the image has')
+    if opt.no_bn and 'no_bn' not in offered[opt.net].flags:
+        others = ' or '.join(name for name, family in offered.items() if 'no_bn' in family.flags)
+        raise ValueError(f'--no_bn: {offered[opt.net].plural} have batch norm; --net {others} can do without')
+    if 'depth' not in offered[opt.net].flags:
+        opt.depth = None
+    return opt
+
+
+def check(opt, teacher, flag):
+    """Refuse flags that contradict each other; `teacher` is the value of `flag`, which names one."""
+    if (opt.alpha or opt.beta) and not teacher:
+        raise ValueError(f'--{"alpha" if opt.alpha else "beta"} needs a teacher: name one with {flag}')
+    transfer.check(opt)
+    if opt.cuda_graphs and not opt.compile:
+        raise ValueError('--cuda_graphs goes with --compile')
+    if opt.teacher_dtype == 'int8' and (not teacher or transfer.of_image(opt) or DTYPES[opt.dtype].itemsize == 8):
+        raise ValueError(f'--teacher_dtype int8: with {flag}, but not with --transfer gradient or --dtype double')
+    if opt.resume and opt.overwrite:
+        raise ValueError('--resume and --overwrite contradict each other')
+    if opt.resume == 'auto' and not opt.save:
+        raise ValueError('--resume auto continues the run in --save, which is not given')

@@ -1,0 +1,80 @@
+"""Commands that run several at a time; they are asked to stop when this process is."""
+
+import os
+import signal
+import subprocess
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+
+import torch
+
+RUNNING = []  # the processes of the moment
+STOPPED = []  # the signals that asked for an end
+
+
+def call(command, job, jobs):
+    """Run a command to its end, of several at a time without its output, on the GPU of the job's number if there are.
+
+    Raises ValueError where it fails, with its last line of error, and KeyboardInterrupt where it was stopped.
+    """
+    environment = {**os.environ, 'AT_PARENT': str(os.getpid())}
+    if jobs > 1 and torch.cuda.is_available():
+        command = [*command, '--gpu_id', str(job % torch.cuda.device_count())]
+    elif jobs > 1:
+        environment.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // jobs)))
+    text = {'encoding': 'utf-8', 'errors': 'replace'}
+    pipes = {} if jobs == 1 else {'stdout': subprocess.DEVNULL, 'stderr': subprocess.PIPE, **text}
+    with subprocess.Popen(command, env=environment, **pipes) as process:
+        RUNNING.append(process)
+        if STOPPED:
+            process.terminate()  # `stop` came before this process was among those that it ends
+        _, error = process.communicate()
+        RUNNING.remove(process)
+    if process.returncode in (130, 143, -signal.SIGINT, -signal.SIGTERM):
+        raise KeyboardInterrupt
+    if process.returncode:
+        reason = (error or '').strip().splitlines()[-1:]
+        raise ValueError(': '.join([f'exit status {process.returncode}', *reason]))
+
+
+def run_all(waits_for, run, jobs):
+    """Call run(name, job) -> outcome for each name, so many at a time: in order, but each after what it waits for.
+
+    waits_for: {name: name that has to end first, or None}. Prints the outcomes and returns the names whose run raised
+    OSError or ValueError. Raises KeyboardInterrupt where one was stopped.
+    """
+    title = {name: f'[{number}/{len(waits_for)}] {name}' for number, name in enumerate(waits_for, 1)}
+    left, free, running, failed = list(waits_for), list(range(jobs)), {}, []
+    pool = ThreadPoolExecutor(jobs)
+    STOPPED.clear()
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        while left or running:
+            unready = {*left, *(name for name, _ in running.values())}
+            ready = [name for name in left if waits_for[name] not in unready]
+            for name in ready[: len(free)]:
+                left.remove(name)
+                print(title[name], flush=True)
+                job = free.pop(0)
+                running[pool.submit(run, name, job)] = name, job
+            # A signal that comes just before a wait without a limit would only be seen at its end.
+            for ended in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
+                name, job = running.pop(ended)
+                free.append(job)
+                try:
+                    outcome = ended.result()
+                except (OSError, ValueError) as error:
+                    failed.append(name)
+                    outcome = f'failed: {error}'
+                print(f'{title[name]}: {outcome}', flush=True)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+    return failed
+
+
+def stop(signum, _):
+    """Ask the commands that run to save and to end: by themselves they would go on, and hold their folders."""
+    STOPPED.append(signum)
+    for process in list(RUNNING):
+        process.terminate()

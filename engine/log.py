@@ -1,0 +1,116 @@
+"""A run's log: one line of JSON an epoch, behind `json_stats:`; the authors' logs are read as well."""
+
+import json
+import math
+import os
+import subprocess
+
+import torch
+
+from engine.schedules import beta_at, lr_at
+from engine.workers import world
+from formats.write import not_written
+
+MAX_LOG = 2**28  # characters; an epoch takes 2,000
+
+
+def read_log(path):
+    """Read a log, ours or the authors': one dictionary an epoch. A last line that was cut short is left out.
+
+    Raises OSError where there is no such file and ValueError where another line cannot be read.
+    """
+    with open(path, encoding='utf-8', errors='replace') as file:
+        text = file.read(MAX_LOG + 1)
+    if len(text) > MAX_LOG:
+        raise ValueError(f'{path} has more than {MAX_LOG:,} characters: it is no log')
+    if text.startswith('\ufffd\ufffd'):  # FE FF or FF FE, which are no UTF-8
+        raise ValueError(f'{path} is a text in UTF-16: save it in UTF-8')
+    lines = [line.lstrip('\ufeff') for line in text.splitlines()]  # without byte order marks
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.startswith('json_stats'):
+            continue
+        try:
+            record = json.loads(line[line.index(':') + 1 :])
+            if not isinstance(record, dict):
+                raise ValueError
+            records.append(record)
+        except (ValueError, RecursionError):
+            if number < len(lines):
+                raise ValueError(f'{path}, line {number}: json_stats is not followed by a JSON object') from None
+    return records
+
+
+def line_of(record):
+    """A line of a log, strict JSON behind its mark."""
+
+    def plain(value):  # JSON has no infinity: the deviation of one value, for one
+        if isinstance(value, float):
+            return float(value) if math.isfinite(value) else None
+        return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+    return 'json_stats: ' + json.dumps({k: plain(v) for k, v in record.items()}, allow_nan=False) + '\n'
+
+
+def append_line(path, line):
+    """Add a line to a log and flush it to the disk; OSError where that fails."""
+    try:
+        with open(path, 'a', encoding='utf-8', opener=_open_no_link) as file:
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise not_written(path, error) from None
+
+
+def _open_no_link(path, flags):
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def commit():
+    """The commit of this code, with '-dirty' where tracked files differ from it; None outside a repository."""
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    command = 'git describe --always --dirty --abbrev=12'.split()
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, check=True)
+        return done.stdout.decode(errors='replace').strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def results(opt, epoch, meters, trained_for, tested, tested_for):
+    """What an epoch adds to its line; tested: as of `evaluate`, times in seconds."""
+    values = {name: meter.value() for name, meter in meters.values.items()}
+    return {
+        'epoch': epoch,
+        'train_loss': values['loss'][0],
+        'train_acc': _one_or_list(meters.accuracy()),
+        'test_loss': tested[0],
+        'test_acc': _one_or_list(tested[1]),
+        'train_time': trained_for,
+        'test_time': tested_for,
+        'at_losses': [v for k, v in values.items() if k.startswith('at')],
+        **{k: v[0] for k, v in values.items() if k != 'loss'},
+        'lr_now': lr_at(epoch, opt.lr, json.loads(opt.epoch_step), opt.lr_decay_ratio),
+        'beta_now': beta_at(epoch, opt.epochs, opt.beta, opt.beta_decay),
+        'images_per_second': meters.images / trained_for,
+    }
+
+
+def _one_or_list(accuracies):
+    return accuracies[0] if len(accuracies) == 1 else accuracies
+
+
+def environment(device):
+    """What a run ran on, for its log."""
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else _processor()
+    return {'torch': torch.__version__, 'device': name, 'workers': world(), 'commit': commit()}
+
+
+def _processor():
+    try:
+        with open('/proc/cpuinfo', encoding='utf-8', errors='replace') as file:
+            model = next((line.split(':')[1].strip() for line in file if line.startswith('model name')), 'CPU')
+    except OSError:
+        model = 'CPU'
+    return f'{model}, {torch.get_num_threads()} threads'

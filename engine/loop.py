@@ -1,0 +1,262 @@
+"""The training loop: torchnet's Engine, and one class whose on_* methods are its hooks.
+
+Everything that is logged or learnt is a function of the global batch and does not depend on the number of workers,
+but for batch norm, whose statistics each worker takes of its own share.
+"""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torchnet.engine import Engine
+from tqdm import tqdm
+
+from engine import log, runs, workers
+from engine.evaluate import evaluate
+from engine.meters import CALMER, Meters
+from engine.precision import autocast
+from engine.resume import resume_, state_of, statistics, trained
+from engine.schedules import lr_at
+from engine.step import FLUSH, Updates, total_loss
+from engine.stopping import Requests, Stopped
+from engine.workers import join_statistics_, rank, say, sum_over_workers, world
+from formats.write import save
+from utils import num_trained
+
+HIGH_LOSS = 1000.0  # guessing among n classes has ln(n)
+
+
+class Data(NamedTuple):
+    """What a network is trained and tested on."""
+
+    train: Callable  # (epoch, start) -> batches (images (B, 3, H, W), labels (B,), size of the global batch)
+    test: Callable  # () -> batches likewise
+    counts: dict  # for the log: num_classes, train_images, test_images
+    image: torch.Tensor  # one such as is trained on: (1, 3, H, W)
+    topk: tuple = (1,)
+
+    @property
+    def num_classes(self):
+        return self.counts['num_classes']
+
+    @property
+    def device(self):
+        return self.image.device
+
+
+def count(dataset):
+    """What a log says of a data set."""
+    images = {'train_images': len(dataset.train.labels), 'test_images': len(dataset.test.labels)}
+    return {'num_classes': dataset.num_classes, **images}
+
+
+def start(opt):
+    """Check --ngpu, --save and the files to read, start the workers and join them: the torch.device of this worker.
+
+    Raises ValueError where the flags cannot be followed and OSError where a file that they name is missing.
+    """
+    workers.check(opt)
+    runs.check_files(opt)
+    with contextlib.redirect_stdout(None) if workers.launches(opt) else contextlib.nullcontext():
+        if rank() == 0:
+            runs.check_save(opt)  # the first worker prints its notes
+    device = workers.join(opt)
+    say('parsed options:', vars(opt))
+    return device
+
+
+def fit(opt, step, student, data):
+    """Train for opt.epochs, keeping log and checkpoint in opt.save; returns the last epoch's record.
+
+    step: as of `make_step`. student: the Network that is trained, evaluated and saved. Accuracies are logged as a
+    number, or as a list where data.topk has several.
+    Raises Stopped where a signal asked for it, FloatingPointError for a loss or parameter that is not finite,
+    ValueError where another process trains into --save and OSError where it cannot be written.
+    """
+    with runs.locked(opt), Requests() as requests:
+        updates = Updates(opt, trained(student.params).values(), data.device)
+        done, progress = resume_(opt, student.params, updates, data.topk)
+        if done >= opt.epochs:
+            return say(f'nothing to do: {done} of {opt.epochs} epochs are done')
+        runs.open_run(opt, done)
+        run = Run(opt, step, student, data, updates, requests, done, progress)
+        engine = Engine()
+        engine.hooks = {name: getattr(run, name) for name in dir(run) if name.startswith('on_')}
+        engine.train(run.loss, None, opt.epochs, updates)
+    if opt.save:
+        say(f'log: {os.path.join(opt.save, "log.txt")}\nmodel: {os.path.join(opt.save, "model.pt7")}')
+    return run.record
+
+
+class Run:
+    """A training: what it changes, where it is, and what torchnet's Engine calls in its course (on_*)."""
+
+    def __init__(self, opt, step, student, data, updates, requests, done, progress):
+        self.opt, self.step, self.student, self.data, self.updates = opt, step, student, data, updates
+        self.requests, self.epoch, self.progress = requests, done, progress
+        self.meters = Meters(data.device, data.topk)
+        self.facts = {**vars(opt), **data.counts, 'n_parameters': num_trained(student.params)}
+        self.facts |= log.environment(data.device)
+        self.record = self.batches = self.images = None  # images: the batch of the last step
+        self.saved_at, self.warned = time.monotonic(), False
+
+    def loss(self, sample):
+        """What the Engine differentiates, and the logits."""
+        return self.updates.scaled(*total_loss(self.opt, self.step, sample, self.epoch, self.meters))
+
+    def on_start(self, state):
+        state['epoch'] = self.epoch
+
+    def on_start_epoch(self, state):
+        progress, self.progress, self.epoch = self.progress, None, state['epoch'] + 1
+        self.meters.reset()
+        if progress:
+            self.meters.restore(progress, progress['workers'][rank()])
+        _set_rate_(self.opt, self.updates.sgd, self.epoch, begins=not progress)
+        done = self.meters.steps
+        self.batches = self.data.train(self.epoch, done)
+        state['iterator'] = state['bar'] = _bar(self.batches, f'epoch {self.epoch}/{self.opt.epochs}', done)
+
+    def on_update(self, state):
+        self.images = state['sample'][0]
+        if len(self.meters.pending) == FLUSH:
+            self.meters.flush(self.epoch)
+            speed = self.meters.images / self.meters.elapsed()
+            state['bar'].set_postfix_str(f'loss {self.meters.values["loss"].value()[0]:.4f}, {speed:.0f} images/s')
+            self.pause()
+        elif self.requests.signum:
+            self.pause(alone=True)
+
+    def on_end_epoch(self, state):
+        self.meters.flush(self.epoch)
+        self.pause()
+        trained_for = self.meters.elapsed()
+        join_statistics_(self.student.params)
+        since, batches = time.perf_counter(), self.data.test()
+        settings = self.data.device, self.opt.dtype, self.data.topk
+        tested = evaluate(self.student, batches, *settings, lambda: self.pause(alone=True))
+        if not math.isfinite(tested[0]):
+            raise FloatingPointError(f'epoch {self.epoch}: the test loss is not finite ({tested[0]}); {CALMER}')
+        tested_for = time.perf_counter() - since
+        self.record = {
+            **self.facts,
+            **log.results(self.opt, self.epoch, self.meters, trained_for, tested, tested_for),
+        }
+        if hasattr(batches, 'bad'):
+            bad = self.meters.bad + self.batches.bad + batches.bad
+            self.record['bad_images'] = int(sum_over_workers([bad], self.data.device)[0])
+        self.keep_epoch()
+        _print_epoch(self.opt, self.record, self.meters)
+        if tested[0] > HIGH_LOSS and not self.warned:
+            say(f'note: a test loss of {tested[0]:.3g} is far above that of guessing: the run may diverge; {CALMER}')
+            self.warned = True
+
+    def pause(self, alone=False):
+        """Save if it is time to, and stop if a signal asked for it: all workers together, or `alone` the only one."""
+        due = 0 < self.opt.save_every * 60 < time.monotonic() - self.saved_at
+        wishes = [self.requests.signum, int(due)]
+        if world() > 1:
+            if alone:
+                return
+            wishes = torch.tensor(wishes, device=self.data.device)
+            dist.all_reduce(wishes, dist.ReduceOp.MAX)
+            wishes = wishes.tolist()
+        signum, due = wishes
+        if signum or due:
+            self.meters.flush(self.epoch)
+            self.keep_progress()
+        if signum:
+            advice = 'go on with --resume auto' if self.opt.save else 'nothing is kept without --save'
+            raise Stopped(signum, f'stopped after step {self.meters.steps} of epoch {self.epoch}; {advice}')
+
+    def keep_progress(self):
+        """Save in the middle of an epoch, with every worker's own part of its progress."""
+        self.check_finite()
+        shared, mine = self.meters.state(getattr(self.batches, 'bad', 0))
+        if world() > 1:
+            mine['statistics'] = {k: v.cpu() for k, v in statistics(self.student.params).items()}
+        everyone = [mine]
+        if world() > 1:
+            everyone = [None] * world()
+            dist.all_gather_object(everyone, mine)
+        batches = {'batch_size': self.opt.batch_size, 'seed': self.opt.seed}
+        self.save({**shared, **batches, 'workers': everyone}, self.epoch - 1)
+
+    def keep_epoch(self):
+        """Append the log line, then replace the checkpoint: a resume after a kill in between repeats the epoch."""
+        self.check_finite()
+        if self.opt.save and rank() == 0:
+            log.append_line(os.path.join(self.opt.save, 'log.txt'), log.line_of(self.record))
+        self.save(None, self.epoch)
+
+    def save(self, progress, epochs):
+        """Replace the checkpoint; `check_finite` comes before."""
+        self.saved_at = time.monotonic()
+        if self.opt.save and not rank():
+            state = state_of(self.student.params, self.updates, epochs, progress)
+            save(os.path.join(self.opt.save, 'model.pt7'), state)
+
+    def check_finite(self):
+        """FloatingPointError, in all workers, where the last updates have spoilt something in any of them."""
+        self.updates.check_scale(self.epoch)
+        spoilt = [self.spoilt()]
+        if world() > 1:
+            spoilt = [None] * world()
+            dist.all_gather_object(spoilt, self.spoilt())
+        if any(spoilt):
+            what = next(filter(None, spoilt))
+            raise FloatingPointError(
+                f'epoch {self.epoch}, step {self.meters.steps}: {what} became infinite or NaN; {CALMER}'
+            )
+
+    def spoilt(self):
+        """What is not finite of this worker's parameters, their momentum and the network's output; '' where all is."""
+        f, params = self.student
+        state = self.updates.sgd.state
+        buffers = {k: state.get(v, {}).get('momentum_buffer') for k, v in trained(params).items()}
+        momentum = {f'the momentum of {k}': buffer for k, buffer in buffers.items() if buffer is not None}
+        values = {**{k: v.detach() for k, v in params.items()}, **momentum}
+        finite = torch.stack([v.isfinite().all() for v in values.values()]).tolist()
+        wrong = [k for k, good in zip(values, finite) if not good]
+        if wrong:
+            return wrong[0] + (f' and {len(wrong) - 1} others' if len(wrong) > 1 else '')
+        if self.images is None:
+            return ''
+        with torch.no_grad(), autocast(self.data.device, self.opt.dtype):
+            logits = f(self.images, params, False)[0]
+        return '' if logits.isfinite().all() else 'the output of the network'
+
+
+def _bar(batches, name, start):
+    """A progress bar over the batches that are left, shown by the first worker on a terminal."""
+    total = start + len(batches)
+    return tqdm(batches, name, total, initial=start, unit='step', leave=False, disable=True if rank() else None)
+
+
+def _set_rate_(opt, optimizer, epoch, begins=True):
+    """Give the optimizer an epoch's learning rate; momentum starts from zero where it drops, as in the original."""
+    epoch_step = json.loads(opt.epoch_step)
+    for group in optimizer.param_groups:
+        group['lr'] = lr_at(epoch, opt.lr, epoch_step, opt.lr_decay_ratio)
+    if begins and epoch in epoch_step:
+        optimizer.state.clear()
+
+
+def _percent(accuracy):
+    return ' '.join(f'{a:.2f}%' for a in (accuracy if isinstance(accuracy, list) else [accuracy]))
+
+
+def _print_epoch(opt, record, meters):
+    terms = '  '.join(f'{k} {record[k]:.3g}' for k in meters.values if k != 'loss')
+    say(
+        f'epoch {record["epoch"]}/{opt.epochs}  lr {record["lr_now"]:.3g}  '
+        f'train {record["train_loss"]:.4f} {_percent(record["train_acc"])}  '
+        f'test {record["test_loss"]:.4f} {_percent(record["test_acc"])}  {terms}  '
+        f'{record["images_per_second"]:.0f} images/s  {record["train_time"]:.0f}+{record["test_time"]:.0f} s'
+    )

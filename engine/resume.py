@@ -1,0 +1,129 @@
+"""What a run needs to go on exactly where it was: its checkpoint, written and read."""
+
+import math
+import os
+
+import torch
+import torch.distributed as dist
+from torchnet.meter import AverageValueMeter
+
+from engine.meters import Meters
+from engine.workers import rank, say, world
+from formats.networks import check_fit, load, restore_
+from layers import STATISTICS
+
+
+def state_of(params, updates, epochs, progress):
+    """The checkpoint after `epochs` whole ones; progress: of the one that is interrupted, or None."""
+    return {
+        'params': {k: v.detach() for k, v in params.items()},
+        'optimizer': updates.sgd.state_dict(),
+        'scaler': updates.scaler.state_dict(),
+        'epoch': epochs,
+        'progress': progress,
+    }
+
+
+def resume_(opt, params, updates, topk):
+    """Load the checkpoint that --resume names into params and updates; returns its epoch and progress.
+
+    The epoch is the number of whole ones; progress is what the one that was interrupted had come to, or None. The first
+    worker alone reads the file and tells the others, who may be on machines that do not see it.
+    """
+    found = list(_load_(opt, params, updates, topk)) if rank() == 0 else [0, None, {}]
+    if world() > 1:
+        dist.broadcast_object_list(found, 0)
+        for value in params.values():
+            dist.broadcast(value.detach(), 0)
+        for value in trained(params).values() if found[:2] != [0, None] else ():
+            buffer = updates.sgd.state[value].setdefault('momentum_buffer', torch.zeros_like(value))
+            dist.broadcast(buffer, 0)
+    epoch, progress, scale = found
+    if scale and updates.scaler.is_enabled():
+        updates.scaler.load_state_dict(scale)
+    if progress and world() > 1:
+        restore_(statistics(params), progress['workers'][rank()]['statistics'], opt.resume)
+    return epoch, progress
+
+
+def trained(params):
+    return {k: v for k, v in params.items() if v.requires_grad}
+
+
+def statistics(params):
+    return {k: v for k, v in params.items() if k.endswith(STATISTICS)}
+
+
+def _load_(opt, params, updates, topk):
+    path = os.path.join(opt.save, 'model.pt7') if opt.resume == 'auto' else opt.resume
+    if not path or (opt.resume == 'auto' and not os.path.exists(path)):
+        return 0, None, {}
+    state = load(path, say)
+    optimizer, epoch, progress = (state.get(key) for key in ('optimizer', 'epoch', 'progress'))
+    if not isinstance(optimizer, dict) or type(epoch) is not int or not isinstance(progress, dict | None):
+        raise ValueError(f'{path} holds parameters alone, without momentum and epoch: it can teach, but not be resumed')
+    momentum = _momentum(optimizer, trained(params))
+    if epoch < 0 or momentum is None:
+        raise ValueError(f'{path}: its momentum or epoch does not fit the network')
+    scale = state.get('scaler', {})  # empty but for float16, and in older checkpoints
+    usual = _types(torch.amp.GradScaler('cpu').state_dict())
+    if scale != {} and not (isinstance(scale, dict) and _types(scale) == usual and 0 < scale['scale'] < math.inf):
+        raise ValueError(f'{path}: the scale of its float16 losses cannot be read')
+    if progress is not None:
+        _check_progress(progress, opt, params, path, topk)
+    restore_(params, state['params'], path)
+    # Rate and weight decay are those of the flags, so of the saved state only the momentum is taken.
+    updates.sgd.load_state_dict({'state': momentum, 'param_groups': updates.sgd.state_dict()['param_groups']})
+    place = f'step {progress["steps"]} of epoch {epoch + 1}' if progress else f'epoch {epoch}'
+    say(f'resumed from {path} after {place}')
+    return epoch, progress, scale
+
+
+def _momentum(optimizer, trained):
+    """The `state` of SGD's state_dict in a checkpoint, or None where it does not fit what is trained.
+
+    Older checkpoints have {name of the parameter: momentum} in its place.
+    """
+    if 'param_groups' in optimizer:
+        state = optimizer.get('state')
+        known = isinstance(state, dict) and all(isinstance(v, dict) for v in state.values())
+        buffers = {i: v.get('momentum_buffer') for i, v in state.items()} if known else None
+    else:
+        buffers = dict(enumerate(optimizer.values())) if list(optimizer) == list(trained) else None
+    if buffers is None:
+        return None
+    buffers = {
+        i: buffer for i, buffer in buffers.items() if buffer is not None
+    }  # empty where the rate has just dropped
+    values = dict(enumerate(trained.values()))
+    if any(i not in values or getattr(buffer, 'shape', None) != values[i].shape for i, buffer in buffers.items()):
+        return None
+    return {i: {'momentum_buffer': buffer.to(values[i], copy=True)} for i, buffer in buffers.items()}
+
+
+def _types(values):
+    return {k: type(v) for k, v in values.items()}
+
+
+def _check_progress(progress, opt, params, path, topk):
+    """Refuse a position in an epoch that is damaged, or of other batches or another number of workers."""
+    meters, shapes = Meters(torch.device('cpu'), topk), {k: v.shape for k, v in statistics(params).items()}
+    try:
+        found = [progress['batch_size'], progress['seed'], len(progress['workers'])]
+        whole = all(type(v) is int for v in [*found, progress['steps'], progress['images']]) and progress['steps'] >= 0
+        if whole and found != [opt.batch_size, opt.seed, world()]:
+            flags = '--batch_size {}, --seed {} and {} workers'.format(*found)
+            raise ValueError(f'{path} was saved in the middle of an epoch with {flags}: go on with the same')
+        for mine in progress['workers']:
+            meters.restore(progress, mine)
+            if world() > 1:
+                check_fit(shapes, mine['statistics'], path)
+            whole &= type(meters.bad) is type(meters.errors.n) is int and isinstance(meters.seconds, float)
+            whole &= set(meters.errors.sum) == set(topk) and all(type(n) is int for n in meters.errors.sum.values())
+        fields, values = set(vars(AverageValueMeter())), progress['values']
+        whole &= not progress['steps'] or 'loss' in values
+        whole &= all(set(v) == fields and all(type(n) is float for n in v.values()) for v in values.values())
+    except (AttributeError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(f'{path}: its position in the epoch cannot be read')

@@ -1,0 +1,155 @@
+"""A run's folder: what it holds, and which process may write to it."""
+
+import contextlib
+import difflib
+import fcntl
+import os
+
+from engine import launch
+from engine.log import line_of, read_log
+from engine.workers import rank, say
+from formats.torchvision import check_name
+from formats.write import write_whole
+
+MAX_NAMES = 10_000  # in a folder that is searched for what was meant
+NOT_SETTINGS = set(
+    'save resume overwrite save_every nthread gpu_id dataroot imagenetpath follow_links max_restarts'.split()
+)
+
+
+def find(teacher_id):
+    """The paths of a run's log and model: of logs/<teacher_id>, or of a run's folder or model.pt7 that it leads to.
+
+    Raises OSError where one of them is missing, and says which run of logs/ has nearly that name.
+    """
+    names_model = os.path.basename(teacher_id) == 'model.pt7'
+    folder = os.path.normpath(os.path.dirname(teacher_id) if names_model else teacher_id)
+    places = [folder] if names_model and os.path.isfile(teacher_id) else [os.path.join('logs', folder), folder]
+    run = next((place for place in places if os.path.isdir(place)), folder if os.sep in folder else places[0])
+    log, model = (os.path.join(run, name) for name in ('log.txt', 'model.pt7'))
+    missing = next((path for path in (log, model) if not os.path.isfile(path)), None)
+    if missing:
+        near = os.path.join('logs', os.path.dirname(folder))
+        advice = _nearest(os.path.basename(folder), near if os.path.isdir(near) else os.path.dirname(folder))
+        if ':' in teacher_id or (os.path.isfile(teacher_id) and not names_model):
+            advice = (
+                '; a run with its log teaches here, a file teaches in imagenet.py and finetune.py (--teacher_params)'
+            )
+        raise OSError(f'--teacher_id {teacher_id}: there is no {missing}{advice}')
+    return log, model
+
+
+def _nearest(name, folder):
+    """A hint at what a folder holds of nearly the name that is missing; empty where it holds nothing of the kind."""
+    with contextlib.suppress(OSError):
+        near = difflib.get_close_matches(name, sorted(os.listdir(folder))[:MAX_NAMES])
+        if near:
+            return f'; {folder} holds {", ".join(near)}'
+    return ''
+
+
+def check_files(opt):
+    """Refuse a teacher, pretrained network or checkpoint that is not there, before any data are read.
+
+    Raises OSError, and ValueError for a name that torchvision does not have. The checkpoint to go on from concerns the
+    first worker alone, who reads it.
+    """
+    if getattr(opt, 'teacher_id', ''):
+        find(opt.teacher_id)
+    resumed = opt.resume if opt.resume != 'auto' and rank() == 0 else ''
+    for flag, path in {**vars(opt), 'resume': resumed}.items():
+        if flag not in ('teacher_params', 'pretrained', 'resume') or not path or os.path.isfile(path):
+            continue
+        if path.startswith('torchvision:') and flag != 'resume':
+            check_name(path.removeprefix('torchvision:'))
+            continue
+        runs = (os.path.join(base, path, 'model.pt7') for base in ('', 'logs'))
+        model = next((run for run in runs if os.path.isfile(run)), None)
+        advice = f'; did you mean {model}?' if model else _nearest(os.path.basename(path), os.path.dirname(path) or '.')
+        raise OSError(f'--{flag} {path}: no such checkpoint{advice}')
+
+
+def check_save(opt):
+    """Refuse a --save that holds another run, unless that run is resumed or may be overwritten; nothing is written."""
+    if not opt.save:
+        say('note: without --save, neither log nor parameters will be kept')
+        return
+    log, model = (os.path.join(opt.save, name) for name in ('log.txt', 'model.pt7'))
+    if os.path.exists(opt.save) and not os.path.isdir(opt.save):
+        raise ValueError(f'--save {opt.save} is not a folder')
+    if opt.overwrite or not (os.path.exists(log) or os.path.exists(model)):
+        return
+    changed = changed_settings(opt, read_log(log)) if os.path.exists(log) else []
+    settings = f' of other settings ({"; ".join(changed)})' if changed else ''
+    if not _resumes_own(opt):
+        raise ValueError(
+            f'--save {opt.save} holds a run{settings}: continue it with --resume auto, '
+            'replace it with --overwrite, or save elsewhere'
+        )
+    if changed:
+        say(f'note: {opt.save} is a run{settings}; the epochs to come use the new ones')
+
+
+def changed_settings(opt, records):
+    """How the flags differ from those that a log's last line holds: ['lr 0.1, not 0.05', ...]."""
+    if not records:
+        return []
+    before = dict(records[-1])
+    if 'lr_now' not in before:
+        before.pop('lr', None)  # an older log, which has the rate of the epoch there
+    if isinstance(before.get('teacher_id'), str):  # in older logs, the folder of the protocol was a part of the name
+        before['teacher_id'] = before['teacher_id'].replace('/', '-')
+    now = {k: v.replace('/', '-') if k == 'teacher_id' else v for k, v in vars(opt).items() if k not in NOT_SETTINGS}
+    return [f'{k} {before[k]!r:.99}, not {v!r:.99}' for k, v in now.items() if k in before and before[k] != v]
+
+
+def _resumes_own(opt):
+    own = os.path.join(opt.save, 'model.pt7')
+    return opt.resume == 'auto' or (opt.resume and os.path.realpath(opt.resume) == os.path.realpath(own))
+
+
+@contextlib.contextmanager
+def locked(opt):
+    """Hold the folder --save; ValueError where another process trains into it. The lock ends with its process."""
+    if not opt.save or rank():
+        yield
+        return
+    new = not os.path.isdir(opt.save)
+    os.makedirs(opt.save, exist_ok=True)
+    folder = os.open(opt.save, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f'another process trains into --save {opt.save}') from None
+    try:
+        yield
+    finally:
+        os.close(folder)
+        if new:
+            with contextlib.suppress(OSError):
+                os.rmdir(opt.save)  # if nothing came of it
+
+
+def open_run(opt, done):
+    """Make --save ready for what follows after `done` epochs: later lines, broken ones and an old run go."""
+    if not opt.save or rank():
+        return
+    os.makedirs(opt.save, exist_ok=True)
+    log, model = (os.path.join(opt.save, name) for name in ('log.txt', 'model.pt7'))
+    if opt.overwrite and os.path.exists(model):
+        os.unlink(model)
+    if os.path.lexists(log):
+        epochs = [(_epoch(record), record) for record in ([] if opt.overwrite else read_log(log))]
+        last = max((epoch for epoch, _ in epochs), default=0)
+        if last > done + 1:  # a run that is killed logs one epoch more than it saves
+            raise ValueError(
+                f'{log} tells of {last} epochs, but {done} are in the checkpoint: '
+                'put the right model.pt7 beside it, or begin anew with --overwrite'
+            )
+        kept = [record for epoch, record in epochs if epoch <= done]
+        write_whole(log, ''.join(map(line_of, kept)).encode())
+    launch.note_opened()
+
+
+def _epoch(record):
+    return record['epoch'] if isinstance(record.get('epoch'), int) else 0

@@ -1,0 +1,200 @@
+"""One training step: the student's losses beside what is kept of the teacher, and the optimizer."""
+
+import contextlib
+import statistics
+import time
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+import utils
+from engine import transfer
+from engine.meters import CALMER, Meters
+from engine.precision import autocast
+from engine.schedules import beta_at
+from engine.student import pair
+from engine.workers import world
+from images import children
+from layers import full
+from utils import DTYPES
+
+FLUSH = 20  # steps between two looks at the losses: each look makes the host wait for the device
+LEAST_SCALE = 1e-8  # of a float16 loss whose gradients are infinite: a larger one would have done long before
+
+
+class Losses(NamedTuple):
+    """The losses of a batch: scalars, unweighted but for `task`."""
+
+    task: torch.Tensor  # of the labels and the teacher's logits: cross entropy, or `utils.distillation`
+    parts: dict  # its parts, for the log alone: ce, kd
+    transfer: dict  # at0, at1, ... or what else --transfer compares: beta weighs them
+    penalty: dict  # of --penalty: gamma weighs it
+
+    def total(self, beta, gamma):
+        """What is differentiated."""
+        weighted = [beta * loss for loss in self.transfer.values()] + [gamma * loss for loss in self.penalty.values()]
+        return sum(weighted, self.task)
+
+    def named(self):
+        """What is logged: {name: scalar}."""
+        return {**self.parts, **self.transfer, **self.penalty}
+
+
+def make_step(opt, student, teacher, device):
+    """The training step as a function: step(images, labels) -> (logits, `Losses`).
+
+    student and teacher are x -> (logits, groups); teacher is None where there is none. With --compile, whole batches
+    take a compiled form of the student and its losses, and on GPUs of the teacher.
+    """
+    of_image, penalty = transfer.of_image(opt), transfer.PENALTIES.get(opt.penalty)
+    needs_gradient = bool(of_image or penalty)
+
+    def run(network, images):
+        with autocast(device, opt.dtype):
+            logits, groups = network(images)
+        return full(logits), groups
+
+    def teach(images, labels):
+        """All that the losses take of the teacher: logits, what is kept of its groups, input gradient."""
+        if teacher is None:
+            return None, {}, None
+        with torch.set_grad_enabled(bool(of_image)):
+            logits, groups = run(teacher, images)
+            gradient = utils.input_gradient(logits, images, labels) if of_image else None
+            return logits.detach(), transfer.kept(opt, groups), gradient
+
+    def learn(images, labels, taught_logits, taught, taught_gradient):
+        logits, groups = run(student, images)
+        task, parts = classify(logits, taught_logits, labels)
+        if needs_gradient:
+            j = utils.input_gradient(logits, images, labels, create_graph=True)
+        losses = transfer.losses(opt, groups, taught)
+        if of_image:
+            losses[of_image.term] = of_image.loss(j, taught_gradient, opt)
+        shaped = {opt.penalty: penalty.loss(j, partial(student_gradient, labels), images)} if penalty else {}
+        return logits, Losses(task, parts, losses, shaped)
+
+    def classify(logits, taught_logits, labels):
+        """The loss of the logits, and its parts for the log."""
+        if not opt.alpha:
+            ce = F.cross_entropy(logits, labels)
+            return ce, {'ce': ce.detach()}
+        task = utils.distillation(logits, taught_logits, labels, opt.temperature, opt.alpha)
+        with torch.no_grad():
+            kd = utils.kd_loss(logits, taught_logits, opt.temperature)
+            return task, {'ce': F.cross_entropy(logits, labels), 'kd': kd}
+
+    def student_gradient(labels, images):
+        images = images.detach().requires_grad_()
+        return utils.input_gradient(run(student, images)[0], images, labels, create_graph=True)
+
+    def both(images, labels):
+        return learn(images, labels, *teach(images, labels))
+
+    on_whole_batches = _compiled(opt, both, learn, teach, device) if opt.compile else both
+
+    def step(images, labels):
+        images = images.detach().requires_grad_(needs_gradient)
+        whole = len(images) == opt.batch_size // world()  # another size would have to be compiled for itself
+        return (on_whole_batches if whole else both)(images, labels)
+
+    return step
+
+
+def _compiled(opt, both, learn, teach, device):
+    """`both` compiled, but for the teacher on a CPU, which gains nothing there; with --cuda_graphs as graphs."""
+    children.import_safely()  # the compiler starts a Python to see what the processor can do
+    if device.type == 'cpu':
+        compiled = torch.compile(learn, dynamic=False)
+        return lambda images, labels: compiled(images, labels, *teach(images, labels))
+    if not opt.cuda_graphs:
+        return torch.compile(both, dynamic=False)
+    replayed = torch.compile(both, dynamic=False, mode='reduce-overhead')
+
+    def replay(images, labels):
+        torch.compiler.cudagraph_mark_step_begin()
+        return torch.utils._pytree.tree_map(torch.clone, replayed(images, labels))  # the next replay overwrites them
+
+    return replay
+
+
+def total_loss(opt, step, sample, epoch, meters):
+    """What this worker differentiates, and the logits; the named losses go to the meters.
+
+    sample: (images, labels, size of the global batch). Gradients are averaged over workers, so the loss of a share
+    counts by its part of the global batch.
+    """
+    images, labels, size = sample
+    logits, losses = step(images, labels)
+    total = losses.total(beta_at(epoch, opt.epochs, opt.beta, opt.beta_decay), opt.gamma)
+    part = len(labels) / size
+    named = {'loss': total, **losses.named()}
+    meters.add({name: loss.detach() * part for name, loss in named.items()}, logits, labels, size)
+    return total * (part * world()), logits
+
+
+class Updates:
+    """The optimizer of the paper's recipes, as torchnet's Engine takes it; in float16 it scales losses.
+
+    SGD with momentum 0.9 and weight decay on everything that is trained. float16 gradients are computed of a loss that
+    is as many times larger as they allow without becoming infinite, or small ones would vanish; a step in which they
+    are infinite is left out (Micikevicius et al. 2018, section 3.2; torch.amp.GradScaler).
+    """
+
+    def __init__(self, opt, trained, device):
+        half = DTYPES[opt.dtype] == torch.float16
+        # Fused, a first step that is left out would leave momentum uninitialised (PyTorch 2.14).
+        self.sgd = torch.optim.SGD(trained, opt.lr, momentum=0.9, weight_decay=opt.weight_decay, fused=not half)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=half)
+
+    def zero_grad(self):
+        self.sgd.zero_grad()
+
+    def step(self, closure):
+        """Take a step by the gradients that closure() leaves, those of a loss as of `scaled`."""
+        closure()
+        self.scaler.step(self.sgd)
+        self.scaler.update()
+
+    def scaled(self, loss, logits):
+        return self.scaler.scale(loss), logits
+
+    def check_scale(self, epoch):
+        """FloatingPointError where gradients are infinite at every scale, so that nothing is learnt."""
+        if self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE:
+            raise FloatingPointError(f'epoch {epoch}: the gradients in float16 are not finite at any scale; {CALMER}')
+
+
+def make_update(opt, student, teacher, image):
+    """A whole training step, as a function: update(images, labels), without log and checkpoint.
+
+    student: a Network. teacher: x -> (logits, groups), or None. image: one such as is trained on, (1, 3, H, W).
+    """
+    with contextlib.redirect_stdout(None):
+        network = partial(pair(opt, student, teacher, image), params=student.params, mode=True)
+    step, meters = make_step(opt, network, teacher, image.device), Meters(image.device, (1,))
+    updates = Updates(opt, [v for v in student.params.values() if v.requires_grad], image.device)
+
+    def update(images, labels):
+        sample = images, labels, len(images)
+        updates.zero_grad()
+        updates.step(lambda: updates.scaled(*total_loss(opt, step, sample, 1, meters))[0].backward())
+        if len(meters.pending) == FLUSH:
+            meters.flush(1)
+
+    return update
+
+
+def seconds_a_step(opt, student, teacher, images, steps=3):
+    """How long a training step on images (N, 3, H, W) takes: the median of `steps` after one to warm up."""
+    update, times = make_update(opt, student, teacher, images[:1]), []
+    labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    for _ in range(1 + steps):
+        start = time.perf_counter()
+        update(images, labels)
+        if images.device.type == 'cuda':
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])

@@ -1,0 +1,80 @@
+"""The network that is trained: its initial parameters, and how its groups are paired with the teacher's."""
+
+from typing import NamedTuple
+
+import torch
+
+from engine.precision import place
+from engine.transfer import chosen, group_numbers, of_groups
+from engine.workers import rank, say
+from utils import adapt, adapter_params, print_tensor_dict, set_requires_grad_except_bn_, without_adapters
+
+
+class Network(NamedTuple):
+    """A functional network: f(x, params, mode) -> (logits, groups)."""
+
+    f: object
+    params: dict[str, torch.Tensor]
+
+
+def initialise(build, opt, num_classes, device):
+    """The network to train, of the seed's initial parameters on the device; build: num_classes -> (f, params)."""
+    torch.manual_seed(opt.seed)
+    f, params = build(num_classes)
+    params = place(params, opt.dtype, device)
+    set_requires_grad_except_bn_(params)
+    return Network(f, params)
+
+
+def pair(opt, student, teacher, image):
+    """Pair the groups of student and teacher; print the student and what beta amounts to.
+
+    student: a Network. teacher: x -> (logits, groups), or None. image: (1, 3, H, W). Returns the function to train;
+    where --transfer adapts and the channels of student and teacher differ, it has adapters, which join the student's
+    params. Raises ValueError where groups cannot be paired.
+    """
+    f, params = student
+    transfer, pairs = of_groups(opt), {}
+    if transfer:
+        with torch.no_grad():
+            groups, groups_t = f(image, params, False)[1], teacher(image)[1]
+        if len(groups) != len(groups_t):
+            raise ValueError(
+                f'the student has {len(groups)} groups, the teacher {len(groups_t)}: they cannot be paired'
+            )
+        pairs = {i: (groups[i], groups_t[i]) for i in group_numbers(opt.groups, len(groups))}
+        if transfer.adapts:
+            adapters = place(adapter_params(groups, groups_t, list(pairs)), opt.dtype, image.device)
+            set_requires_grad_except_bn_(adapters)
+            params.update(adapters)
+    if opt.cuda_graphs:
+        for value in params.values():
+            torch._dynamo.mark_static_address(value)  # it only changes in place, so graphs need no copy of it
+    if rank() == 0:
+        print_tensor_dict(params)
+    trained = sum(v.numel() for v in without_adapters(params).values() if v.requires_grad)
+    say(f'{trained:,} trained parameters')
+    _say_weights(opt, pairs, image.shape)
+    return _adapted(f) if transfer and transfer.adapts else f
+
+
+def _say_weights(opt, pairs, image_shape):
+    """Print what beta amounts to for each loss; pairs: {group: (student's, teacher's activation)}."""
+    transfer = chosen(opt)
+    shapes = {i: (y.shape[1], *map(min, zip(x.shape[2:], y.shape[2:]))) for i, (x, y) in pairs.items()}
+    if transfer and transfer.at_image:
+        shapes = {'': image_shape[1:]}
+    for i, shape in shapes.items():
+        name, (weight, what) = f'{transfer.term}{i}', transfer.weighs(opt, *shape)
+        if weight:
+            say(f'{name}: beta {opt.beta:g} weighs {what} by {weight:.4g}')
+        else:
+            say(f'note: {name} compares {what}: it is always 0 and teaches nothing (see --groups)')
+
+
+def _adapted(f):
+    def network(x, params, mode, base=''):
+        logits, groups = f(x, params, mode, base)
+        return logits, adapt(groups, params)
+
+    return network

@@ -1,0 +1,165 @@
+"""The table of transfer methods and penalties: flags, step, log, printed weights and plots are made from its lines.
+
+A new method is a function of two activations and a line of TRANSFERS.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import utils
+from engine.arguments import number
+
+
+class Transfer(NamedTuple):
+    """A way to teach; beta weighs the sum of its losses."""
+
+    term: str  # its name in the log: at0, at1, ... with the number of the group, or without where at_image
+    title: str  # for --help
+    paper: str  # section, equation, table
+    label: str  # what tables and pictures call it
+    loss: Callable  # (the student's activation, what is kept of the teacher's, flags) -> a scalar
+    weighs: Callable  # (flags, C, H, W) -> (how much beta weighs a part of the loss by, what part); 0: nothing
+    keep: Callable = lambda x, opt: x  # (the teacher's activation (N, C, H, W), flags) -> all that stays in memory
+    adapts: bool = False  # whether a 1x1 convolution gives the student as many channels as the teacher has
+    beta: str = '1'  # its weight in reproduce.py's tables
+    at_image: bool = False  # whether it compares input gradients (N, 3, H, W) and not the activations of the groups
+    flags: dict[str, dict] = {}  # that belong to it alone: {name: arguments of add_argument, a default among them}
+
+
+class Penalty(NamedTuple):
+    """A loss of the student's input gradient that needs no teacher; gamma weighs it."""
+
+    title: str
+    paper: str
+    label: str
+    loss: Callable  # (input gradient j (N, 3, H, W), gradient: images -> their input gradient, images) -> a scalar
+    gamma: str = '0.1'  # its weight in reproduce.py's tables
+
+
+def attention_weight(opt, channels, height, width):
+    """What beta amounts to for attention maps; normalised 1x1 maps are all equal, so it is nothing there."""
+    if height == width == 1:
+        return 0, 'maps of 1x1, which are all equal'
+    if opt.at_form == 'code':
+        return opt.beta / (opt.batch_size * height * width), f'each element of the {height}x{width} maps'
+    return opt.beta / (2 * opt.batch_size), f'the distance of two {height}x{width} maps'
+
+
+def activation_weight(opt, channels, height, width):
+    """What beta amounts to for whole activations."""
+    weight = opt.beta / (opt.batch_size * channels * height * width)
+    return weight, f'each element of the activations, {channels}x{height}x{width},'
+
+
+TRANSFERS = {
+    'activation': Transfer(
+        term='at',
+        title='attention maps',
+        paper='section 3.1, eq. 2',
+        label='AT',
+        loss=lambda x, kept, opt: utils.at_loss(x, kept, opt.power, opt.mapping, opt.at_form),
+        keep=lambda x, opt: utils.attention_map(x, opt.power, opt.mapping, relative=True),
+        weighs=attention_weight,
+        flags={
+            'at_form': {'default': 'code', 'choices': ['code', 'paper'], 'help': "the authors' code, or eq. 2"},
+            'mapping': {'default': 'sum', 'choices': ['sum', 'max'], 'help': 'of a map, over channels (table 2)'},
+            'power': {'default': 2, 'type': number(float, 0, 16, above=True), 'help': 'p of |A|^p (table 2)'},
+        },
+    ),
+    'full': Transfer(
+        term='full',
+        title='whole activations',
+        paper='F-ActT, section 4.1, table 1',
+        label='F-ActT',
+        loss=lambda x, kept, opt: utils.full_activation_loss(x, kept),
+        weighs=activation_weight,
+        beta='1e+5',  # weighs a sample's squared distance about as 1e+3 does in attention transfer
+        adapts=True,
+    ),
+    'gradient': Transfer(
+        term='grad',
+        title='input gradients',
+        paper='section 3.2, eq. 5, table 3',
+        label='gradient-based AT',
+        loss=lambda j, kept, opt: utils.gradient_loss(j, kept),
+        weighs=lambda opt, *shape: (opt.beta / (2 * opt.batch_size), 'the distance of two input gradients'),
+        beta='0.1',
+        at_image=True,
+    ),
+}
+
+PENALTIES = {
+    'symmetry': Penalty(
+        title='between the input gradients of an image and of its mirror image',
+        paper='section 3.2, eq. 6, table 3',
+        label='symmetry norm',
+        loss=lambda j, gradient, images: utils.gradient_loss(j, gradient(images.flip(3)).flip(3)),
+    ),
+    'min_l2': Penalty(
+        title='the norm of input gradients',
+        paper='Drucker & LeCun 1992, table 3',
+        label='min-l2',
+        loss=lambda j, gradient, images: utils.gradient_loss(j),
+    ),
+}
+
+
+def described(table):
+    """The lines of a table in words, for --help."""
+    return '; '.join(f'{name}: {row.title} ({row.paper})' for name, row in table.items())
+
+
+def chosen(opt):
+    """The transfer that the flags ask for, or None."""
+    return TRANSFERS[opt.transfer] if opt.beta > 0 else None
+
+
+def of_groups(opt):
+    """The transfer of activations that the flags ask for, or None."""
+    transfer = chosen(opt)
+    return None if transfer is None or transfer.at_image else transfer
+
+
+def of_image(opt):
+    """The transfer of input gradients that the flags ask for, or None."""
+    transfer = chosen(opt)
+    return transfer if transfer and transfer.at_image else None
+
+
+def group_numbers(groups, number):
+    """The numbers of the groups that are compared, of `number` groups; ValueError for one that is not there."""
+    numbers = [int(g) for g in groups.split(',')] if groups else list(range(number))
+    if max(numbers) >= number:
+        raise ValueError(f'--groups {groups}: the network has groups 0 to {number - 1}')
+    return numbers
+
+
+def kept(opt, groups):
+    """What the losses take of a teacher's groups, (N, C, H, W) each: {name of the loss: what is kept}."""
+    transfer = of_groups(opt)
+    numbers = group_numbers(opt.groups, len(groups)) if transfer else ()
+    return {f'{transfer.term}{i}': transfer.keep(groups[i], opt) for i in numbers}
+
+
+def losses(opt, groups, taught):
+    """The losses of a student's groups beside what is `kept` of the teacher's: {name: scalar}."""
+    transfer = of_groups(opt)
+    numbers = group_numbers(opt.groups, len(groups)) if transfer else ()
+    return {f'{transfer.term}{i}': transfer.loss(groups[i], taught[f'{transfer.term}{i}'], opt) for i in numbers}
+
+
+def check(opt):
+    """Refuse flags of one transfer with another, and those of a transfer or penalty without its weight."""
+    if (opt.penalty == 'none') != (opt.gamma == 0):
+        raise ValueError('--penalty and its weight --gamma go together')
+    transfer = TRANSFERS[opt.transfer]
+    if opt.transfer != 'activation' and not opt.beta:
+        raise ValueError(f'--transfer {opt.transfer} needs its weight, --beta')
+    for name, row in TRANSFERS.items():
+        changed = [flag for flag, words in row.flags.items() if getattr(opt, flag) != words['default']]
+        if changed and row is not transfer:
+            raise ValueError(f'--{changed[0]} belongs to --transfer {name} alone, not to --transfer {opt.transfer}')
+    if transfer.at_image and opt.groups:
+        raise ValueError('--groups: gradients are transferred at the image, not from groups')
+    if opt.compile and (opt.penalty != 'none' or transfer.at_image):
+        raise ValueError('--compile: torch.compile cannot differentiate twice, as input gradients need')

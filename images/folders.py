@@ -1,0 +1,150 @@
+"""Folders of images, and lists of such: which files are images, of which classes."""
+
+import codecs
+import os
+import re
+import unicodedata
+
+IMAGE_SUFFIXES = tuple('.png .jpg .jpeg .jfif .bmp .gif .webp .tif .tiff .ppm .pgm'.split())
+# What systems leave in folders, besides names that begin with a dot.
+SYSTEM_NAMES = {*'__macosx @eadir thumbs.db desktop.ini lost+found $recycle.bin'.split(), 'system volume information'}
+MAX_LIST = 2**26  # bytes of a list of images
+
+
+def find_parts(root, parts, follow_links=False, note=print):
+    """The number of classes, and the images of each of two parts, as of `find_images`, whose classes are the same.
+
+    Raises what that raises, and ValueError where there are other classes in one part than in the other.
+    """
+    (classes, found), (others, found_too) = (find_images(root, part, follow_links, note) for part in parts)
+    odd = sorted(set(classes) ^ set(others))
+    alike = {}
+    for name in odd:
+        alike.setdefault(unicodedata.normalize('NFC', name).casefold(), []).append(name)
+    pair = next((pair for pair in alike.values() if len(pair) == 2 and len(set(pair) & set(classes)) == 1), None)
+    if pair:
+        a, b = sorted(pair, key=lambda name: name in others)
+        same = len({unicodedata.normalize('NFC', name) for name in pair}) == 1
+        raise ValueError(
+            f'{root}: the class {a} ({ascii(a)}) of {parts[0]} and {b} ({ascii(b)}) of {parts[1]} differ only '
+            f'in {"the Unicode form of their letters (NFC or NFD)" if same else "case"}: rename one of them'
+        )
+    if odd:
+        more = f' and {len(odd) - 5} more' if len(odd) > 5 else ''
+        names = ' and '.join(parts)
+        raise ValueError(f'{root}: {names} have different classes; in one only: {", ".join(odd[:5])}{more}')
+    return len(classes), found, found_too
+
+
+def is_hidden(name):
+    """Whether a file or folder is one of the system's, or hidden from the user by a dot before its name."""
+    return name.startswith('.') or name.lower() in SYSTEM_NAMES
+
+
+def find_images(root, part, follow_links=False, note=print):
+    """The files root/part/<class>/...: (names of the classes, [(path, number of the class), ...]), in order of names.
+
+    What is hidden is no class and no image. `note` is told how many other files are passed over. Raises OSError and
+    ValueError, with a message for the user, where there are no images, and ValueError for a link that leads out of
+    `root`, unless `follow_links` allows it. No link to a folder inside a class is followed: it may loop.
+    """
+    folder = os.path.join(root, part)
+    if not os.path.isdir(folder):
+        raise OSError(f'{root} has no folder {part!r}: expected {part}/<class>/*')
+    entries = [entry for entry in os.scandir(folder) if not is_hidden(entry.name)]
+    classes = sorted(entry.name for entry in entries if entry.is_dir())
+    if not classes:
+        raise ValueError(f'{folder} has no folders of classes: expected {part}/<class>/*')
+    tops, allowed = [os.path.join(folder, name) for name in classes], None if follow_links else root
+    for path in (folder, *tops):
+        check_link(path, allowed)
+    below = [(path, label) for label, top in enumerate(tops) for path in files_below(top, allowed)]
+    files = [file for file in below if file[0].lower().endswith(IMAGE_SUFFIXES)]
+    expected = f'{part}/<class>/* of {" ".join(IMAGE_SUFFIXES)}'
+    others = [path for path, _ in below if not path.lower().endswith(IMAGE_SUFFIXES)]
+    others += sorted(entry.path for entry in entries if not entry.is_dir())
+    if others:
+        many = f'{len(others):,} files in {folder} are' if len(others) > 1 else f'a file in {folder} is'
+        note(f'note: {many} passed over, like {others[0]}: expected {expected}')
+    if not files:
+        raise ValueError(f'{folder} holds no images: expected {expected}')
+    if len(classes) < 2:
+        raise ValueError(f'{folder} has only one class, {classes[0]!r}: nothing to learn')
+    empty = set(range(len(classes))) - {label for _, label in files}
+    if empty:
+        raise ValueError(f'{tops[min(empty)]} holds no images')
+    return classes, files
+
+
+def files_below(folder, allowed):
+    """Yield the paths of all files below a folder, but for hidden ones, in order of names; `find_images` says what of.
+
+    Raises ValueError for a link that leads out of the folder `allowed`, if one is given, or to a folder.
+    """
+    left = [folder]
+    while left:
+        entries = sorted((e for e in os.scandir(left.pop()) if not is_hidden(e.name)), key=lambda entry: entry.name)
+        for entry in entries:
+            if entry.is_symlink():  # known from the listing: no look at each of a million files
+                check_link(entry.path, allowed)
+                if entry.is_dir():
+                    raise ValueError(f'{entry.path} is a link to a folder inside a class: it is not followed')
+        folders = {entry.path for entry in entries if entry.is_dir()}
+        left += sorted(folders, reverse=True)
+        yield from (entry.path for entry in entries if entry.path not in folders)
+
+
+def check_link(path, allowed):
+    """Refuse a link that leads out of the folder `allowed`; None allows all."""
+    if allowed is not None and os.path.islink(path):
+        tree = os.path.realpath(allowed)
+        if os.path.commonpath([tree, os.path.realpath(path)]) != tree:
+            raise ValueError(f'{path} is a link that leads out of {allowed}: --follow_links reads what is there')
+
+
+def read_list(root, name, pattern):
+    """The groups of a pattern in each line of a list of images."""
+    path = os.path.join(root, name)
+    if not os.path.isfile(path):
+        raise OSError(f'--dataroot {root} has no {name}')
+    if os.path.getsize(path) > MAX_LIST:
+        raise ValueError(f'{path} has more than {MAX_LIST:,} bytes: it is no list of images')
+    with open(path, 'rb') as file:
+        content = file.read().removeprefix(codecs.BOM_UTF8)
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ValueError(f'{path} is a text in UTF-16: save it in UTF-8')
+    # Names are bytes to the system, in whatever encoding.
+    lines = [os.fsdecode(line.strip()) for line in content.splitlines() if line and not line.isspace()]
+    found = [re.fullmatch(pattern, line) for line in lines]
+    if not all(found):
+        wrong = lines[found.index(None)]
+        raise ValueError(f'{path} has a line that does not belong there: {wrong[:100]!r}')
+    return [match.groups() for match in found]
+
+
+def find_listed(root, folder, train, test, follow_links):
+    """What `find_parts` returns, of two lists ['<class>/<file>' in a folder of `root`, ...], classes in order of names.
+
+    Raises ValueError or OSError where a list names what is no image of a class to train on, or is not there.
+    """
+    top, allowed, parts = os.path.join(root, folder), None if follow_links else root, []
+    classes = sorted({name.partition('/')[0] for name in train})
+    numbers = {name: i for i, name in enumerate(classes)}
+    if len(classes) < 2 or not test:
+        raise ValueError(f'{root} lists {len(classes)} classes to train on and {len(test)} images to test')
+    check_link(top, allowed)
+    for name in classes:
+        check_link(os.path.join(top, name), allowed)
+    for listed in (train, test):
+        files = []
+        for name in listed:
+            label, path = name.partition('/')[0], os.path.join(top, name)
+            hidden = any(map(is_hidden, name.split('/')))
+            if label not in numbers or hidden or not name.lower().endswith(IMAGE_SUFFIXES):
+                raise ValueError(f'{root} lists {name[:200]!r}, which is no image of a class to train on')
+            check_link(path, allowed)
+            if not os.path.isfile(path):
+                raise OSError(f'{path} is missing')
+            files.append((path, numbers[label]))
+        parts.append(files)
+    return len(classes), *parts

@@ -1,0 +1,250 @@
+"""ImageNet, birds, rooms, or another folder of photographs: decoded and cropped in worker processes, normalised on the
+device.
+
+A new data set is a function and a line of DATASETS. Order, crops and mirroring are a pure function of (seed, epoch,
+sample index): they depend neither on the number of workers nor on where a run was resumed.
+"""
+
+import functools
+import itertools
+import os
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from images import batches, crops, folders, readers
+
+MEAN = (123.675, 116.28, 103.53)  # of ImageNet's training images, red, green, blue: 255 * (0.485, 0.456, 0.406)
+STD = (58.395, 57.12, 57.375)  # 255 * (0.229, 0.224, 0.225)
+
+
+class Files(NamedTuple):
+    """Image files with their labels."""
+
+    paths: list  # N names
+    labels: torch.Tensor  # (N,) int64
+    boxes: list | None = None  # of each file, what is looked at: (left, top, width, height) in pixels, or None for all
+    scaled: bool = False  # crops to train on are of one scale, that of the test, and not random_box
+
+
+class Dataset(NamedTuple):
+    """What `load` returns."""
+
+    train: Files
+    test: Files
+    num_classes: int
+
+
+# --------------------------------------------------------------------------------------------------------- data sets
+
+
+def load(root, follow_links=False, note=print):
+    """List the images root/train/<class>/* and root/val/<class>/*; classes are numbered in the order of their names.
+
+    Raises ValueError or OSError, with a message for the user, where folders or images are missing or links lead out of
+    `root`: see `folders.find_parts`.
+    """
+    if not os.path.isdir(root):
+        raise OSError(f'{root}: no such folder')
+    num_classes, train, test = folders.find_parts(root, ('train', 'val'), follow_links, note)
+    return Dataset(_files(train), _files(test), num_classes)
+
+
+def hold_out(dataset, count):
+    """A data set with `count` training files, as of `batches.hold_out`, in place of the test; with 0 as it is."""
+    if not count:
+        return dataset
+    files = dataset.train
+
+    def part(indices):
+        boxes = [files.boxes[i] for i in indices] if files.boxes else None
+        return files._replace(paths=[files.paths[i] for i in indices], labels=files.labels[indices], boxes=boxes)
+
+    kept, held = batches.hold_out(files.labels, count)
+    return dataset._replace(train=part(kept), test=part(held))
+
+
+def _files(found, **more):
+    paths, labels = zip(*found)
+    return Files(list(paths), torch.tensor(labels), **more)
+
+
+def load_cub(root, follow_links=False, note=print):
+    """Caltech-UCSD Birds-200-2011 (Wah et al. 2011): the folder CUB_200_2011 as it is published, cropped to its boxes.
+
+    Raises ValueError or OSError, with a message for the user, where a list or an image is missing, lists do not agree
+    or links lead out of `root`.
+    """
+    lines = {
+        'images': r'[^/ ]+/[^/]+',
+        'train_test_split': '[01]',
+        'bounding_boxes': ' '.join([r'\d{1,6}(?:\.\d*)?'] * 4),
+    }
+    lists = (folders.read_list(root, f'{name}.txt', rf'(\d+) ({line})') for name, line in lines.items())
+    names, trained, boxes = map(dict, lists)
+    if not names.keys() == trained.keys() == boxes.keys():
+        raise ValueError(f'{root}: {", ".join(f"{name}.txt" for name in lines)} do not number the same images')
+    boxes = {i: tuple(map(float, box.split())) for i, box in boxes.items()}
+    train, test = ([(name, boxes[i]) for i, name in names.items() if trained[i] == part] for part in '10')
+    return _listed(root, 'images', train, test, follow_links)
+
+
+def load_scenes(root, follow_links=False, note=print):
+    """MIT Indoor-67 (Quattoni & Torralba 2009): a folder with Images/, TrainImages.txt and TestImages.txt.
+
+    Raises ValueError or OSError as `load_cub` does.
+    """
+    lists = (folders.read_list(root, f'{part}Images.txt', '([^/]+/[^/]+)') for part in ('Train', 'Test'))
+    train, test = ([(name, None) for (name,) in found] for found in lists)
+    return _listed(root, 'Images', train, test, follow_links)
+
+
+def _listed(root, folder, train, test, follow_links):
+    """A data set of lists [('<class>/<file>' in a folder of `root`, box or None), ...], classes in order of names."""
+    names = ([name for name, _ in part] for part in (train, test))
+    num_classes, *found = folders.find_listed(root, folder, *names, follow_links)
+    boxes = ([box for _, box in part] for part in (train, test))
+    parts = (_files(files, boxes=its, scaled=True) for files, its in zip(found, boxes))
+    return Dataset(*parts, num_classes)
+
+
+def load_folder(root, follow_links=False, note=print):
+    """One's own images, cropped as those of the other data sets of DATASETS are."""
+    dataset = load(root, follow_links, note)
+    return dataset._replace(train=dataset.train._replace(scaled=True))
+
+
+DATASETS = {'cub': load_cub, 'scenes': load_scenes, 'folder': load_folder}  # what --dataset of finetune.py takes
+
+
+# ----------------------------------------------------------------------------------------------------------- batches
+
+
+def read_batch(files, size, augment, indices, pixels=None):
+    """Decode and crop images: (pixels (B, size, size, 3) uint8, labels [B numbers], what is wrong with bad ones).
+
+    augment: (seed, epoch) to train, None to test. pixels: an array for the crops, with room for all indices. Bad are
+    files that cannot be read; to train, the next good one takes the place of each, to test they are left out. Each bad
+    file is named by its own index alone: once in an epoch.
+    """
+    n = len(files.paths)
+    pixels = np.empty((len(indices), size, size, 3), np.uint8) if pixels is None else pixels
+    taken, bad = [], []
+    # All draws first: between two images, with the processor's caches full of pixels, they would cost ten times more.
+    drawn = {i: crops.augmentation(*augment, i) for i in indices} if augment else {}
+    for i in indices:
+        for j in itertools.chain(range(i, n), range(i)) if augment else [i]:
+            path, box = files.paths[j], files.boxes[j] if files.boxes else None
+            try:
+                if not augment:
+                    crop = crops.test_crop(path, size, box)
+                else:
+                    draws = drawn.get(j) or crops.augmentation(*augment, j)
+                    if files.scaled:
+                        crop = crops.scaled_crop(path, size, *draws, box)
+                    else:
+                        crop = crops.train_crop(path, size, *draws)
+            except (OSError, ValueError) as error:
+                if j == i:
+                    bad.append(str(error))
+                continue
+            pixels[len(taken)] = crop
+            taken.append(j)
+            break
+    return torch.from_numpy(pixels[: len(taken)]), files.labels[taken].tolist(), bad
+
+
+normalize = functools.partial(batches.normalize, mean=MEAN, std=STD)
+
+
+def sample(files, size, count=64):
+    """Images spread evenly over a part of a data set, unaugmented: (up to count, 3, size, size).
+
+    Raises ValueError where none of them can be read.
+    """
+    pixels, labels, bad = read_batch(files, size, None, batches.spread(len(files.paths), count))
+    if not len(labels):
+        raise ValueError(f'{bad[0]}; nor can {len(bad) - 1} others')
+    return normalize(pixels)
+
+
+def _read(files, batches, size, augment, nthread):
+    """Yield `read_batch` of each batch of indices, read by `nthread` processes, by this one if there are none."""
+    if not nthread:
+        yield from (read_batch(files, size, augment, batch) for batch in batches)
+    elif batches:
+        files = files._replace(labels=files.labels.numpy())  # tensors would travel through /dev/shm
+        read = functools.partial(read_batch, files, size, augment)
+        yield from readers.read_ahead(read, batches, (max(map(len, batches)), size, size, 3), nthread)
+
+
+def _on_device(pixels, labels, device):
+    """Pixels and labels as images (B, 3, H, W) and labels (B,) on the device, in memory of their own."""
+    labels = torch.tensor(labels)
+    if device.type == 'cuda':
+        pixels, labels = pixels.pin_memory(), labels.pin_memory()
+    return normalize(pixels.to(device, non_blocking=True)), labels.to(device, non_blocking=True)
+
+
+@functools.cache
+def _warn_once(message):
+    tqdm.write(f'warning: {message}', file=sys.stderr)
+
+
+class TrainBatches:
+    """One epoch of augmented batches: (images (B, 3, H, W), labels (B,), size of the global batch).
+
+    files: the training part of what `load` returns. `start` batches are passed over, and a last one of fewer than
+    `least` images, over all workers, is left out. `bad` counts the images of this
+    worker's share that could not be read; the next good one takes the place of each. Raises ValueError where no image
+    at all can be read.
+    """
+
+    def __init__(self, files, batch_size, image_size, seed, rank, world, nthread, device, epoch, start=0, least=1):
+        global_batches = batches.global_batches(len(files.paths), batch_size, seed, epoch, max(world, least))[start:]
+        self.sizes = [len(b) for b in global_batches]
+        self.read = files, [batches.share(b, rank, world) for b in global_batches], image_size, (seed, epoch), nthread
+        self.device, self.bad = device, 0
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __iter__(self):
+        self.bad = 0
+        for (pixels, labels, bad), size in zip(_read(*self.read), self.sizes):
+            self.bad += len(bad)
+            if not len(labels):
+                raise ValueError(f'{bad[0]}; nor can any other training image be read')
+            for reason in bad:
+                _warn_once(f'{reason}; another takes its place in training')
+            yield *_on_device(pixels, labels, self.device), size
+
+
+class TestBatches:
+    """Every image once, in order, its centre alone: (images (B, 3, H, W), labels (B,), B).
+
+    Raises ValueError naming an image that cannot be read, unless `skip_bad_images` leaves it out; `bad` counts them.
+    """
+
+    def __init__(self, files, batch_size, image_size, rank, world, nthread, device, skip_bad_images=False):
+        share = batches.share(np.arange(len(files.paths)), rank, world)
+        own = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
+        self.read = files, own, image_size, None, nthread
+        self.device, self.skip_bad_images, self.bad = device, skip_bad_images, 0
+
+    def __len__(self):
+        return len(self.read[1])
+
+    def __iter__(self):
+        self.bad = 0
+        for pixels, labels, bad in _read(*self.read):
+            self.bad += len(bad)
+            if bad and not self.skip_bad_images:
+                raise ValueError(f'{bad[0]}; replace it, or leave such images out with --skip_bad_images')
+            for reason in bad:
+                _warn_once(f'{reason}; left out of the test')
+            if len(labels):
+                yield *_on_device(pixels, labels, self.device), len(labels)

@@ -1,0 +1,168 @@
+"""Processes that read batches of images for the one that trains.
+
+They share memory that is no file (of /dev/shm a container may have little), and no lock: each has a connection of its
+own, so that its death is seen at once and stops no other one.
+"""
+
+import atexit
+import contextlib
+import functools
+import itertools
+import math
+import mmap
+import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.resource_tracker
+import os
+import signal
+import tempfile
+import traceback
+import warnings
+from multiprocessing.connection import wait
+from multiprocessing.reduction import recv_handle, send_handle
+
+import numpy as np
+import torch
+
+from images import children
+from images.children import STATUS
+
+SLOTS = 2  # batches that a process has room for: it reads one while another waits to be taken
+ENDING = 2  # seconds that a process is given to end
+
+
+@functools.cache
+def context():
+    """The multiprocessing context of loader processes: they are forked from a server without threads.
+
+    Forked from this process, one sooner or later inherits a lock held by a thread (of autograd, of gloo) that it does
+    not have, and waits for ever. Raises ValueError where TMPDIR is too long for the server's socket.
+    """
+    forkserver = multiprocessing.get_context('forkserver')
+    forkserver.set_forkserver_preload(['__main__', 'images.photographs'])
+    children.import_safely()
+    warnings.filterwarnings('ignore', 'resource_tracker: process died')  # it is started again
+    multiprocessing.resource_tracker.ensure_running()  # first, since it lets signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STATUS)  # Ctrl-C, while the server imports, is for this process
+    try:
+        multiprocessing.forkserver.ensure_running()
+    except OSError as error:
+        if 'AF_UNIX path' not in str(error):
+            raise
+        advice = 'is too long a name for a socket in it: set a shorter TMPDIR, or --nthread 0'
+        raise ValueError(f'{tempfile.gettempdir()} {advice}') from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return forkserver
+
+
+class Reader:
+    """A process that fills its slots of memory: arrays of a shape, uint8, one task after the other."""
+
+    def __init__(self, read, shape):
+        self.connection, theirs = context().Pipe()
+        self.process = context().Process(target=_serve, args=(theirs, read, shape), daemon=True)
+        file = _memory(SLOTS * math.prod(shape))
+        try:
+            self.process.start()
+            send_handle(self.connection, file, self.process.pid)
+        except (EOFError, ConnectionError):
+            raise ChildProcessError('a process that reads images died as it was started') from None
+        theirs.close()
+        self.slots = torch.from_numpy(_slots(file, shape))
+
+    def close(self):
+        """End the process; one that does not end by itself is killed."""
+        self.connection.close()
+        self.process.join(ENDING)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+
+
+def read_ahead(read, tasks, shape, number):
+    """Yield what read(task, out) returns for each task in order, read by a number of processes some batches ahead.
+
+    read fills the first rows of out, a uint8 array of `shape`, and returns these rows as a tensor, and more that can be
+    pickled. The rows are good until the next are asked for. Raises ChildProcessError where a process dies.
+    """
+    with contextlib.ExitStack() as stack:
+        readers = []
+        for _ in range(min(number, len(tasks))):
+            readers.append(Reader(read, shape))
+            stack.callback(readers[-1].close)
+        close = stack.pop_all().close
+        atexit.register(close)  # where the program ends while this generator waits, and its processes wait for tasks
+        try:
+            ahead = SLOTS * len(readers)
+            for task, reader in zip(tasks[:ahead], itertools.cycle(readers)):
+                _send(reader, task)
+            for i, reader in zip(range(len(tasks)), itertools.cycle(readers)):
+                count, *more = _receive(reader, readers)
+                yield reader.slots[i // len(readers) % SLOTS, :count], *more
+                if i + ahead < len(tasks):
+                    _send(reader, tasks[i + ahead])
+        finally:
+            atexit.unregister(close)
+            close()
+
+
+def _send(reader, task):
+    with contextlib.suppress(ConnectionError):  # `_receive` says that it has died
+        reader.connection.send(task)
+
+
+def _receive(reader, readers):
+    """What a process answers; ChildProcessError as soon as any has died."""
+    processes = {r.process.sentinel: r.process for r in readers}
+    ended = [processes[ready] for ready in wait([reader.connection, *processes]) if ready in processes]
+    try:
+        answer = None if ended else reader.connection.recv()
+    except (EOFError, ConnectionError):
+        ended = [reader.process]
+    if ended:
+        ended[0].join(ENDING)
+        status = ended[0].exitcode or 0
+        how = f'signal {-status}' if status < 0 else f'exit status {status}'
+        raise ChildProcessError(
+            f'a process that reads images died ({how}); if it was the system, for lack of memory, '
+            'lower --nthread or --batch_size'
+        )
+    if isinstance(answer, str):
+        raise RuntimeError(f'in a process that reads images: {answer}')
+    return answer
+
+
+def _memory(size):
+    """A file without a name that processes can map, of so many bytes."""
+    if hasattr(os, 'memfd_create'):
+        file = os.memfd_create('images')
+    else:
+        with tempfile.TemporaryFile() as named:
+            file = os.dup(named.fileno())
+    os.truncate(file, size)
+    return file
+
+
+def _slots(file, shape):
+    """The memory in a file as an array (SLOTS, *shape); closes the file."""
+    memory = mmap.mmap(file, SLOTS * math.prod(shape))
+    os.close(file)
+    return np.frombuffer(memory, np.uint8).reshape(SLOTS, *shape)
+
+
+def _serve(connection, read, shape):
+    children.end_with_parent(os.getppid())
+    torch.set_num_threads(1)
+    for signum in STATUS:  # the process that trains decides when to stop
+        signal.signal(signum, signal.SIG_IGN)
+    with contextlib.suppress(EOFError, ConnectionError):  # it has ended, or wants no more
+        slots = _slots(recv_handle(connection), shape)
+        for i in itertools.count():
+            task = connection.recv()
+            try:
+                rows, *more = read(task, slots[i % SLOTS])
+                answer = len(rows), *more
+            except Exception:
+                answer = traceback.format_exc()
+            connection.send(answer)

@@ -1,0 +1,173 @@
+"""Loader processes: whole batches in order, and an end in one line when any process dies."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import cv2
+import paced
+import pytest
+import torch
+from conftest import HANGS, ends, proc, refused, state, write_photographs
+
+from images import readers
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(readers.__file__)))
+
+
+def threads(task, out):
+    return torch.from_numpy(out[:1]), cv2.getNumThreads(), torch.get_num_threads()
+
+
+def test_a_loader_process_decodes_on_one_thread():
+    cv2.setNumThreads(2)
+    try:
+        found = [more for _, *more in readers.read_ahead(threads, [0, 1], (1, 1, 1, 3), 1)]
+    finally:
+        cv2.setNumThreads(0)
+    assert found == [[1, 1]] * 2
+
+
+def filled(task, out):
+    """A task is (number, images): so many rows of that number; number 9 is a fault of the program."""
+    number, count = task
+    if number == 9:
+        raise KeyError('no such thing')
+    out[:count] = number
+    return torch.from_numpy(out[:count]), number, os.getpid()
+
+
+@pytest.mark.parametrize('number', [1, 2, 3, 8])
+def test_batches_come_whole_and_in_order_from_any_number_of_processes(number):
+    tasks, processes = [(i, i % 3) for i in range(7)], set()
+    for task, (rows, found, pid) in zip(tasks, readers.read_ahead(filled, tasks, (2, 4, 4, 3), number), strict=True):
+        processes.add(pid)
+        assert task == (found, len(rows)) and (rows == found).all()
+    assert len(processes) == min(number, 7) and ends(processes)
+
+
+def test_a_fault_in_a_loader_process_is_raised_with_its_traceback():
+    with pytest.raises(RuntimeError, match="KeyError: 'no such thing'"):
+        list(readers.read_ahead(filled, [(1, 1), (9, 1)], (2, 4, 4, 3), 2))
+
+
+needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='finds processes in /proc')
+
+
+@needs_proc
+@pytest.mark.parametrize('victim', ['first', 'second', 'server'])
+def test_a_dead_loader_process_ends_the_reading_at_once_and_the_others_with_it(victim):
+    """Whichever it is, and also where the server that they were forked from dies."""
+    batches = readers.read_ahead(filled, [(i % 8, 1) for i in range(100)], (2, 4, 4, 3), 2)
+    pids = [next(batches)[2] for _ in range(4)][:2]
+    killed = {'first': pids[0], 'second': pids[1], 'server': state(pids[0])[1]}[victim]
+    os.kill(killed, signal.SIGKILL)
+    assert ends([killed])
+    with pytest.raises(ChildProcessError, match='a process that reads images died'):
+        list(batches)
+    assert ends(pids)
+
+
+def descendants(pid):
+    """The processes that a process has started, and those that they have."""
+    parents = {int(name): state(name)[1] for name in os.listdir('/proc') if name.isdigit()}
+    tree = [pid]
+    for parent in tree:
+        tree += [child for child, its in parents.items() if its == parent]
+    return tree[1:]
+
+
+def is_loader(pid):
+    """Whether a process was forked by a server, and is not the server."""
+    return all('forkserver' in proc(p, 'cmdline') for p in (pid, state(pid)[1]))
+
+
+IMAGES = '--image_size 32 --width 0.0625 --epochs 1 --batch_size 4 --nthread 2 --epoch_step [] --imagenetpath'
+
+
+@needs_proc
+@pytest.mark.parametrize(
+    'ngpu, paused, victim',
+    [
+        (1, 'TrainBatches', 'loader'),
+        (1, 'TrainBatches', 'main'),
+        (2, 'TestBatches', 'loader'),
+        (2, 'TrainBatches', 'main'),
+    ],
+)
+def test_the_death_of_any_process_of_a_run_ends_all_of_them_with_one_line(tmp_path, ngpu, paused, victim):
+    """A loader's, by the system for lack of memory; the main one's, be it trainer or launcher."""
+    root = str(write_photographs(tmp_path / 'photos', train=24, test=24))  # more than loaders read ahead
+    environment = {**os.environ, 'PYTHONPATH': ROOT, 'OMP_NUM_THREADS': '1', 'PACED': 'imagenet', 'PAUSED': paused}
+    command = [
+        sys.executable,
+        paced.__file__,
+        *IMAGES.split(),
+        root,
+        *'--image_size 33 --batch_size 2'.split(),
+        '--ngpu',
+        str(ngpu),
+    ]
+    pipes = dict.fromkeys(('stdout', 'stderr'), subprocess.PIPE)
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, text=True, **pipes) as process:
+        for _ in range(ngpu):
+            assert 'paused\n' in iter(process.stdout.readline, '')
+        others = descendants(process.pid)
+        if victim == 'main':
+            process.kill()
+        else:
+            os.kill(max(filter(is_loader, others)), signal.SIGKILL)
+        (tmp_path / 'GO').touch()
+        assert ends(others)
+        _, err = process.communicate(timeout=HANGS)
+    if victim == 'loader':
+        assert process.returncode == 1 and err.count('\n') == 1, err
+        assert 'error: a process that reads images died (signal 9)' in err and '--nthread' in err
+    else:
+        # Workers that see first that their launcher's store is gone end without a word.
+        assert err in ('', 'what started this run has died, and it ends\n'), err
+
+
+LITTLE = 'umount /dev/shm; mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'
+
+
+can_mount = subprocess.run(['unshare', '-m', 'sh', '-c', LITTLE, 'sh', 'true'], capture_output=True).returncode == 0
+
+
+@pytest.mark.skipif(not can_mount, reason='needs the right to mount')
+def test_a_full_dev_shm_is_no_hindrance(folder, tmp_path):
+    """Containers often have 64 MB of it."""
+    root = os.path.dirname(os.path.dirname(os.path.dirname(folder.train.paths[0])))
+    words = '--image_size 224 --batch_size 8 --skip_teacher_check'.split()
+    command = [sys.executable, os.path.join(ROOT, 'imagenet.py'), *IMAGES.split(), root, *words]
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    little = ['unshare', '-m', 'sh', '-c', LITTLE, 'sh', *command]
+    done = subprocess.run(little, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANGS)
+    assert done.returncode == 0 and 'epoch 1/1' in done.stdout, done.stderr
+
+
+def test_a_folder_for_temporary_files_of_too_long_a_name_is_named(folder, tmp_path):
+    root = os.path.dirname(os.path.dirname(os.path.dirname(folder.train.paths[0])))
+    long = tmp_path / ('x' * 100)
+    long.mkdir()
+    command = [sys.executable, os.path.join(ROOT, 'imagenet.py'), *IMAGES.split(), root]
+    environment = {**os.environ, 'TMPDIR': str(long)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=HANGS)
+    assert refused((done.returncode, done.stdout, done.stderr), str(long), 'set a shorter TMPDIR')
+
+
+def test_loader_processes_begin_with_everything_imported_from_wherever_the_run_is_started(folder, tmp_path):
+    """And not with seconds of imports for each process of each epoch."""
+    script = (
+        'import os, sys; sys.path[0] = os.environ["ROOT"]; from images import readers\n'
+        'def loaded(): os._exit(not {"images.photographs", "torch", "cv2"} <= set(sys.modules))\n'
+        'if __name__ == "__main__":\n'
+        '    process = readers.context().Process(target=loaded); process.start(); process.join()\n'
+        '    sys.exit(process.exitcode)\n'
+    )
+    (tmp_path / 'script.py').write_text(script)
+    environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {'ROOT': ROOT}
+    (tmp_path / 'elsewhere').mkdir()
+    done = subprocess.run([sys.executable, '../script.py'], cwd=tmp_path / 'elsewhere', env=environment)
+    assert done.returncode == 0
