@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 
 import cifar
@@ -180,3 +181,33 @@ def ends(pids):
             return True
         time.sleep(0.1)
     return False
+
+
+@pytest.fixture
+def trace(tmp_path):
+    """A path that must not exist after the test: code that ran would have made it."""
+    path = tmp_path / 'trace'
+    yield path
+    assert not path.exists()
+
+
+@pytest.fixture(scope='module')
+def images():
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope='module', params=[18, 50])
+def torchvision_net(request):
+    """A torchvision ResNet with random weights and random statistics, and its depth."""
+    torch.manual_seed(0)
+    net = torchvision.models.get_model(f'resnet{request.param}', num_classes=7).eval()
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            for tensor, low, high in (
+                (module.weight, 0.5, 1.5),
+                (module.bias, -0.5, 0.5),
+                (module.running_mean, -0.5, 0.5),
+                (module.running_var, 0.5, 2),
+            ):
+                torch.nn.init.uniform_(tensor, low, high)
+    return net.requires_grad_(False), request.param

@@ -1,0 +1,72 @@
+"""torchvision's networks keep their logits here, their names come back, and their weights are fetched."""
+
+import pickle
+import urllib.error
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision
+from saved import Touch, assert_near, logits_of, reason
+
+import imagenet_resnet
+from formats import networks
+from formats.torchvision import from_torchvision, to_torchvision
+
+
+def test_a_torchvision_state_gives_torchvisions_logits_however_it_is_wrapped(torchvision_net, images, tmp_path):
+    net, depth = torchvision_net
+    path, state, expected = tmp_path / 'model', net.state_dict(), net(images)
+    torch.save(state, path)
+    assert_near(logits_of(path, images), expected)
+    safetensors.torch.save_file(state, path)
+    assert_near(logits_of(path, images), expected)
+    assert imagenet_resnet.imagenet_resnet_depth(networks.load_params(path)) == depth
+    if depth == 18:
+        torch.save({'epoch': 3, 'state_dict': {f'module.{k}': v for k, v in state.items()}}, path)
+        assert_near(logits_of(path, images), expected)
+        torch.save({'model': state, 'args': {'lr': 0.1}}, path)
+        assert_near(logits_of(path, images), expected)
+
+
+def test_torchvisions_names_become_ours_and_come_back(torchvision_net):
+    net, _ = torchvision_net
+    state = net.state_dict()
+    params = from_torchvision(state)
+    assert {'conv0', 'bn0.running_var', 'group1.block0.convdim', 'group1.block0.bndim.bias', 'fc.bias'} <= set(params)
+    assert {'group0.block0.conv0', 'group3.block1.bn1.weight'} <= set(params)
+    assert not any('tracked' in key for key in params)
+    back = to_torchvision(params)
+    assert set(back) == set(state) and all(torch.equal(back[k], v) for k, v in state.items())
+
+
+def test_two_names_for_one_array_are_refused(tmp_path, torchvision_net):
+    state = {**torchvision_net[0].state_dict(), 'conv0': torch.zeros(64, 3, 7, 7)}
+    torch.save(state, tmp_path / 'both')
+    assert 'conv0 is there twice' in reason(tmp_path / 'both')
+
+
+def test_torchvisions_own_weights_are_asked_for_by_name(tmp_path, images, torchvision_net, monkeypatch):
+    net, depth = torchvision_net
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    cache = tmp_path / 'hub' / 'checkpoints'
+    cache.mkdir(parents=True)
+    url = torchvision.models.get_model_weights(f'resnet{depth}').DEFAULT.url
+    torch.save(net.state_dict(), cache / url.rsplit('/')[-1])
+    assert_near(logits_of(f'torchvision:resnet{depth}', images), net(images))
+
+
+def test_without_network_torchvisions_weights_are_one_clear_error(tmp_path, monkeypatch, trace):
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+
+    def offline(*_, **__):
+        raise urllib.error.URLError('no route to host')
+
+    monkeypatch.setattr(torch.hub, 'urlopen', offline)
+    with pytest.raises(OSError, match='torchvision:resnet34: https://.* could not be fetched .*no route to host') as e:
+        networks.load_teacher('torchvision:resnet34')
+    assert '\n' not in str(e.value)
+    (tmp_path / 'hub/checkpoints/resnet34-b627a593.pth').write_bytes(pickle.dumps(Touch(trace)))
+    with pytest.raises(OSError, match='could not be fetched or read'):
+        networks.load_teacher('torchvision:resnet34')
+    assert 'torchvision:resnet18, torchvision:resnet34' in reason('torchvision:resnet7')
