@@ -14,6 +14,7 @@ from functools import partial
 import torch
 
 from engine import ending, flags, teacher
+from engine.evaluate import report
 from engine.loop import Data, count, fit, start
 from engine.step import make_step
 from engine.student import initialise, pair
@@ -68,6 +69,8 @@ def main():
     opt = parse()
     device = start(opt)
     data, sample = build_data(opt, device)
+    if opt.evaluate:
+        return report(opt, data)
     student = initialise(network(opt), opt, data.num_classes, device)
     taught = build_teacher(opt, data, sample)
     trained = pair(opt, student, taught, data.image)

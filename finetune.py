@@ -13,6 +13,7 @@ import torch
 
 from engine import ending, flags, photographs
 from engine.arguments import Parser, number, path
+from engine.evaluate import report
 from engine.loop import fit, start
 from engine.precision import place
 from engine.step import make_step
@@ -47,7 +48,7 @@ def parse():
         weight_decay=0.0001,
         groups='2,3',
     )
-    opt = parser.parse_args()
+    opt = flags.parse(parser, ('dataset', 'image_size', 'holdout', 'dtype'))
     if flags.TRANSFERS[opt.transfer].at_image and opt.groups == parser.get_default('groups'):
         opt.groups = ''
     flags.check(opt, opt.teacher_params, '--teacher_params')
@@ -80,6 +81,8 @@ def main():
     opt = parse()
     device = start(opt)
     data, sample = photographs.build_data(opt, DATASETS[opt.dataset](opt.dataroot, opt.follow_links, say), device)
+    if opt.evaluate:
+        return report(opt, data)
     student = build_student(opt, data.num_classes, device)
     taught = photographs.build_teacher(opt, data, sample)
     trained = pair(opt, student, taught, data.image)

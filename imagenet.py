@@ -11,6 +11,7 @@ import torch
 
 from engine import ending, flags, photographs
 from engine.arguments import Parser, path
+from engine.evaluate import report
 from engine.loop import fit, start
 from engine.step import make_step
 from engine.student import initialise, pair
@@ -35,7 +36,7 @@ def parse():
         lr_decay_ratio=0.1,
         weight_decay=0.0001,
     )
-    opt = parser.parse_args()
+    opt = flags.parse(parser, ('image_size', 'holdout', 'dtype'))
     flags.check(opt, opt.teacher_params, '--teacher_params')
     with torch.device('meta'):  # an impossible shape is reported before anything is allocated
         NETWORKS['resnet'].network(opt)(2)
@@ -55,6 +56,8 @@ def main():
     opt = parse()
     device = start(opt)
     data, sample = build_data(opt, device)
+    if opt.evaluate:
+        return report(opt, data)
     student = initialise(NETWORKS['resnet'].network(opt), opt, data.num_classes, device)
     taught = photographs.build_teacher(opt, data, sample)
     trained = pair(opt, student, taught, data.image)

@@ -1,12 +1,17 @@
 """What a network scores on a test set, each image counted once over all workers."""
 
+import json
+import time
+
 import torch
 import torch.nn.functional as F
 from torchnet.engine import Engine
 from torchnet.meter import AverageValueMeter, ClassErrorMeter
 
-from engine.precision import autocast
-from engine.workers import sum_over_workers
+from engine.precision import autocast, place
+from engine.student import Network
+from engine.workers import say, sum_over_workers
+from formats.networks import checkpoint_of, describe, load_teacher
 from layers import full
 
 
@@ -34,3 +39,26 @@ def evaluate(network, batches, device, dtype='float', topk=(1,), on_batch=lambda
         engine.test(forward, batches)
     loss, n, *wrong = sum_over_workers([losses.sum, losses.n, *(errors.sum[k] for k in topk)], device)
     return loss / n, [100 * (1 - w / n) for w in wrong]
+
+
+def report(opt, data):
+    """Print what the network of --evaluate, a run or a file, scores on the test images; returns it as a dictionary.
+
+    With --json it is the last line. Raises ValueError where the network has other classes than the data.
+    """
+    path = checkpoint_of(opt.evaluate)
+    f, params = load_teacher(path, note=say)
+    if len(params['fc.bias']) != data.num_classes:
+        raise ValueError(f'{path} has {len(params["fc.bias"])} output classes, the data set has {data.num_classes}')
+    network, since = Network(f, place(params, opt.dtype, data.device)), time.perf_counter()
+    loss, accuracies = evaluate(network, data.test(), data.device, opt.dtype, data.topk)
+    images = data.counts['test_images']
+    speed = images / (time.perf_counter() - since)
+    scores = {f'top{k}': accuracy for k, accuracy in zip(data.topk, accuracies)}
+    words = [f'top-{k} {accuracy:.2f}%' for k, accuracy in zip(data.topk, accuracies)]
+    say(f'{path}: {describe(params)}')
+    say(f'{", ".join(words)}, loss {loss:.4f}, {images:,} images, {speed:.0f} images/s')
+    found = {**scores, 'loss': loss, 'images': images, 'images_per_second': speed}
+    if opt.json:
+        say(json.dumps({'network': path, **found}))
+    return found

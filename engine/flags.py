@@ -1,7 +1,10 @@
 """The flags of the training scripts, and their checks."""
 
+import os
+
 from engine import transfer
 from engine.arguments import MOST, Parser, epoch_list, gpu_list, group_list, number, path
+from engine.log import read_log
 from engine.schedules import BETA_DECAYS
 from engine.transfer import PENALTIES, TRANSFERS
 from formats.networks import NETWORKS
@@ -60,6 +63,10 @@ def common_flags(
     flag('--penalty', default='none', choices=['none', *PENALTIES], help=transfer.described(PENALTIES))
     flag('--gamma', default=0, type=number(float, 0, MOST), help='weight of --penalty (section 3.2)')
 
+    flag = parser.add_argument_group('evaluation in place of training').add_argument
+    flag('--evaluate', default='', type=path, metavar='RUN', help='print what a run, or the network in a file, scores')
+    flag('--json', action='store_true', help='with --evaluate: as JSON, in the last line')
+
     flag = parser.add_argument_group('run').add_argument
     flag('--save', default='', type=path, help='folder for log.txt and model.pt7; without it, nothing is kept')
     resume = "a checkpoint to go on from, or 'auto' for the one in --save, if there is one"
@@ -109,7 +116,7 @@ def parse_cifar(description, words=None):
         lr_decay_ratio=0.2,
         weight_decay=0.0005,
     )
-    opt = parser.parse_args(words)
+    opt = parse(parser, ('dataset', 'image_size', 'holdout', 'dtype'), words)
     check(opt, opt.teacher_id, '--teacher_id')
     if opt.randomcrop_pad % 1 or opt.randomcrop_pad >= opt.image_size:
         raise ValueError(f'--randomcrop_pad {opt.randomcrop_pad:g}: expected whole pixels, fewer than the image has')
@@ -121,8 +128,28 @@ def parse_cifar(description, words=None):
     return opt
 
 
+def parse(parser, logged, words=None):
+    """The flags; with --evaluate, the run's log has the defaults of the flags in `logged`."""
+    opt = parser.parse_args(words)
+    log = os.path.join(opt.evaluate, 'log.txt')
+    if opt.evaluate and os.path.isfile(log):
+        *_, last = read_log(log) or [{}]
+        choices = {action.dest: action.choices for action in parser._actions}
+        texts = {flag: str(last[flag]) for flag in logged if isinstance(last.get(flag), (str, int))}
+        parser.set_defaults(**{flag: text for flag, text in texts.items() if text in (choices[flag] or [text])})
+        opt = parser.parse_args(words)
+    return opt
+
+
 def check(opt, teacher, flag):
     """Refuse flags that contradict each other; `teacher` is the value of `flag`, which names one."""
+    if opt.json and not opt.evaluate:
+        raise ValueError('--json goes with --evaluate')
+    if opt.evaluate:
+        training = 'save resume overwrite alpha beta gamma compile cuda_graphs teacher_id teacher_params'.split()
+        found = [name for name in training if getattr(opt, name, False)]
+        if found:
+            raise ValueError(f'--evaluate tests a network, --{found[0]} is for training one')
     if (opt.alpha or opt.beta) and not teacher:
         raise ValueError(f'--{"alpha" if opt.alpha else "beta"} needs a teacher: name one with {flag}')
     transfer.check(opt)

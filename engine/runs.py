@@ -8,6 +8,7 @@ import os
 from engine import launch
 from engine.log import line_of, read_log
 from engine.workers import rank, say
+from formats.networks import checkpoint_of
 from formats.torchvision import check_name
 from formats.write import write_whole
 
@@ -57,8 +58,9 @@ def check_files(opt):
     if getattr(opt, 'teacher_id', ''):
         find(opt.teacher_id)
     resumed = opt.resume if opt.resume != 'auto' and rank() == 0 else ''
-    for flag, path in {**vars(opt), 'resume': resumed}.items():
-        if flag not in ('teacher_params', 'pretrained', 'resume') or not path or os.path.isfile(path):
+    paths = {**vars(opt), 'resume': resumed, 'evaluate': checkpoint_of(opt.evaluate)}
+    for flag, path in paths.items():
+        if flag not in ('teacher_params', 'pretrained', 'resume', 'evaluate') or not path or os.path.isfile(path):
             continue
         if path.startswith('torchvision:') and flag != 'resume':
             check_name(path.removeprefix('torchvision:'))
@@ -72,7 +74,8 @@ def check_files(opt):
 def check_save(opt):
     """Refuse a --save that holds another run, unless that run is resumed or may be overwritten; nothing is written."""
     if not opt.save:
-        say('note: without --save, neither log nor parameters will be kept')
+        if not opt.evaluate:
+            say('note: without --save, neither log nor parameters will be kept')
         return
     log, model = (os.path.join(opt.save, name) for name in ('log.txt', 'model.pt7'))
     if os.path.exists(opt.save) and not os.path.isdir(opt.save):

@@ -53,6 +53,8 @@ WRONG = {  # flag: values that it has to refuse
     'mapping': ['mean'],
     'power': ['0', '-2', 'nan', '1e9'],
     'groups': ['a', '-1', '1,', '0,0', '1.5', '²', '9' * 5000],
+    'evaluate': ['nowhere', 'blocked'],
+    'json': ['yes'],
     'save': ['blocked'],
     'resume': ['auto', 'nowhere.pt7', 'blocked'],
     'save_every': ['-1', 'nan', 'inf', 'often'],

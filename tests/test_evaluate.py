@@ -1,0 +1,79 @@
+"""--evaluate: what a saved network scores, with the data of its own log."""
+
+import json
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+from conftest import HANGS, draw, refused
+from test_workers import ENVIRONMENT
+
+import cifar
+import finetune
+import imagenet
+from engine.log import read_log
+
+
+def scores(out):
+    return json.loads(out.splitlines()[-1])
+
+
+def test_a_run_scores_what_its_log_says(script, train, photos):
+    assert train('--epochs 2 --lr 0.05 --holdout 6 --dtype bfloat16 --save logs/run')[0] == 0
+    last = read_log('logs/run/log.txt')[-1]
+    status, out, err = script(cifar, '--evaluate logs/run --json --dataroot', [photos])
+    assert status == 0 and 'logs/run/model.pt7: WRN-10-0.25, 3 classes' in out, err
+    found = scores(out)
+    assert found['top1'] == last['test_acc'] and found['loss'] == pytest.approx(last['test_loss'], rel=1e-6)
+    assert found['images'] == last['test_images'] == 6 and found['images_per_second'] > 0
+    assert f'top-1 {last["test_acc"]:.2f}%' in out and 'note: without --save' not in out
+    whole = scores(script(cifar, '--evaluate logs/run --json --holdout 0 --dataroot', [photos])[1])  # the flag wins
+    assert whole['images'] == 21
+    file = (
+        '--dataset folder --image_size 16 --holdout 6 --dtype bfloat16 --evaluate logs/run/model.pt7 --json --dataroot'
+    )
+    assert scores(script(cifar, file, [photos])[1])['top1'] == found['top1']
+
+
+def test_photographs_are_scored_by_the_scripts_that_train_on_them(script, tmp_path):
+    root, rng = tmp_path / 'photos', np.random.default_rng(0)
+    for part, count in (('train', 6), ('val', 5)):
+        for label, name in enumerate('ab'):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                cv2.imwrite(str(root / part / name / f'{i}.jpg'), draw(rng, label, (40 + i, 50)))
+    small = '--image_size 32 --batch_size 4 --nthread 0 --epochs 1 --epoch_step []'
+    assert script(imagenet, small, '--width 0.0625 --save logs/run --imagenetpath', [root])[0] == 0
+    last = read_log('logs/run/log.txt')[-1]
+    for module, flag in ((imagenet, '--imagenetpath'), (finetune, '--dataset folder --dataroot')):
+        status, out, err = script(module, '--evaluate logs/run --nthread 0 --json', flag, [root])
+        assert status == 0, err
+        assert [scores(out)[f'top{k}'] for k in (1, 2)] == last['test_acc']
+    assert refused(script(cifar, '--dataset digits --evaluate logs/run --image_size 32'), '2 output classes', '10')
+
+
+@pytest.mark.parametrize(
+    'flags, words',
+    [
+        ('--json', '--json goes with --evaluate'),
+        ('--evaluate nowhere', '--evaluate nowhere: no such checkpoint'),
+        ('--evaluate text.pt7', 'text.pt7'),
+        ('--evaluate text.pt7 --save logs/x', '--save is for training'),
+        ('--evaluate text.pt7 --beta 1 --teacher_id x', '--beta is for training'),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(script, tmp_path, flags, words):
+    (tmp_path / 'text.pt7').write_text('no network')
+    assert refused(script(cifar, '--dataset digits', flags), words)
+
+
+def test_two_workers_score_as_one(script, train, photos, tmp_path):
+    assert train('--epochs 1 --save logs/run')[0] == 0
+    command = [sys.executable, cifar.__file__, '--evaluate', 'logs/run', '--json', '--dataroot', str(photos)]
+    pipes = {'capture_output': True, 'text': True, 'timeout': HANGS}
+    one, two = (subprocess.run([*command, '--ngpu', n], cwd=tmp_path, env=ENVIRONMENT, **pipes) for n in '12')
+    assert one.returncode == two.returncode == 0, two.stderr
+    one, two = scores(one.stdout), scores(two.stdout)
+    assert one['top1'] == two['top1'] and one['loss'] == pytest.approx(two['loss'], rel=1e-6)
