@@ -4,9 +4,9 @@
     python finetune.py --dataset cub --dataroot CUB_200_2011 --pretrained torchvision:resnet18 \\
         --teacher_params logs/cub_34/model.pt7 --beta 1e+3 --save logs/cub_18_at
 
-Networks pretrained on ImageNet learn new classes with batch norm and the first group of blocks fixed. In the paper
-ResNet-18 alone errs on 28.5% (CUB) and 28.2% (Scenes), taught by ResNet-34 on 27% and 27.1%, and ResNet-34 on 26.5% and
-26%. That has not been run with this code, and the paper gives no schedule: the one here is a choice.
+Networks pretrained on ImageNet learn new classes with batch norm and the first group of blocks fixed. In the paper,
+ResNet-18 has an error of 28.5% (CUB) and 28.2% (Scenes) alone, 27% and 27.1% with attention transfer from ResNet-34,
+which has 26.5% and 26%. This has not been run with this code. The paper gives no schedule; this one is our choice.
 """
 
 import torch
@@ -26,7 +26,7 @@ from utils import flatten, linear_params, set_requires_grad_except_bn_
 
 
 def parse():
-    """The flags, with section 4.2.1 as defaults; ValueError where they cannot be followed."""
+    """The parsed flags, with defaults from section 4.2.1. Raises ValueError if they contradict each other."""
     parser = Parser(__doc__)
     flag = parser.add_argument_group('data and teacher (section 4.2.1)').add_argument
     flag('--dataset', default='cub', choices=list(DATASETS), help='default: %(default)s')
@@ -58,7 +58,7 @@ def parse():
 
 
 def build_student(opt, num_classes, device):
-    """The pretrained network with a new last layer: (f, params), of which batch norm and --fixed_groups stay fixed."""
+    """The pretrained `Network` with a new last layer; batch norm and the first --fixed_groups are not trained."""
     f, params = load_teacher(opt.pretrained, note=say)
     if f is not imagenet_forward or 'bn0.weight' not in params:
         found = describe(params)
@@ -77,7 +77,7 @@ def build_student(opt, num_classes, device):
 
 
 def main():
-    """Fine-tune a pretrained ResNet, as the flags say."""
+    """Fine-tune a pretrained ResNet, or evaluate a network."""
     opt = parse()
     device = start(opt)
     data, sample = photographs.build_data(opt, DATASETS[opt.dataset](opt.dataroot, opt.follow_links, say), device)

@@ -1,4 +1,4 @@
-"""A table of section 4.1 as a list of runs of cifar.py: train what is missing, then print ours beside the paper's.
+"""Reproduces a table of section 4.1: runs cifar.py where results are missing, then prints ours beside the paper's.
 
     python reproduce.py demo                       # handwritten digits: needs no download, minutes on two cores
     python reproduce.py table1 --dataroot data     # table 1: 5 seeds of 200 epochs
@@ -6,8 +6,8 @@
     python reproduce.py table3 --dataroot data     # table 3: gradients, on networks without batch norm
     python reproduce.py table1 --show              # the table from the logs that are there
 
-A finished run is skipped and a broken one resumed, so the same command goes on after an interruption. Without --epochs,
---show takes the table's own schedule, or where no run of that is finished, the longest of which one is.
+Finished runs are skipped and interrupted ones resumed, so the same command continues after an interruption. Without
+--epochs, --show uses the table's own schedule, or if no run of it is finished, the longest one with a finished run.
 """
 
 import argparse
@@ -34,13 +34,13 @@ from formats.networks import NETWORKS, fold, load
 from formats.write import write_whole
 from utils import DTYPES
 
-# What a line of a log has to say to stand in a table.
+# The keys that a log record needs for a table.
 PROTOCOL = set('epoch test_acc dataset train_images test_images holdout epochs epoch_step'.split())
 PROTOCOL |= set('lr_decay_ratio batch_size dtype device torch'.split())
 
 
 def parse():
-    """The flags, with rows and methods as lists; ValueError where the table has no such, or a file no markers."""
+    """The parsed flags, with rows and methods as lists. Raises ValueError for unknown ones or missing markers."""
     parser = Parser(__doc__)
     flag = parser.add_argument
     flag('table', choices=list(TABLES))
@@ -77,7 +77,7 @@ def parse():
     opt.rows = [rows[int(i) - 1] for i in dict.fromkeys(numbers)]
     opt.epochs = opt.epochs or (opt.show and epochs_there(opt)) or table['epochs']
     if opt.markdown:
-        around(opt.markdown, opt.table)  # a file without the markers is told before anything else begins
+        around(opt.markdown, opt.table)  # a file without the markers is reported before training
     return opt
 
 
@@ -85,9 +85,9 @@ def parse():
 
 
 def results(name):
-    """The log of a run in logs/, one dictionary an epoch; empty where it has not begun.
+    """The log of a run in logs/, one dictionary per epoch; empty if it has not started.
 
-    Raises ValueError where it is damaged, or no log of cifar.py.
+    Raises ValueError if it is damaged, or not a log of cifar.py.
     """
     path = os.path.join('logs', name, 'log.txt')
     records = read_log(path) if os.path.exists(path) else []
@@ -97,20 +97,20 @@ def results(name):
 
 
 def last_epoch(opt, name):
-    """The last line of a finished run's log, or None."""
+    """The last record of a finished run's log, or None."""
     records = results(name)
     return records[-1] if records and records[-1]['epoch'] == opt.epochs else None
 
 
 def finished(opt, name):
-    """Whether a run is at its end, by its log and by its checkpoint, if there is one: killed between, they differ."""
+    """Whether a run is complete by its log and its checkpoint, if any: they differ if it was killed in between."""
     path = os.path.join('logs', name, 'model.pt7')
     ended = last_epoch(opt, name)
     return ended and (not os.path.exists(path) or load(path).get('epoch') == opt.epochs)
 
 
 def epochs_there(opt):
-    """The longest schedule in logs/ of which a run of the table is finished, the table's own before any other; or None.
+    """The table's own number of epochs if one of its runs is finished, else the largest in logs/ with one; or None.
 
     Raises what `results` raises.
     """
@@ -125,7 +125,7 @@ def epochs_there(opt):
 
 
 def draw(opt):
-    """The network that the flags of cifar.py name: (f, params)."""
+    """The initialised network for flags of cifar.py: (f, params)."""
     return initialise(NETWORKS[opt.net].network(opt), opt, 10, device())
 
 
@@ -134,7 +134,7 @@ def device():
 
 
 def seconds(opt, left, runs):
-    """How long the runs that are left would take here one after the other, from measured steps on random images."""
+    """The seconds that the remaining runs would take here in sequence, from measured steps on random images."""
     measured, total, held = {}, 0, TABLES[opt.table]['images'] - opt.holdout
     for name, arguments in left.items():
         flags = parse_cifar('', arguments)
@@ -155,9 +155,9 @@ def _untrained(arguments):
 
 
 def run(opt, name, arguments, job):
-    """Train a run to its end, where there are GPUs on that of the job's number; returns what is to be said of it.
+    """Train a run to its end, on the GPU of its job number if there are GPUs; return the outcome to print.
 
-    Raises ValueError where it cannot begin or fails, and KeyboardInterrupt where it was stopped.
+    Raises ValueError if it cannot start or fails, and KeyboardInterrupt if it was stopped.
     """
     flags = parse_cifar('', arguments)
     changed = changed_settings(flags, results(name))
@@ -178,7 +178,7 @@ def run(opt, name, arguments, job):
 
 
 def table_lines(opt):
-    """The table in Markdown: ours beside the paper's, last epoch's test error; what was not run stays blank."""
+    """The lines of the table in Markdown: our test error of the last epoch, or 'not run', beside the paper's."""
     lines = [
         '| student <- teacher | method | our error, % | spread | seeds | paper, % | difference |',
         '|---|---|---|---|---|---|---|',
@@ -205,7 +205,7 @@ def table_lines(opt):
 
 
 def protocol(record):
-    """How a run was done, in a line for beside its numbers."""
+    """The protocol of a run in one line, to print with its numbers."""
     whole = {'CIFAR10': 10_000, 'CIFAR100': 10_000}.get(record['dataset'], record['test_images'])
     tested = f'{record["test_images"]:,}' + ('' if record['test_images'] == whole else f' of {whole:,}')
     if record['holdout']:
@@ -218,7 +218,7 @@ def protocol(record):
 
 
 def around(path, table):
-    """The bytes of a file up to the line <!-- table -->, and from <!-- /table --> on; ValueError without the two."""
+    """A file's bytes up to the line <!-- table -->, and from <!-- /table --> on. Raises ValueError without them."""
     with open(path, 'rb') as file:
         text = file.read()
     begin, end = f'<!-- {table} -->', f'<!-- /{table} -->'
@@ -229,7 +229,7 @@ def around(path, table):
 
 
 def main():
-    """Print the commands, or train what is missing and print the table, as the flags say."""
+    """Print the commands, or train what is missing and print the table."""
     opt = parse()
     runs = commands(opt)
     if opt.dry_run:

@@ -17,9 +17,9 @@ HOLDOUT = 'test on N training images instead'
 def common_flags(
     parser, section, *, depth, batch_size, epochs, epoch_step, lr_decay_ratio, weight_decay, lr=0.1, groups=''
 ):
-    """Add the shared flags, with the defaults of the paper's section, under upstream's names and early spellings.
+    """Add the shared flags under upstream's names and early spellings, with defaults from a section of the paper.
 
-    With depth None the network's shape is no matter of flags.
+    With depth None there are no flags for the network's shape.
     """
     flag = parser.add_argument_group(f'network (section {section})').add_argument
     if depth is not None:
@@ -89,7 +89,7 @@ def common_flags(
 
 
 def parse_cifar(description, words=None):
-    """The flags of cifar.py, from `words` or the command line, with the recipe of section 4.1 as defaults."""
+    """The parsed flags of cifar.py, from `words` or the command line, with defaults from section 4.1."""
     parser = Parser(description)
     flag = parser.add_argument_group('data and teacher (section 4.1)').add_argument
     flag('--dataset', default='CIFAR10', choices=list(DATASETS), help='default: %(default)s')
@@ -129,7 +129,7 @@ def parse_cifar(description, words=None):
 
 
 def parse(parser, logged, words=None):
-    """The flags; with --evaluate, the run's log has the defaults of the flags in `logged`."""
+    """The parsed flags; with --evaluate, the run's log gives the defaults of the flags in `logged`."""
     opt = parser.parse_args(words)
     log = os.path.join(opt.evaluate, 'log.txt')
     if opt.evaluate and os.path.isfile(log):
@@ -142,7 +142,7 @@ def parse(parser, logged, words=None):
 
 
 def check(opt, teacher, flag):
-    """Refuse flags that contradict each other; `teacher` is the value of `flag`, which names one."""
+    """Raise ValueError for flags that contradict each other; `teacher` is the value of `flag`, the teacher's name."""
     if opt.json and not opt.evaluate:
         raise ValueError('--json goes with --evaluate')
     if opt.evaluate:

@@ -1,4 +1,4 @@
-"""The network that teaches: found, checked against the data and its own log, folded and frozen."""
+"""The teacher: found, checked against the data and its own log, folded and frozen."""
 
 import math
 from functools import partial
@@ -15,13 +15,13 @@ from engine.transfer import of_image
 from engine.workers import say
 from formats.networks import fold, load_teacher
 
-LITTLE_MORE = 1.25  # times the accuracy of guessing: a teacher of less has little to teach
+LITTLE_MORE = 1.25  # times the accuracy of guessing: a teacher below that has little to teach
 
 
 def find(teacher_id):
-    """The network and the last log line of a run, named as `runs.find` takes it: (Network, record).
+    """The network and the last log record of a run, named as for `runs.find`: (Network, record).
 
-    Raises OSError where log or model is missing and ValueError where they are damaged or of different networks.
+    Raises OSError if log or model is missing and ValueError if they are damaged or of different networks.
     """
     log, model = runs.find(teacher_id)
     records = read_log(log)
@@ -34,7 +34,7 @@ def find(teacher_id):
 def build(opt, name, network, data, sample, check=True):
     """The teacher for training, and its accuracies on the test images: (x -> (logits, groups), [percent, ...]).
 
-    name: what messages call it. sample() gives training images that int8 is fitted to. Accuracies are None where the
+    name: its name in messages. sample() returns training images for int8 calibration. Accuracies are None if the
     teacher has other classes than the data, or without `check`. Raises ValueError for a teacher that cannot teach.
     """
     same_classes = check_classes(opt, name, network.params, data.num_classes)
@@ -46,9 +46,9 @@ def build(opt, name, network, data, sample, check=True):
 
 
 def frozen(opt, network, sample, device):
-    """A teacher's parameters, folded, in the dtypes of the flags; sample() gives images that int8 is fitted to.
+    """A teacher's parameters, folded, in the dtypes of the flags; sample() returns images for int8 calibration.
 
-    Raises ValueError for int8 where the device has no such convolutions.
+    Raises ValueError for int8 if the device has no int8 convolutions.
     """
     folded = fold(place(network.params, opt.dtype, torch.device('cpu')))
     if opt.teacher_dtype == 'int8':
@@ -59,10 +59,10 @@ def frozen(opt, network, sample, device):
 
 
 def check_classes(opt, name, params, num_classes):
-    """Whether a teacher has the classes of the data, so that its accuracy can be tested.
+    """Whether a teacher has as many classes as the data set, so that its accuracy can be tested.
 
-    A teacher of other classes can only teach what does not take its logits; a note says that it is not tested. Raises
-    ValueError where the flags have its logits teach.
+    With another number, only methods without its logits can be used, and a note says that it is not tested. Raises
+    ValueError if the flags use its logits.
     """
     found = len(params['fc.bias'])
     if found == num_classes:
@@ -79,9 +79,9 @@ def check_classes(opt, name, params, num_classes):
 
 
 def evaluate_teacher(name, network, data, dtype):
-    """The accuracies that `evaluate` finds, and a note where they are those of guessing.
+    """A teacher's accuracies from `evaluate`; prints a note if they are hardly better than guessing.
 
-    Raises ValueError where the logits of the teacher of that name are not finite.
+    Raises ValueError if its logits are not finite. name: its name in messages.
     """
     loss, accuracies = evaluate(network, data.test(), data.device, dtype, data.topk)
     if not math.isfinite(loss):
@@ -95,7 +95,7 @@ def evaluate_teacher(name, network, data, dtype):
 
 
 def check_accuracy(record, accuracy, same_test_set, teacher_dtype='same'):
-    """Refuse a teacher whose accuracy is not what the last line of its own log says, to half a point."""
+    """Raise ValueError if a teacher's accuracy is more than half a point from the last line of its own log."""
     logged = record.get('test_acc')
     logged = logged[0] if isinstance(logged, list) and logged else logged
     if not isinstance(logged, (int, float)) or not same_test_set:
