@@ -63,7 +63,7 @@ def main():
     )
     command = commands.add_parser('slim', help="reduce a run's checkpoint to its parameters")
     command.add_argument('run', type=arguments.path, help='a folder that holds model.pt7')
-    command = commands.add_parser('info', help='say what network a file or a run holds')
+    command = commands.add_parser('info', help='print what network a file or a run holds')
     command.add_argument('run', type=arguments.path, metavar='FILE', help='a file, or a folder that holds model.pt7')
     command = commands.add_parser('export', help='write the network in another format')
     command.add_argument('run', type=arguments.path, metavar='RUN', help='a folder that holds model.pt7, or a file')

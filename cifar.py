@@ -72,10 +72,10 @@ def main():
     if opt.evaluate:
         return report(opt, data)
     student = initialise(network(opt), opt, data.num_classes, device)
-    taught = build_teacher(opt, data, sample)
-    trained = pair(opt, student, taught, data.image)
+    teacher = build_teacher(opt, data, sample)
+    trained = pair(opt, student, teacher, data.image)
     learner = data_parallel(trained, student.params, sync_bn=opt.sync_bn)
-    fit(opt, make_step(opt, learner, taught, device), student, data)
+    fit(opt, make_step(opt, learner, teacher, device), student, data)
 
 
 if __name__ == '__main__':

@@ -30,12 +30,12 @@ def parse():
     parser = Parser(__doc__)
     flag = parser.add_argument_group('data and teacher (section 4.2.1)').add_argument
     flag('--dataset', default='cub', choices=list(DATASETS), help='default: %(default)s')
-    root = 'CUB_200_2011, or has Images/ and TrainImages.txt, or train/ and val/'
+    root = 'folder CUB_200_2011, or one with Images/ and TrainImages.txt, or with train/ and val/'
     flag('--dataroot', default='.', type=path, help=root)
     photographs.add_flags(flag)
     flag = parser.add_argument_group('pretrained network (section 4.2.1)').add_argument
-    flag('--pretrained', default='torchvision:resnet18', type=path, help='file with it (default: %(default)s)')
-    flag('--fixed_groups', default=1, type=number(int, 0, 4), help='groups that stay as they are (default: 1)')
+    flag('--pretrained', default='torchvision:resnet18', type=path, help='its file (default: %(default)s)')
+    flag('--fixed_groups', default=1, type=number(int, 0, 4), help='groups that are not trained (default: 1)')
     flags.common_flags(
         parser,
         '4.2.1',
@@ -61,8 +61,8 @@ def build_student(opt, num_classes, device):
     """The pretrained `Network` with a new last layer; batch norm and the first --fixed_groups are not trained."""
     f, params = load_teacher(opt.pretrained, note=say)
     if f is not imagenet_forward or 'bn0.weight' not in params:
-        found = describe(params)
-        raise ValueError(f'--pretrained {opt.pretrained} ({found}): expected an ImageNet ResNet, not folded')
+        description = describe(params)
+        raise ValueError(f'--pretrained {opt.pretrained} ({description}): expected an ImageNet ResNet, not folded')
     opt.depth = imagenet_resnet_depth(params)  # for the log
     torch.manual_seed(opt.seed)
     params |= flatten({'fc': linear_params(params['fc.weight'].shape[1], num_classes)})
@@ -84,10 +84,10 @@ def main():
     if opt.evaluate:
         return report(opt, data)
     student = build_student(opt, data.num_classes, device)
-    taught = photographs.build_teacher(opt, data, sample)
-    trained = pair(opt, student, taught, data.image)
+    teacher = photographs.build_teacher(opt, data, sample)
+    trained = pair(opt, student, teacher, data.image)
     learner = data_parallel(trained, student.params, mode=False)
-    fit(opt, make_step(opt, learner, taught, device), student, data)
+    fit(opt, make_step(opt, learner, teacher, device), student, data)
 
 
 if __name__ == '__main__':

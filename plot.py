@@ -66,8 +66,8 @@ def names_of(paths, labels=()):
     return [_shorten(name) for name in labels or names]
 
 
-def _shorten(name, most=60):
-    return name if len(name) <= most else f'{name[: most // 2]}…{name[-most // 2 :]}'
+def _shorten(name, length=60):
+    return name if len(name) <= length else f'{name[: length // 2]}…{name[-length // 2 :]}'
 
 
 # ----------------------------------------------------------------------------------------------------------- curves
@@ -85,7 +85,7 @@ def read_run(path):
     if not records:
         raise ValueError(f'{log} has no line of results (json_stats: ...)')
     if not all(type(r.get('epoch')) is int and 0 < r['epoch'] < 10**6 for r in records):
-        raise ValueError(f'{log} has a line that names no epoch')
+        raise ValueError(f'{log} has a line without an epoch')
     by_epoch = {record['epoch']: record for record in records}
     records = [by_epoch[epoch] for epoch in sorted(by_epoch)]
     if all(map(math.isnan, errors(records, 'train') + errors(records, 'test'))):
@@ -132,9 +132,9 @@ def term_of(key):
     """
     order = ['ce', 'kd', *(row.term for row in TRANSFERS.values()), *PENALTIES]
     grouped = [row.term for row in TRANSFERS.values() if not row.at_image]
-    found = re.fullmatch(rf'({"|".join(grouped)})(\d{{1,3}})', key)
-    if found:
-        return order.index(found[1]), int(found[2])
+    match = re.fullmatch(rf'({"|".join(grouped)})(\d{{1,3}})', key)
+    if match:
+        return order.index(match[1]), int(match[2])
     return (order.index(key), 0) if key in order and key not in grouped else None
 
 
@@ -207,9 +207,9 @@ def _draw_errors(axes, runs):
     for number, run in enumerate(runs):
         _draw_line(axes, number, run, errors(run, 'train'), '--')
         _draw_line(axes, number, run, errors(run, 'test'), '-')
-    found = [[e for part in ('train', 'test') for e in errors(run, part) if e == e] for run in runs]
-    low, high = min(map(min, found)), max(map(max, found))
-    high = min(high, 4 * max(of_run[-1] for of_run in found))
+    of_runs = [[e for part in ('train', 'test') for e in errors(run, part) if e == e] for run in runs]
+    low, high = min(map(min, of_runs)), max(map(max, of_runs))
+    high = min(high, 4 * max(of_run[-1] for of_run in of_runs))
     margin = 0.04 * (high - low) or 1
     axes.set(xlabel='epochs trained', ylabel='top-1 error, %', title='error')
     axes.set_ylim(max(low - margin, 0), high + margin)
@@ -223,8 +223,8 @@ def _draw_term(axes, runs, name):
     for number, (run, values) in enumerate(zip(runs, of_run)):
         if values:
             _draw_line(axes, number, run, values, '-')
-    found = [value for values in of_run if values for value in values if value == value]
-    ratio = max(found) / min(found)
+    positive = [value for values in of_run if values for value in values if value == value]
+    ratio = max(positive) / min(positive)
     locator = LogLocator(subs=(1,) if ratio > 100 else (1, 2, 5)) if ratio > 4 else MaxNLocator(4)
     axes.set(yscale='log', title=f'loss term {name}')
     axes.yaxis.set_major_locator(locator)
@@ -405,14 +405,14 @@ def main():
     flag = commands.add_parser('curves', help='errors and loss terms of runs over epochs').add_argument
     logs = "a folder that holds log.txt, or a log, ours or the authors'"
     flag('logs', nargs='+', type=arguments.path, metavar='LOG', help=logs)
-    label = 'what to call a run, once for each log in their order (default: the name of its folder)'
+    label = 'name of a run, once per log in the same order (default: the name of its folder)'
     flag('--label', action='append', default=[], metavar='NAME', help=label)
     flag('--out', default='curves.png', type=picture, help='.png or .svg (default: %(default)s)')
     flag = commands.add_parser('attention', help='where a teacher and a student look').add_argument
     model = 'a run, a file or torchvision:NAME; twice, the teacher first'
     flag('--model', action='append', required=True, type=arguments.path, help=model)
     flag('--images', required=True, type=arguments.path, help='a folder of images, or CIFAR10, CIFAR100 or digits')
-    flag('--dataroot', default='.', type=arguments.path, help='where the data set is, as of cifar.py')
+    flag('--dataroot', default='.', type=arguments.path, help='folder of the data set, as in cifar.py')
     flag('--count', default=4, type=arguments.number(int, 1, 32), help='number of images (default: 4)')
     size = arguments.number(int, 8, 1024)
     flag('--image_size', type=size, metavar='N', help='height and width (default: 224 for ImageNet networks, else 32)')

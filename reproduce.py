@@ -48,15 +48,15 @@ def parse():
     flag('--methods', default='', help=f'some of {",".join(methods_of("table1"))} (default: those of the table)')
     flag('--seeds', type=number(int, 1, 1000), help='number of seeds, from 0 on (default: 5, demo: 1)')
     flag('--epochs', type=number(int, 1), help='the schedule scales with it (default: 200, demo: 10)')
-    flag('--dataroot', default='.', type=path, help='as of cifar.py')
-    flag('--holdout', default=0, type=number(int, 0), help='as of cifar.py: to choose between variants')
-    flag('--dtype', default='', choices=['', *DTYPES], help='as of cifar.py')
-    flag('--jobs', default=1, type=number(int, 1, 1024), help='runs at a time, one a GPU where there are GPUs')
+    flag('--dataroot', default='.', type=path, help='as in cifar.py')
+    flag('--holdout', default=0, type=number(int, 0), help='as in cifar.py, to choose between variants')
+    flag('--dtype', default='', choices=['', *DTYPES], help='as in cifar.py')
+    flag('--jobs', default=1, type=number(int, 1, 1024), help='runs at a time, one per GPU if there are GPUs')
     markdown = 'also write the table into FILE, between its markers'
     flag('--markdown', default='', type=path, metavar='FILE', help=markdown)
     flag = parser.add_mutually_exclusive_group().add_argument
-    flag('--dry_run', action='store_true', help='print the commands that are left to run and their time, and stop')
-    flag('--show', action='store_true', help='print the table from the logs that are there, and stop')
+    flag('--dry_run', action='store_true', help='print the remaining commands and their time, and stop')
+    flag('--show', action='store_true', help='print the table from the existing logs, and stop')
     opt = parser.parse_args()
     table = TABLES[opt.table]
     rows = list(table['rows'])
@@ -92,7 +92,7 @@ def results(name):
     path = os.path.join('logs', name, 'log.txt')
     records = read_log(path) if os.path.exists(path) else []
     if not all(PROTOCOL <= r.keys() and isinstance(r['test_acc'], float) for r in records):
-        raise ValueError(f'{path} is no log of cifar.py')
+        raise ValueError(f'{path} is not a log of cifar.py')
     return records
 
 
@@ -115,9 +115,9 @@ def epochs_there(opt):
     Raises what `results` raises.
     """
     table, folders = TABLES[opt.table], os.listdir('logs') if os.path.isdir('logs') else []
-    there = sorted({int(n) for folder in folders for n in re.findall(r'-e(\d+)$', folder)}, reverse=True)
+    schedules = sorted({int(n) for folder in folders for n in re.findall(r'-e(\d+)$', folder)}, reverse=True)
     cells = [(row, method) for row in opt.rows for method in columns(opt, row)]
-    for epochs in (table['epochs'], *there):
+    for epochs in (table['epochs'], *schedules):
         scheduled = argparse.Namespace(**{**vars(opt), 'epochs': epochs})
         if any(last_epoch(scheduled, name) for cell in cells for name in names(scheduled, *cell)):
             return epochs
@@ -133,10 +133,10 @@ def device():
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
-def seconds(opt, left, runs):
+def seconds(opt, missing, runs):
     """The seconds that the remaining runs would take here in sequence, from measured steps on random images."""
-    measured, total, held = {}, 0, TABLES[opt.table]['images'] - opt.holdout
-    for name, arguments in left.items():
+    measured, total, images_per_epoch = {}, 0, TABLES[opt.table]['images'] - opt.holdout
+    for name, arguments in missing.items():
         flags = parse_cifar('', arguments)
         kind = name.rpartition('-s')[0]
         if kind not in measured:
@@ -144,7 +144,7 @@ def seconds(opt, left, runs):
             images = images.contiguous(memory_format=torch.channels_last)
             teacher = _untrained(runs[flags.teacher_id]) if flags.teacher_id else None
             measured[kind] = seconds_a_step(flags, draw(flags), teacher, images)
-        total += (opt.epochs - len(results(name))) * math.ceil(held / flags.batch_size) * measured[kind]
+        total += (opt.epochs - len(results(name))) * math.ceil(images_per_epoch / flags.batch_size) * measured[kind]
     return total
 
 
@@ -162,7 +162,7 @@ def run(opt, name, arguments, job):
     flags = parse_cifar('', arguments)
     changed = changed_settings(flags, results(name))
     if changed:
-        raise ValueError(f'logs/{name} holds a run of other settings ({"; ".join(changed)})')
+        raise ValueError(f'logs/{name} holds a run with other settings ({"; ".join(changed)})')
     if finished(opt, name):
         return 'done'
     if flags.teacher_id and not last_epoch(opt, flags.teacher_id):
@@ -183,17 +183,17 @@ def table_lines(opt):
         '| student <- teacher | method | our error, % | spread | seeds | paper, % | difference |',
         '|---|---|---|---|---|---|---|',
     ]
-    protocols, known = set(), methods_of(opt.table)
+    protocols, methods = set(), methods_of(opt.table)
     for row in opt.rows:
         for method in columns(opt, row):
-            done = [r for r in (last_epoch(opt, name) for name in names(opt, row, method)) if r]
-            errors = sorted(100 - r['test_acc'] for r in done)
-            protocols |= {protocol(r) for r in done}
+            records = [r for r in (last_epoch(opt, name) for name in names(opt, row, method)) if r]
+            errors = sorted(100 - r['test_acc'] for r in records)
+            protocols |= {protocol(r) for r in records}
             paper = TABLES[opt.table]['rows'][row].get(method)
             ours = statistics.median(errors) if errors else None
             cells = [
                 f'{row[0]} <- {row[1]}'.upper(),
-                known[method].label,
+                methods[method].label,
                 'not run' if ours is None else f'{ours:.2f}',
                 f'{errors[0]:.2f} to {errors[-1]:.2f}' if len(errors) > 1 else '',
                 str(len(errors) or ''),
@@ -206,8 +206,8 @@ def table_lines(opt):
 
 def protocol(record):
     """The protocol of a run in one line, to print with its numbers."""
-    whole = {'CIFAR10': 10_000, 'CIFAR100': 10_000}.get(record['dataset'], record['test_images'])
-    tested = f'{record["test_images"]:,}' + ('' if record['test_images'] == whole else f' of {whole:,}')
+    full_size = {'CIFAR10': 10_000, 'CIFAR100': 10_000}.get(record['dataset'], record['test_images'])
+    tested = f'{record["test_images"]:,}' + ('' if record['test_images'] == full_size else f' of {full_size:,}')
     if record['holdout']:
         tested = f'{record["test_images"]:,} held-out training'
     return (
@@ -222,10 +222,10 @@ def around(path, table):
     with open(path, 'rb') as file:
         text = file.read()
     begin, end = f'<!-- {table} -->', f'<!-- /{table} -->'
-    lines, at = list(re.finditer(begin.encode() + rb'\r?\n', text)), text.find(end.encode())
-    if len(lines) != 1 or text.count(end.encode()) != 1 or at < lines[0].start():
+    lines, end_at = list(re.finditer(begin.encode() + rb'\r?\n', text)), text.find(end.encode())
+    if len(lines) != 1 or text.count(end.encode()) != 1 or end_at < lines[0].start():
         raise ValueError(f'{path} has no lines {begin} and {end} to write between')
-    return text[: lines[0].end()], text[at:]
+    return text[: lines[0].end()], text[end_at:]
 
 
 def main():
@@ -233,9 +233,9 @@ def main():
     opt = parse()
     runs = commands(opt)
     if opt.dry_run:
-        left = {name: arguments for name, arguments in runs.items() if not last_epoch(opt, name)}
-        print('\n'.join(shlex.join(['python', 'cifar.py', *arguments]) for arguments in left.values()))
-        print(f'# {len(left)} runs, about {seconds(opt, left, runs) / 3600:.1f} hours here, one after the other')
+        missing = {name: arguments for name, arguments in runs.items() if not last_epoch(opt, name)}
+        print('\n'.join(shlex.join(['python', 'cifar.py', *arguments]) for arguments in missing.values()))
+        print(f'# {len(missing)} runs, about {seconds(opt, missing, runs) / 3600:.1f} hours here, one after the other')
         return
     failed = []
     if not opt.show:
@@ -244,10 +244,10 @@ def main():
     lines = table_lines(opt)
     print('\n'.join(lines))
     if opt.markdown:
-        head, rest = around(opt.markdown, opt.table)
+        head, tail = around(opt.markdown, opt.table)
         end = b'\r\n' if head.endswith(b'\r\n') else b'\n'
         table = b''.join(line.encode(errors='backslashreplace') + end for line in lines)
-        write_whole(opt.markdown, head + table + rest)
+        write_whole(opt.markdown, head + table + tail)
     if failed:
         sys.exit(1)
 

@@ -59,9 +59,9 @@ def epoch_list(text):
         epochs = json.loads(text)
     except (ValueError, RecursionError):
         epochs = None
-    rising = isinstance(epochs, list) and all(type(e) is int and e > 0 for e in epochs)
-    if not rising or sorted(set(epochs)) != epochs:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON list of rising epochs, like [60,120,160]')
+    valid = isinstance(epochs, list) and all(type(e) is int and e > 0 for e in epochs)
+    if not valid or sorted(set(epochs)) != epochs:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON list of increasing epochs, like [60,120,160]')
     return text
 
 

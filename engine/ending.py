@@ -34,31 +34,31 @@ def run(main):
             _say(str(stop))
         sys.exit(stop.status)
     except KeyboardInterrupt:
-        _tell(130, 'interrupted', final=True)
+        _print_error(130, 'interrupted', final=True)
         sys.exit(130)
     except Exception as error:
-        if _is_of_a_peer(error):
+        if _is_lost_peer(error):
             sys.exit(LOST_PEER)  # another worker has ended and printed why
-        status, message = _verdict(error)
+        status, message = _status_and_message(error)
         # A wrong command and a loss that is not finite fail again after a restart.
         final = status == 2 or isinstance(error, FloatingPointError)
         if message is None or os.environ.get('AT_TRACEBACK'):
             claim(status, final)
             raise
-        _tell(status, message, final)
+        _print_error(status, message, final)
         sys.exit(status)
     finally:
         if torch.distributed.is_initialized():  # else one of its threads may crash the interpreter at exit
             torch.distributed.destroy_process_group()
 
 
-def _is_of_a_peer(error):
+def _is_lost_peer(error):
     """Whether an error means that another worker has ended."""
     lost = isinstance(error, torch.distributed.DistError)
     return world() > 1 and (lost or isinstance(error, RuntimeError) and '/gloo/' in str(error))
 
 
-def _verdict(error):
+def _status_and_message(error):
     """The (exit status, message) of an error that the user can fix; (1, None) for a bug."""
     message = str(error) or type(error).__name__
     if isinstance(error, MemoryError) or any(words in message for words in OUT_OF_MEMORY):
@@ -68,7 +68,7 @@ def _verdict(error):
     return (2, message) if isinstance(error, ValueError | OSError) else (1, None)
 
 
-def _tell(status, message, final):
+def _print_error(status, message, final):
     """Print an error; of several workers on a machine, only the first to fail prints."""
     if claim(status, final):
         _say(f'error: {message}')

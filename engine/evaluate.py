@@ -58,7 +58,7 @@ def report(opt, data):
     words = [f'top-{k} {accuracy:.2f}%' for k, accuracy in zip(data.topk, accuracies)]
     say(f'{path}: {describe(params)}')
     say(f'{", ".join(words)}, loss {loss:.4f}, {images:,} images, {speed:.0f} images/s')
-    found = {**scores, 'loss': loss, 'images': images, 'images_per_second': speed}
+    results = {**scores, 'loss': loss, 'images': images, 'images_per_second': speed}
     if opt.json:
-        say(json.dumps({'network': path, **found}))
-    return found
+        say(json.dumps({'network': path, **results}))
+    return results

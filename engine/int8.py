@@ -32,10 +32,10 @@ class _Watched(_Weight):
     """A convolution's weight that records the largest input value."""
 
     def __init__(self, weight):
-        self.weight, self.most = weight, 0.0
+        self.weight, self.largest = weight, 0.0
 
     def conv2d(self, x, *rest, **named):
-        self.most = max(self.most, x.max().item())
+        self.largest = max(self.largest, x.max().item())
         return F.conv2d(x, self.weight, *rest, **named)
 
 
@@ -90,9 +90,9 @@ def quantize(f, params, images):
         logits, _ = f(images, watched, False)
     if not logits.isfinite().all():
         raise ValueError('--teacher_dtype int8: the logits of the teacher on training images are not finite')
-    steps = {k: max(v.most, 1e-6) / LEVELS for k, v in watched.items() if isinstance(v, _Watched)}
+    steps = {k: max(v.largest, 1e-6) / LEVELS for k, v in watched.items() if isinstance(v, _Watched)}
     # In all of our networks, only a ReLU stands between two convolutions of a block.
-    following = {k: re.sub(r'\bconv(\d)', lambda found: f'conv{int(found[1]) + 1}', k) for k in steps}
+    following = {k: re.sub(r'\bconv(\d)', lambda match: f'conv{int(match[1]) + 1}', k) for k in steps}
     weights = {k: _Int8(params[k], steps[k], steps.get(following[k]) if following[k] != k else None) for k in steps}
     # A batch norm that is not folded, bn0 of a wide ResNet's block, is followed by the block's ReLU and convolutions.
     norms = {k.replace('.conv0', '.bn0') + '.weight': step for k, step in steps.items() if k.endswith('.conv0')}

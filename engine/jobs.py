@@ -43,32 +43,32 @@ def run_all(waits_for, run, jobs):
     OSError or ValueError. Raises KeyboardInterrupt if one was stopped.
     """
     title = {name: f'[{number}/{len(waits_for)}] {name}' for number, name in enumerate(waits_for, 1)}
-    left, free, running, failed = list(waits_for), list(range(jobs)), {}, []
+    waiting, free, running, failed = list(waits_for), list(range(jobs)), {}, []
     pool = ThreadPoolExecutor(jobs)
     STOPPED.clear()
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        while left or running:
-            unready = {*left, *(name for name, _ in running.values())}
-            ready = [name for name in left if waits_for[name] not in unready]
+        while waiting or running:
+            unready = {*waiting, *(name for name, _ in running.values())}
+            ready = [name for name in waiting if waits_for[name] not in unready]
             for name in ready[: len(free)]:
-                left.remove(name)
+                waiting.remove(name)
                 print(title[name], flush=True)
                 job = free.pop(0)
                 running[pool.submit(run, name, job)] = name, job
             # Without a timeout, a signal that arrives just before the wait would only be handled at its end.
-            for ended in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
-                name, job = running.pop(ended)
+            for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
+                name, job = running.pop(future)
                 free.append(job)
                 try:
-                    outcome = ended.result()
+                    outcome = future.result()
                 except (OSError, ValueError) as error:
                     failed.append(name)
                     outcome = f'failed: {error}'
                 print(f'{title[name]}: {outcome}', flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
-        for signum, handler in before.items():
+        for signum, handler in handlers.items():
             signal.signal(signum, handler)
     return failed
 

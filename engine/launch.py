@@ -56,10 +56,10 @@ def end_again():
     """End a restarted worker if the reason that ended the workers before would end them again."""
     if attempt():
         base, _, number = attempt().rpartition('_')
-        before = told(f'{base}_{int(number) - 1}') if number.isdigit() else None
-        if before and before[1]:
-            claim(*before)
-            sys.exit(before[0])
+        previous = told(f'{base}_{int(number) - 1}') if number.isdigit() else None
+        if previous and previous[1]:
+            claim(*previous)
+            sys.exit(previous[0])
 
 
 def note_opened():
@@ -110,9 +110,9 @@ def launch(opt):
 def _explain(failures, folder, opt):
     """The exit status for failed workers {rank: ProcessFailure}; prints the reason unless a worker has."""
     starts = glob.glob(os.path.join(folder, '*', 'attempt_*'))
-    found = told(max(starts, key=lambda path: int(path.rpartition('_')[2])))
-    if found:
-        return found[0]
+    written = told(max(starts, key=lambda path: int(path.rpartition('_')[2])))
+    if written:
+        return written[0]
     by_others = LOST_PEER, -signal.SIGTERM  # stopped because another one ended, or by the launcher
     failed_rank, failure = min(failures.items(), key=lambda f: (f[1].exitcode in by_others, f[1].timestamp))
     how = f'signal {-failure.exitcode}' if failure.exitcode < 0 else f'exit status {failure.exitcode}'

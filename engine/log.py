@@ -22,7 +22,7 @@ def read_log(path):
     with open(path, encoding='utf-8', errors='replace') as file:
         text = file.read(MAX_LOG + 1)
     if len(text) > MAX_LOG:
-        raise ValueError(f'{path} has more than {MAX_LOG:,} characters: it is no log')
+        raise ValueError(f'{path} has more than {MAX_LOG:,} characters: it is not a log')
     if text.startswith('\ufffd\ufffd'):  # FE FF or FF FE, which are not UTF-8
         raise ValueError(f'{path} is a text in UTF-16: save it in UTF-8')
     lines = [line.lstrip('\ufeff') for line in text.splitlines()]  # without byte order marks
@@ -69,11 +69,11 @@ def _open_no_link(path, flags):
 
 def commit():
     """The commit of this code, with '-dirty' if tracked files differ from it; None outside a repository."""
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     command = 'git describe --always --dirty --abbrev=12'.split()
     try:
-        done = subprocess.run(command, cwd=here, capture_output=True, check=True)
-        return done.stdout.decode(errors='replace').strip()
+        described = subprocess.run(command, cwd=folder, capture_output=True, check=True)
+        return described.stdout.decode(errors='replace').strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -160,14 +160,14 @@ class Run:
     def pause(self, alone=False):
         """Save if it is time, stop after a signal: all workers together. With `alone`, several workers do nothing."""
         due = 0 < self.opt.save_every * 60 < time.monotonic() - self.saved_at
-        wishes = [self.requests.signum, int(due)]
+        reasons = [self.requests.signum, int(due)]
         if world() > 1:
             if alone:
                 return
-            wishes = torch.tensor(wishes, device=self.data.device)
-            dist.all_reduce(wishes, dist.ReduceOp.MAX)
-            wishes = wishes.tolist()
-        signum, due = wishes
+            reasons = torch.tensor(reasons, device=self.data.device)
+            dist.all_reduce(reasons, dist.ReduceOp.MAX)
+            reasons = reasons.tolist()
+        signum, due = reasons
         if signum or due:
             self.meters.flush(self.epoch)
             self.keep_progress()
@@ -181,12 +181,12 @@ class Run:
         shared, mine = self.meters.state(getattr(self.batches, 'bad', 0))
         if world() > 1:
             mine['statistics'] = {k: v.cpu() for k, v in statistics(self.student.params).items()}
-        everyone = [mine]
+        per_worker = [mine]
         if world() > 1:
-            everyone = [None] * world()
-            dist.all_gather_object(everyone, mine)
+            per_worker = [None] * world()
+            dist.all_gather_object(per_worker, mine)
         batches = {'batch_size': self.opt.batch_size, 'seed': self.opt.seed}
-        self.save({**shared, **batches, 'workers': everyone}, self.epoch - 1)
+        self.save({**shared, **batches, 'workers': per_worker}, self.epoch - 1)
 
     def keep_epoch(self):
         """Append the log line, then replace the checkpoint: a resume after a kill in between repeats the epoch."""

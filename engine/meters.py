@@ -63,9 +63,9 @@ class Meters:
             self.steps += 1
             terms = dict(zip(self.names, row))
             if not all(map(math.isfinite, row)):
-                found = ', '.join(f'{k} {v:.4g}' for k, v in terms.items())
+                losses = ', '.join(f'{k} {v:.4g}' for k, v in terms.items())
                 raise FloatingPointError(
-                    f'epoch {epoch}, step {self.steps}: the loss is not finite ({found}); {CALMER}'
+                    f'epoch {epoch}, step {self.steps}: the loss is not finite ({losses}); {CALMER}'
                 )
             for name, value in terms.items():
                 self.values.setdefault(name, AverageValueMeter()).add(value)

@@ -54,18 +54,18 @@ class Method(NamedTuple):
 
 def methods_of(table):
     """All methods that a table can have, in order: {name in logs/: Method}; those of engine/transfer.py before KD."""
-    found = {'teacher': Method('teacher', [], False), 'student': Method('student alone', [], False)}
+    methods = {'teacher': Method('teacher', [], False), 'student': Method('student alone', [], False)}
     for name, row in PENALTIES.items():
-        found[name] = Method(row.label, ['--penalty', name, '--gamma', row.gamma], False)
+        methods[name] = Method(row.label, ['--penalty', name, '--gamma', row.gamma], False)
     at = ['--beta', TABLES[table]['beta']]
     for name, row in TRANSFERS.items():
         if name == 'activation':
-            found['at'] = Method(row.label, at)
-            found |= {variant: Method(label, at + flags) for variant, (label, flags) in VARIANTS.items()}
+            methods['at'] = Method(row.label, at)
+            methods |= {variant: Method(label, at + flags) for variant, (label, flags) in VARIANTS.items()}
         else:
-            found[row.term] = Method(row.label, ['--transfer', name, '--beta', row.beta])
+            methods[row.term] = Method(row.label, ['--transfer', name, '--beta', row.beta])
     kd = ['--alpha', '0.9']
-    return found | {'kd': Method('KD', kd), 'at-kd': Method('AT+KD', [*at, '--beta_decay', 'linear', *kd])}
+    return methods | {'kd': Method('KD', kd), 'at-kd': Method('AT+KD', [*at, '--beta_decay', 'linear', *kd])}
 
 
 def network_flags(name):

@@ -16,12 +16,12 @@ from images import photographs as images
 
 def add_flags(flag):
     """Add the flags that `build_data` and `build_teacher` read; flag: a group's add_argument."""
-    flag('--follow_links', action='store_true', help='read images that links out of that folder lead to')
+    flag('--follow_links', action='store_true', help='read images through links that lead out of the folder')
     held = f'{HOLDOUT}: the same part of each class'
     flag('--holdout', default=0, type=number(int, 0), metavar='N', help=held)
     flag('--image_size', default=224, type=number(int, 32, 1024), help='like 64, 128, 160, 224 (default), 256')
     flag('--skip_bad_images', action='store_true', help='leave unreadable images out of the evaluation')
-    file = 'file with the teacher, or torchvision:resnet34; none trains a baseline'
+    file = 'file with the teacher, or torchvision:resnet34 (default: no teacher)'
     flag('--teacher_params', default='', type=path, help=file)
     flag('--skip_teacher_check', action='store_true', help='do not evaluate the teacher first')
 

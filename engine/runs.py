@@ -25,16 +25,16 @@ def find(teacher_id):
     """
     names_model = os.path.basename(teacher_id) == 'model.pt7'
     folder = os.path.normpath(os.path.dirname(teacher_id) if names_model else teacher_id)
-    places = [folder] if names_model and os.path.isfile(teacher_id) else [os.path.join('logs', folder), folder]
-    run = next((place for place in places if os.path.isdir(place)), folder if os.sep in folder else places[0])
+    candidates = [folder] if names_model and os.path.isfile(teacher_id) else [os.path.join('logs', folder), folder]
+    run = next((path for path in candidates if os.path.isdir(path)), folder if os.sep in folder else candidates[0])
     log, model = (os.path.join(run, name) for name in ('log.txt', 'model.pt7'))
     missing = next((path for path in (log, model) if not os.path.isfile(path)), None)
     if missing:
-        near = os.path.normpath(os.path.join('logs', os.path.dirname(folder)))
-        advice = _nearest(os.path.basename(folder), near if os.path.isdir(near) else os.path.dirname(folder))
+        nearby = os.path.normpath(os.path.join('logs', os.path.dirname(folder)))
+        advice = _nearest(os.path.basename(folder), nearby if os.path.isdir(nearby) else os.path.dirname(folder))
         if ':' in teacher_id or (os.path.isfile(teacher_id) and not names_model):
             advice = (
-                '; a run with its log teaches here, a file teaches in imagenet.py and finetune.py (--teacher_params)'
+                '; cifar.py takes a run with its log, a file teaches in imagenet.py and finetune.py (--teacher_params)'
             )
         raise OSError(f'--teacher_id {teacher_id}: there is no {missing}{advice}')
     return log, model
@@ -83,27 +83,27 @@ def check_save(opt):
     if opt.overwrite or not (os.path.exists(log) or os.path.exists(model)):
         return
     changed = changed_settings(opt, read_log(log)) if os.path.exists(log) else []
-    settings = f' of other settings ({"; ".join(changed)})' if changed else ''
+    settings = f' with other settings ({"; ".join(changed)})' if changed else ''
     if not _resumes_own(opt):
         raise ValueError(
             f'--save {opt.save} holds a run{settings}: continue it with --resume auto, '
             'replace it with --overwrite, or save elsewhere'
         )
     if changed:
-        say(f'note: {opt.save} is a run{settings}; the epochs to come use the new ones')
+        say(f'note: {opt.save} is a run{settings}; the remaining epochs use the new ones')
 
 
 def changed_settings(opt, records):
     """The differences of the flags from a log's last line: ['lr 0.1, not 0.05', ...]."""
     if not records:
         return []
-    before = dict(records[-1])
-    if 'lr_now' not in before:
-        before.pop('lr', None)  # in older logs, the rate of the epoch
-    if isinstance(before.get('teacher_id'), str):  # in older logs, the protocol was a part of the name
-        before['teacher_id'] = before['teacher_id'].replace('/', '-')
+    logged = dict(records[-1])
+    if 'lr_now' not in logged:
+        logged.pop('lr', None)  # in older logs, the rate of the epoch
+    if isinstance(logged.get('teacher_id'), str):  # in older logs, the protocol was a part of the name
+        logged['teacher_id'] = logged['teacher_id'].replace('/', '-')
     now = {k: v.replace('/', '-') if k == 'teacher_id' else v for k, v in vars(opt).items() if k not in NOT_SETTINGS}
-    return [f'{k} {before[k]!r:.99}, not {v!r:.99}' for k, v in now.items() if k in before and before[k] != v]
+    return [f'{k} {logged[k]!r:.99}, not {v!r:.99}' for k, v in now.items() if k in logged and logged[k] != v]
 
 
 def _resumes_own(opt):
@@ -146,8 +146,8 @@ def open_run(opt, done):
         last = max((epoch for epoch, _ in epochs), default=0)
         if last > done + 1:  # a killed run can log one epoch more than it saves
             raise ValueError(
-                f'{log} tells of {last} epochs, but {done} are in the checkpoint: '
-                'put the right model.pt7 beside it, or begin anew with --overwrite'
+                f'{log} has {last} epochs, but the checkpoint has {done}: '
+                'put the right model.pt7 beside it, or start over with --overwrite'
             )
         kept = [record for epoch, record in epochs if epoch <= done]
         write_whole(log, ''.join(map(line_of, kept)).encode())

@@ -65,25 +65,25 @@ def make_step(opt, student, teacher, device):
             gradient = utils.input_gradient(logits, images, labels) if of_image else None
             return logits.detach(), transfer.kept(opt, groups), gradient
 
-    def learn(images, labels, taught_logits, taught, taught_gradient):
+    def learn(images, labels, teacher_logits, kept, teacher_gradient):
         logits, groups = run(student, images)
-        task, parts = classify(logits, taught_logits, labels)
+        task, parts = classify(logits, teacher_logits, labels)
         if needs_gradient:
             j = utils.input_gradient(logits, images, labels, create_graph=True)
-        losses = transfer.losses(opt, groups, taught)
+        losses = transfer.losses(opt, groups, kept)
         if of_image:
-            losses[of_image.term] = of_image.loss(j, taught_gradient, opt)
-        shaped = {opt.penalty: penalty.loss(j, partial(student_gradient, labels), images)} if penalty else {}
-        return logits, Losses(task, parts, losses, shaped)
+            losses[of_image.term] = of_image.loss(j, teacher_gradient, opt)
+        penalties = {opt.penalty: penalty.loss(j, partial(student_gradient, labels), images)} if penalty else {}
+        return logits, Losses(task, parts, losses, penalties)
 
-    def classify(logits, taught_logits, labels):
+    def classify(logits, teacher_logits, labels):
         """The loss of the logits, and its parts for the log."""
         if not opt.alpha:
             ce = F.cross_entropy(logits, labels)
             return ce, {'ce': ce.detach()}
-        task = utils.distillation(logits, taught_logits, labels, opt.temperature, opt.alpha)
+        task = utils.distillation(logits, teacher_logits, labels, opt.temperature, opt.alpha)
         with torch.no_grad():
-            kd = utils.kd_loss(logits, taught_logits, opt.temperature)
+            kd = utils.kd_loss(logits, teacher_logits, opt.temperature)
             return task, {'ce': F.cross_entropy(logits, labels), 'kd': kd}
 
     def student_gradient(labels, images):

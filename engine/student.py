@@ -67,7 +67,7 @@ def _say_weights(opt, pairs, image_shape):
     for i, shape in shapes.items():
         name, (weight, what) = f'{transfer.term}{i}', transfer.weighs(opt, *shape)
         if weight:
-            say(f'{name}: beta {opt.beta:g} weighs {what} by {weight:.4g}')
+            say(f'{name}: beta {opt.beta:g} weights {what} by {weight:.4g}')
         else:
             say(f'note: {name} compares {what}: it is always 0 and teaches nothing (see --groups)')
 

@@ -64,17 +64,17 @@ def check_classes(opt, name, params, num_classes):
     With another number, only methods without its logits can be used, and a note says that it is not tested. Raises
     ValueError if the flags use its logits.
     """
-    found = len(params['fc.bias'])
-    if found == num_classes:
+    classes = len(params['fc.bias'])
+    if classes == num_classes:
         return True
-    classes = f'{name} has {found} output classes, the data set has {num_classes}'
+    mismatch = f'{name} has {classes} output classes, the data set has {num_classes}'
     if of_image(opt):
         raise ValueError(
-            f'{classes}: --transfer {opt.transfer} differentiates the loss of both networks by the same labels'
+            f'{mismatch}: --transfer {opt.transfer} differentiates the loss of both networks on the same labels'
         )
     if opt.alpha:
-        raise ValueError(f'{classes}: distillation compares them one by one (--alpha 0 lets it teach attention)')
-    say(f'teacher: {classes}; its logits are not used, and its accuracy is not tested')
+        raise ValueError(f'{mismatch}: distillation compares them one by one (--alpha 0 lets it teach attention)')
+    say(f'teacher: {mismatch}; its logits are not used, and its accuracy is not tested')
     return False
 
 
@@ -88,7 +88,7 @@ def evaluate_teacher(name, network, data, dtype):
         raise ValueError(f'{name} cannot teach: its logits on the test images are not finite (cross entropy {loss})')
     if accuracies[0] < LITTLE_MORE * 100 / data.num_classes:
         say(
-            f'note: {name} is right on {accuracies[0]:.2f}%, hardly more than by guessing among '
+            f'note: {name} has an accuracy of {accuracies[0]:.2f}%, hardly better than guessing among '
             f'{data.num_classes} classes'
         )
     return accuracies
@@ -99,10 +99,10 @@ def check_accuracy(record, accuracy, same_test_set, teacher_dtype='same'):
     logged = record.get('test_acc')
     logged = logged[0] if isinstance(logged, list) and logged else logged
     if not isinstance(logged, (int, float)) or not same_test_set:
-        say(f'teacher: {accuracy:.2f}% on these test images; its log has no figure to compare that with')
+        say(f'teacher: {accuracy:.2f}% on these test images; its log has no accuracy to compare with')
     elif not abs(logged - accuracy) <= 0.5:
         raise ValueError(
-            f'the teacher is right on {accuracy:.2f}% of the test images, but on {logged:.2f}% by its own log: '
+            f'the teacher has an accuracy of {accuracy:.2f}% on the test images, but {logged:.2f}% by its own log: '
             f'{"int8 is too coarse for it, " if teacher_dtype == "int8" else ""}'
             'its log and model do not belong together, or the data are not what it was trained on'
         )

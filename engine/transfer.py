@@ -39,7 +39,7 @@ class Penalty(NamedTuple):
 def attention_weight(opt, channels, height, width):
     """The weight from beta for attention maps; 0 for 1x1 maps, which are all equal once normalised."""
     if height == width == 1:
-        return 0, 'maps of 1x1, which are all equal'
+        return 0, '1x1 maps, which are all equal'
     if opt.at_form == 'code':
         return opt.beta / (opt.batch_size * height * width), f'each element of the {height}x{width} maps'
     return opt.beta / (2 * opt.batch_size), f'the distance of two {height}x{width} maps'
@@ -48,7 +48,7 @@ def attention_weight(opt, channels, height, width):
 def activation_weight(opt, channels, height, width):
     """The weight from beta for whole activations."""
     weight = opt.beta / (opt.batch_size * channels * height * width)
-    return weight, f'each element of the activations, {channels}x{height}x{width},'
+    return weight, f'each element of the {channels}x{height}x{width} activations'
 
 
 TRANSFERS = {

@@ -32,8 +32,8 @@ class Place(NamedTuple):
 
 def place():
     """The place of this process, from the launcher's environment variables; a single worker if they are incomplete."""
-    found = [os.environ.get(name, '').strip() for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')]
-    rank, local, world = (int(text) if text.isascii() and text.isdigit() else None for text in found)
+    texts = [os.environ.get(name, '').strip() for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')]
+    rank, local, world = (int(text) if text.isascii() and text.isdigit() else None for text in texts)
     if rank is None or world is None or not rank < world or world == 1:
         return Place(0, 0, 1)
     return Place(rank, local, world)
@@ -62,9 +62,9 @@ def check(opt):
     """Raise ValueError for a number of workers that does not fit the machine, the batch size or the launcher."""
     with _visible(opt.gpu_id) if launches(opt) else contextlib.nullcontext(_show(opt.gpu_id)):
         cuda = torch.cuda.is_available()
-        there = torch.cuda.device_count() if cuda else os.cpu_count()
-    if opt.ngpu > there:
-        raise ValueError(f'--ngpu {opt.ngpu}: there are {there} {"GPUs" if cuda else "CPU cores and no GPU"}')
+        available = torch.cuda.device_count() if cuda else os.cpu_count()
+    if opt.ngpu > available:
+        raise ValueError(f'--ngpu {opt.ngpu}: there are {available} {"GPUs" if cuda else "CPU cores and no GPU"}')
     if opt.cuda_graphs and (not cuda or max(opt.ngpu, world()) > 1):
         raise ValueError('--cuda_graphs: only for a single worker with a GPU')
     if opt.batch_size % max(opt.ngpu, world()):
@@ -72,7 +72,7 @@ def check(opt):
     if opt.save and launch.opened():
         opt.overwrite = False  # a worker died, and all restart from the checkpoint
         opt.resume = 'auto' if os.path.exists(os.path.join(opt.save, 'model.pt7')) else opt.resume or 'auto'
-    _check_launcher(there if cuda else 1)
+    _check_launcher(available if cuda else 1)
     if opt.ngpu > 1 and world() == 1 and not launches(opt):
         raise ValueError(f'--ngpu {opt.ngpu}: torchrun (TORCHELASTIC_RUN_ID in the environment) has started one worker')
     _check_restarts()
@@ -83,18 +83,18 @@ def _check_launcher(gpus):
     number = os.environ.get('WORLD_SIZE', '').strip()
     if not number or number == '1':
         return  # RANK without WORLD_SIZE is left over from something else
-    here = {name: os.environ.get(name, '').strip() for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
+    values = {name: os.environ.get(name, '').strip() for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
     for name in ('RANK', 'WORLD_SIZE', 'MASTER_PORT'):
-        if here[name] and not (here[name].isascii() and here[name].isdigit()):
-            raise ValueError(f'{name}={here[name]} in the environment is no number')
-    wrong = [name for name, value in here.items() if not value]
-    if not wrong and world() == 1:
-        wrong = [f'RANK below {number}']
-    if not wrong and place().local is None and gpus > 1:
-        wrong = [f'LOCAL_RANK, which of the {gpus} GPUs is its own']
-    if wrong:
+        if values[name] and not (values[name].isascii() and values[name].isdigit()):
+            raise ValueError(f'{name}={values[name]} in the environment is not a number')
+    missing = [name for name, value in values.items() if not value]
+    if not missing and world() == 1:
+        missing = [f'RANK below {number}']
+    if not missing and place().local is None and gpus > 1:
+        missing = [f'LOCAL_RANK to choose one of {gpus} GPUs']
+    if missing:
         raise ValueError(
-            f'WORLD_SIZE={number} in the environment, as of several workers, without {", ".join(wrong)}: start them '
+            f'WORLD_SIZE={number} is in the environment without {", ".join(missing)}: start several workers '
             'with torchrun --nnodes N --nproc-per-node GPUS --node-rank I --master-addr HOST, or unset WORLD_SIZE'
         )
 
@@ -150,7 +150,7 @@ def join(opt):
     cuda = torch.cuda.is_available()
     if 'TORCHELASTIC_RUN_ID' in os.environ or 'AT_PARENT' in os.environ:
         parent = int(os.environ.get('AT_PARENT') or children.PARENT)
-        children.end_with_parent(parent, '' if rank() else 'what started this run has died, and it ends')
+        children.end_with_parent(parent, '' if rank() else 'the process that started this run has died, so it ends')
     launch.end_again()
     if world() > 1:
         _meet('nccl' if cuda else 'gloo')
@@ -202,8 +202,8 @@ def _check_restarts():
     restarts = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS') or 0)
     if restarts and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
         raise ValueError(
-            f'torchrun --max-restarts {restarts}: its restarts work with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its '
-            'environment and --standalone or --rdzv-backend c10d alone'
+            f'torchrun --max-restarts {restarts}: its restarts only work with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in '
+            'its environment and --standalone or --rdzv-backend c10d'
         )
 
 
