@@ -3,15 +3,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet install --no-build-isolation
-# In .venv: that it was made here, that an installation has begun, and copies of the lists of what is installed.
+# In .venv: a mark that it was made here, a mark that an installation has begun, and copies of what is installed.
 MADE := .venv/made-by-make
 BEGUN := .venv/installing
-# What an interrupted installation has left may look whole to pip.
+# The remains of an interrupted installation can look complete to pip.
 AGAIN = $$([ ! -e $(BEGUN) ] || echo --ignore-installed)
 
 .PHONY: venv venv-dev demo test test-quick test-long lint format table clean
 
-# A .venv that was not made here is installed into, and never removed.
+# A .venv that was not made here is used, but never removed.
 venv:
 	@[ -e .venv ] || { mkdir .venv && touch $(MADE); }
 	@[ -x $(BIN)/python ] || [ -e $(MADE) ] || \
@@ -30,11 +30,11 @@ venv-dev: venv
 demo: venv
 	$(BIN)/python reproduce.py demo
 
-# Two tests at a time: most wait for one thread.
+# Two tests at a time: most use a single thread.
 test: venv-dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# What starts no process and compiles nothing.
+# The tests that start no process and compile nothing.
 test-quick: venv-dev
 	AT_QUICK_TESTS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
@@ -50,7 +50,7 @@ format: venv-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The results in README.md, from the logs in logs/.
+# Writes the results in README.md from the logs in logs/.
 table: venv
 	$(BIN)/python reproduce.py table1 --rows 2 --epochs 16 --seeds 3 --show --markdown README.md
 

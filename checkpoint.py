@@ -1,4 +1,4 @@
-"""What to do with a saved network: slim, info and export.
+"""Slims, describes and exports a saved network.
 
     python checkpoint.py slim logs/RUN            # drop what only a resume needs, before publishing a run
     python checkpoint.py info FILE                # what network a file or a run holds
@@ -6,7 +6,7 @@
 
 A run is a folder that holds model.pt7; export and info also take a file: a checkpoint of ours or of the authors',
 their folded export (.pth, .hkl), a torchvision ResNet's state_dict, or a .safetensors of any of these.
-It is read as data and never as code: nothing in it can run, or open another file.
+Files are read as data, never as code: nothing in them can run or open another file.
 """
 
 import hashlib
@@ -30,7 +30,7 @@ def slim(run):
 def export(run, to, out, image_size=None, overwrite=False):
     """Write the network of a run or file, whole or not at all, in one of the formats of `WRITERS`.
 
-    Raises ValueError where `out` exists already, unless `overwrite` is set.
+    Raises ValueError if `out` exists and `overwrite` is not set.
     """
     if os.path.exists(out) and not overwrite:
         raise ValueError(f'{out} exists already; --overwrite replaces it')
@@ -41,7 +41,7 @@ def export(run, to, out, image_size=None, overwrite=False):
 
 
 def info(run):
-    """Print what network a run or a file holds, its size and its SHA-256."""
+    """Print the network in a run or file, the file's size and its SHA-256."""
     path = checkpoint_of(run)
     loaded = load_params(path)
     _, params = build(loaded, path)
@@ -56,14 +56,14 @@ def info(run):
 
 
 def main():
-    """Do what the command line asks of a file: slim, info or export."""
+    """Run the subcommand: slim, info or export."""
     parser = arguments.Parser(__doc__)
     commands = parser.add_subparsers(
         dest='command', required=True, metavar='COMMAND', parser_class=arguments.subcommand
     )
     command = commands.add_parser('slim', help="reduce a run's checkpoint to its parameters")
     command.add_argument('run', type=arguments.path, help='a folder that holds model.pt7')
-    command = commands.add_parser('info', help='say what network a file or a run holds')
+    command = commands.add_parser('info', help='print what network a file or a run holds')
     command.add_argument('run', type=arguments.path, metavar='FILE', help='a file, or a folder that holds model.pt7')
     command = commands.add_parser('export', help='write the network in another format')
     command.add_argument('run', type=arguments.path, metavar='RUN', help='a folder that holds model.pt7, or a file')

@@ -6,7 +6,7 @@
 
     python cifar.py --save logs/nin_thin --net nin --width 0.4375
 
-WRN-16-1 alone errs on 8.77% of CIFAR-10's test images in the paper, with attention transfer from WRN-16-2 on 7.93%.
+In the paper, WRN-16-1 has a test error of 8.77% on CIFAR-10 alone, and of 7.93% with attention transfer from WRN-16-2.
 """
 
 from functools import partial
@@ -22,12 +22,12 @@ from engine.workers import data_parallel, rank, say, world
 from formats.networks import NETWORKS
 from images import memory
 
-# The flags that say which images are tested on, and their values where an older log does not hold them.
+# The flags that determine the test set, and their values for older logs that lack them.
 TEST_SET = {'dataset': 'CIFAR10', 'holdout': 0, 'image_size': 32}
 
 
 def parse():
-    """The flags; ValueError where they name no network or contradict each other."""
+    """The parsed flags. Raises ValueError if they contradict each other or no network has their shape."""
     opt = flags.parse_cifar(__doc__)
     with torch.device('meta'):  # an impossible shape is reported before anything is allocated
         network(opt)(2)
@@ -35,12 +35,12 @@ def parse():
 
 
 def network(opt):
-    """What builds the student: num_classes -> (f, params)."""
+    """The function that builds the student: num_classes -> (f, params)."""
     return NETWORKS[opt.net].network(opt)
 
 
 def build_data(opt, device):
-    """The `Data` of a set of small images on the device, and a function that gives some to fit int8 to."""
+    """Small images on the device as `Data`, and a function that returns training images for int8 calibration."""
     source = opt.dataset, opt.dataroot, opt.image_size, opt.holdout, opt.nthread
     dataset = memory.load(*source, say, opt.follow_links)
     say(f'{opt.dataset}: {len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images')
@@ -53,7 +53,7 @@ def build_data(opt, device):
 
 
 def build_teacher(opt, data, sample):
-    """The teacher as x -> (logits, groups), checked against its own log; None where none is named."""
+    """The teacher as x -> (logits, groups), checked against its own log; None if no teacher is named."""
     if not opt.teacher_id:
         return None
     network, record = teacher.find(opt.teacher_id)
@@ -65,17 +65,17 @@ def build_teacher(opt, data, sample):
 
 
 def main():
-    """Train a network on small images, as the flags say."""
+    """Train a network on small images, or evaluate one."""
     opt = parse()
     device = start(opt)
     data, sample = build_data(opt, device)
     if opt.evaluate:
         return report(opt, data)
     student = initialise(network(opt), opt, data.num_classes, device)
-    taught = build_teacher(opt, data, sample)
-    trained = pair(opt, student, taught, data.image)
+    teacher = build_teacher(opt, data, sample)
+    trained = pair(opt, student, teacher, data.image)
     learner = data_parallel(trained, student.params, sync_bn=opt.sync_bn)
-    fit(opt, make_step(opt, learner, taught, device), student, data)
+    fit(opt, make_step(opt, learner, teacher, device), student, data)
 
 
 if __name__ == '__main__':

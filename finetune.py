@@ -4,9 +4,9 @@
     python finetune.py --dataset cub --dataroot CUB_200_2011 --pretrained torchvision:resnet18 \\
         --teacher_params logs/cub_34/model.pt7 --beta 1e+3 --save logs/cub_18_at
 
-Networks pretrained on ImageNet learn new classes with batch norm and the first group of blocks fixed. In the paper
-ResNet-18 alone errs on 28.5% (CUB) and 28.2% (Scenes), taught by ResNet-34 on 27% and 27.1%, and ResNet-34 on 26.5% and
-26%. That has not been run with this code, and the paper gives no schedule: the one here is a choice.
+Networks pretrained on ImageNet learn new classes with batch norm and the first group of blocks fixed. In the paper,
+ResNet-18 has an error of 28.5% (CUB) and 28.2% (Scenes) alone, 27% and 27.1% with attention transfer from ResNet-34,
+which has 26.5% and 26%. This has not been run with this code. The paper gives no schedule; this one is our choice.
 """
 
 import torch
@@ -26,16 +26,16 @@ from utils import flatten, linear_params, set_requires_grad_except_bn_
 
 
 def parse():
-    """The flags, with section 4.2.1 as defaults; ValueError where they cannot be followed."""
+    """The parsed flags, with defaults from section 4.2.1. Raises ValueError if they contradict each other."""
     parser = Parser(__doc__)
     flag = parser.add_argument_group('data and teacher (section 4.2.1)').add_argument
     flag('--dataset', default='cub', choices=list(DATASETS), help='default: %(default)s')
-    root = 'CUB_200_2011, or has Images/ and TrainImages.txt, or train/ and val/'
+    root = 'folder CUB_200_2011, or one with Images/ and TrainImages.txt, or with train/ and val/'
     flag('--dataroot', default='.', type=path, help=root)
     photographs.add_flags(flag)
     flag = parser.add_argument_group('pretrained network (section 4.2.1)').add_argument
-    flag('--pretrained', default='torchvision:resnet18', type=path, help='file with it (default: %(default)s)')
-    flag('--fixed_groups', default=1, type=number(int, 0, 4), help='groups that stay as they are (default: 1)')
+    flag('--pretrained', default='torchvision:resnet18', type=path, help='its file (default: %(default)s)')
+    flag('--fixed_groups', default=1, type=number(int, 0, 4), help='groups that are not trained (default: 1)')
     flags.common_flags(
         parser,
         '4.2.1',
@@ -58,11 +58,11 @@ def parse():
 
 
 def build_student(opt, num_classes, device):
-    """The pretrained network with a new last layer: (f, params), of which batch norm and --fixed_groups stay fixed."""
+    """The pretrained `Network` with a new last layer; batch norm and the first --fixed_groups are not trained."""
     f, params = load_teacher(opt.pretrained, note=say)
     if f is not imagenet_forward or 'bn0.weight' not in params:
-        found = describe(params)
-        raise ValueError(f'--pretrained {opt.pretrained} ({found}): expected an ImageNet ResNet, not folded')
+        description = describe(params)
+        raise ValueError(f'--pretrained {opt.pretrained} ({description}): expected an ImageNet ResNet, not folded')
     opt.depth = imagenet_resnet_depth(params)  # for the log
     torch.manual_seed(opt.seed)
     params |= flatten({'fc': linear_params(params['fc.weight'].shape[1], num_classes)})
@@ -77,17 +77,17 @@ def build_student(opt, num_classes, device):
 
 
 def main():
-    """Fine-tune a pretrained ResNet, as the flags say."""
+    """Fine-tune a pretrained ResNet, or evaluate a network."""
     opt = parse()
     device = start(opt)
     data, sample = photographs.build_data(opt, DATASETS[opt.dataset](opt.dataroot, opt.follow_links, say), device)
     if opt.evaluate:
         return report(opt, data)
     student = build_student(opt, data.num_classes, device)
-    taught = photographs.build_teacher(opt, data, sample)
-    trained = pair(opt, student, taught, data.image)
+    teacher = photographs.build_teacher(opt, data, sample)
+    trained = pair(opt, student, teacher, data.image)
     learner = data_parallel(trained, student.params, mode=False)
-    fit(opt, make_step(opt, learner, taught, device), student, data)
+    fit(opt, make_step(opt, learner, teacher, device), student, data)
 
 
 if __name__ == '__main__':

@@ -3,8 +3,8 @@
     python imagenet.py --imagenetpath ~/ILSVRC2012 --depth 18 --width 1 --teacher_params resnet-34-export.hkl \\
         --gpu_id 0,1 --ngpu 2 --beta 1e+3
 
-In the paper ResNet-18 errs on 30.4% (top-1) and 10.8% (top-5) alone, and on 29.3% and 10.0% taught by ResNet-34
-(26.1% and 8.3%). That has not been run with this code.
+In the paper, ResNet-18 has a top-1 error of 30.4% and a top-5 error of 10.8% alone, and 29.3% and 10.0% with attention
+transfer from ResNet-34 (26.1% and 8.3%). This experiment has not been run with this code.
 """
 
 import torch
@@ -21,7 +21,7 @@ from images.photographs import load
 
 
 def parse():
-    """The flags, with the recipe of section 4.2.2 as defaults; ValueError where they cannot be followed."""
+    """The parsed flags, with defaults from section 4.2.2. Raises ValueError if they contradict each other."""
     parser = Parser(__doc__)
     flag = parser.add_argument_group('data and teacher (section 4.2.2)').add_argument
     flag('--imagenetpath', default='.', type=path, help='folder that holds train/<class>/* and val/<class>/*')
@@ -44,25 +44,25 @@ def parse():
 
 
 def build_data(opt, device):
-    """The `Data` of a folder of photographs on the device, and a function that gives some to fit int8 to."""
+    """Photographs from a folder as `Data`, and a function that returns training images for int8 calibration."""
     dataset = load(opt.imagenetpath, opt.follow_links, say)
-    # Batch norm of 1x1 maps, the last at 32 pixels, needs two images: of each worker, or with --sync_bn of all.
+    # At 32 pixels the last maps are 1x1, and their batch norm needs two images: per worker, or with --sync_bn in all.
     least = (2 if opt.sync_bn else 2 * world()) if opt.image_size == 32 else 1
     return photographs.build_data(opt, dataset, device, least)
 
 
 def main():
-    """Train a ResNet on a folder of photographs, as the flags say."""
+    """Train a ResNet on a folder of photographs, or evaluate one."""
     opt = parse()
     device = start(opt)
     data, sample = build_data(opt, device)
     if opt.evaluate:
         return report(opt, data)
     student = initialise(NETWORKS['resnet'].network(opt), opt, data.num_classes, device)
-    taught = photographs.build_teacher(opt, data, sample)
-    trained = pair(opt, student, taught, data.image)
+    teacher = photographs.build_teacher(opt, data, sample)
+    trained = pair(opt, student, teacher, data.image)
     learner = data_parallel(trained, student.params, sync_bn=opt.sync_bn)
-    fit(opt, make_step(opt, learner, taught, device), student, data)
+    fit(opt, make_step(opt, learner, teacher, device), student, data)
 
 
 if __name__ == '__main__':

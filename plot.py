@@ -1,11 +1,11 @@
-"""Pictures of runs: convergence curves from logs, and attention maps (section 3.1) from checkpoints.
+"""Plots runs: convergence curves from logs, and attention maps (section 3.1) from checkpoints.
 
     python plot.py curves logs/RUN logs/OTHER_RUN --out curves.png
     python plot.py attention --model logs/TEACHER --model logs/STUDENT --images CIFAR10 --dataroot data
     python plot.py attention --model torchvision:resnet34 --model logs/STUDENT --images photos --out attention.svg
 
-A log is ours or the authors', a model any that can teach (see checkpoint.py). Seconds on one core; the suffix of --out,
-.png or .svg, says what is written, and the same input gives the same SVG, byte for byte.
+A log is ours or the authors', a model is any that can teach (see checkpoint.py). This takes seconds on one core. The
+suffix of --out, .png or .svg, sets the format, and the same input gives the same SVG, byte for byte.
 """
 
 import argparse
@@ -36,9 +36,9 @@ from images.decode import read_image
 from images.folders import IMAGE_SUFFIXES, is_hidden
 from utils import attention_map
 
-WIDTH, DPI = 9, 160  # inches, and pixels to the inch: sharp at the 900 pixels that a README shows
+WIDTH, DPI = 9, 160  # inches, and pixels per inch: sharp at the 900 pixels of a README
 COLOURS = '#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000'.split()  # Okabe & Ito: safe for colour-blind eyes
-MARKERS = ('', 'o', '^', 's', 'x')  # the second seven runs have the first marker, and so on
+MARKERS = ('', 'o', '^', 's', 'x')  # none for the first seven runs, a circle for the next seven, and so on
 STYLE = {'font.size': 8, 'axes.titlesize': 8, 'axes.spines.top': False, 'axes.spines.right': False}
 COLOUR_MAP = 'inferno'  # its lightness rises evenly: safe for colour-blind eyes, and in print
 IMAGENET_SIZE, SMALL_SIZE = 224, 32
@@ -48,14 +48,16 @@ IMAGENET_SIZE, SMALL_SIZE = 224, 32
 
 
 def name_of(path):
-    """What a picture calls a run or a file: a folder's name, also for its log.txt or model.pt7; else the file's."""
+    """The name of a run or file in a plot: the folder's, also for its log.txt or model.pt7; else the file's."""
     folder, name = os.path.split(os.path.abspath(path))
     return (os.path.basename(folder) if name in ('log.txt', 'model.pt7') else name) or path
 
 
 def names_of(paths, labels=()):
-    """What a picture calls runs: the labels that are given, or the names of their folders, or where two are the same
-    their paths. Raises ValueError where there are not as many labels as runs."""
+    """The names of runs in a plot: the labels if given, else the folders' names, or the paths if two names are equal.
+
+    Raises ValueError if there are not as many labels as runs.
+    """
     if labels and len(labels) != len(paths):
         raise ValueError(f'--label: {len(labels)} labels for {len(paths)} logs')
     names = [name_of(path) for path in paths]
@@ -64,17 +66,17 @@ def names_of(paths, labels=()):
     return [_shorten(name) for name in labels or names]
 
 
-def _shorten(name, most=60):
-    return name if len(name) <= most else f'{name[: most // 2]}…{name[-most // 2 :]}'
+def _shorten(name, length=60):
+    return name if len(name) <= length else f'{name[: length // 2]}…{name[-length // 2 :]}'
 
 
 # ----------------------------------------------------------------------------------------------------------- curves
 
 
 def read_run(path):
-    """The log of a run's folder, or the log itself: one dictionary an epoch, in order, the last of a repeated one.
+    """The records of a run's folder or a log: one dictionary per epoch, in order; of a repeated epoch, the last.
 
-    Raises OSError where there is no log and ValueError where it is empty or damaged.
+    Raises OSError if there is no log and ValueError if it is empty or damaged.
     """
     log = os.path.join(path, 'log.txt') if os.path.isdir(path) else path
     if not os.path.isfile(log):
@@ -83,7 +85,7 @@ def read_run(path):
     if not records:
         raise ValueError(f'{log} has no line of results (json_stats: ...)')
     if not all(type(r.get('epoch')) is int and 0 < r['epoch'] < 10**6 for r in records):
-        raise ValueError(f'{log} has a line that names no epoch')
+        raise ValueError(f'{log} has a line without an epoch')
     by_epoch = {record['epoch']: record for record in records}
     records = [by_epoch[epoch] for epoch in sorted(by_epoch)]
     if all(map(math.isnan, errors(records, 'train') + errors(records, 'test'))):
@@ -96,7 +98,7 @@ def read_run(path):
 
 
 def _number(value):
-    """A logged number, the first of a list; NaN for what is none, like the null of an infinity."""
+    """A logged number, of a list the first; NaN for anything else, like the null that stands for infinity."""
     value = value[0] if isinstance(value, list) and value else value
     return float(value) if type(value) in (int, float) and abs(value) < 1e300 else math.nan
 
@@ -107,7 +109,7 @@ def errors(records, part):
 
 
 def loss_terms(records):
-    """The terms of a run's loss, unweighted: {name: one number an epoch}, NaN where it is not above 0.
+    """The unweighted terms of a run's loss: {name: one number per epoch}, NaN where it is not above 0.
 
     They are the keys that `term_of` knows, or in the authors' logs, which have no `ce`, the means in `at_losses`.
     """
@@ -124,20 +126,20 @@ def loss_terms(records):
 
 
 def term_of(key):
-    """The place in the order of terms, and the number of the group, of what a log calls a term; None for another key.
+    """The sort key of a loss term by its key in a log: (position, number of the group); None for another key.
 
-    ce, kd, those of the table of transfers, with a number behind where they are of groups, and the penalties.
+    Terms are ce, kd, those of TRANSFERS, followed by the number of their group if they have one, and the penalties.
     """
     order = ['ce', 'kd', *(row.term for row in TRANSFERS.values()), *PENALTIES]
     grouped = [row.term for row in TRANSFERS.values() if not row.at_image]
-    found = re.fullmatch(rf'({"|".join(grouped)})(\d{{1,3}})', key)
-    if found:
-        return order.index(found[1]), int(found[2])
+    match = re.fullmatch(rf'({"|".join(grouped)})(\d{{1,3}})', key)
+    if match:
+        return order.index(match[1]), int(match[2])
     return (order.index(key), 0) if key in order and key not in grouped else None
 
 
 def rate_drops(records):
-    """The epochs at whose start the learning rate of a run drops, up to its last; ValueError where they are no list."""
+    """The epochs at whose start a run's learning rate drops, up to its last. Raises ValueError if they are no list."""
     steps = records[-1].get('epoch_step', [])
     try:
         steps = json.loads(steps) if isinstance(steps, str) else steps
@@ -150,11 +152,11 @@ def rate_drops(records):
 
 @matplotlib.rc_context(STYLE)
 def draw_curves(paths, labels=()):
-    """The Figure of runs' errors and loss terms over epochs, one colour a run; labels: what to call them.
+    """The Figure of runs' errors and loss terms over epochs, one colour per run; labels: their names.
 
-    What an epoch ends with stands at its number, so the rate that drops at the start of epoch n drops at n - 1: a
-    dotted line, grey where several runs share it. The axis of errors ends at four times the last of the worst run, so
-    that runs stay apart at their end; the first epochs may lie above it. Raises what `read_run` raises.
+    An epoch's values are those at its end, so a learning rate that drops at the start of epoch n is drawn at n - 1: a
+    dotted line, grey if several runs share it. The error axis ends at four times the last error of the worst run, to
+    keep the ends of runs apart; the first epochs may lie above it. Raises what `read_run` raises.
     """
     runs = [read_run(path) for path in paths]
     names = names_of(paths, labels)
@@ -184,8 +186,8 @@ def draw_curves(paths, labels=()):
 
 
 def _plain(text):
-    text = text.encode(errors='backslashreplace').decode()  # a name of any bytes
-    return text.replace('$', r'\$')  # between two dollars matplotlib would read mathematics
+    text = text.encode(errors='backslashreplace').decode()  # a name may have any bytes
+    return text.replace('$', r'\$')  # matplotlib would take text between two dollars for mathematics
 
 
 def _look(number):
@@ -195,7 +197,7 @@ def _look(number):
 def _draw_line(axes, number, run, values, linestyle):
     look, thin = _look(number), linestyle != '-'
     if thin or len(run) == 1:
-        look['marker'] = '.' if len(run) == 1 else ''  # a line of one point would not be seen
+        look['marker'] = '.' if len(run) == 1 else ''  # a line of one point is invisible
     look |= {'linewidth': 0.8 if thin else 1.4, 'alpha': 0.8 if thin else 1, 'markersize': 4}
     epochs = [record['epoch'] for record in run]
     axes.plot(epochs, values, linestyle, markevery=max(1, len(run) // 10), **look)
@@ -205,9 +207,9 @@ def _draw_errors(axes, runs):
     for number, run in enumerate(runs):
         _draw_line(axes, number, run, errors(run, 'train'), '--')
         _draw_line(axes, number, run, errors(run, 'test'), '-')
-    found = [[e for part in ('train', 'test') for e in errors(run, part) if e == e] for run in runs]
-    low, high = min(map(min, found)), max(map(max, found))
-    high = min(high, 4 * max(of_run[-1] for of_run in found))
+    of_runs = [[e for part in ('train', 'test') for e in errors(run, part) if e == e] for run in runs]
+    low, high = min(map(min, of_runs)), max(map(max, of_runs))
+    high = min(high, 4 * max(of_run[-1] for of_run in of_runs))
     margin = 0.04 * (high - low) or 1
     axes.set(xlabel='epochs trained', ylabel='top-1 error, %', title='error')
     axes.set_ylim(max(low - margin, 0), high + margin)
@@ -221,8 +223,8 @@ def _draw_term(axes, runs, name):
     for number, (run, values) in enumerate(zip(runs, of_run)):
         if values:
             _draw_line(axes, number, run, values, '-')
-    found = [value for values in of_run if values for value in values if value == value]
-    ratio = max(found) / min(found)
+    positive = [value for values in of_run if values for value in values if value == value]
+    ratio = max(positive) / min(positive)
     locator = LogLocator(subs=(1,) if ratio > 100 else (1, 2, 5)) if ratio > 4 else MaxNLocator(4)
     axes.set(yscale='log', title=f'loss term {name}')
     axes.yaxis.set_major_locator(locator)
@@ -245,7 +247,7 @@ def _draw_drops(axes, runs):
 
 
 def spread(labels, count):
-    """The indices of `count` samples: the first of each label in the order of labels, then the second of each, ..."""
+    """The indices of `count` samples: the first of each label in label order, then the second of each, ..."""
     of_label = {}
     for i, label in enumerate(labels):
         of_label.setdefault(label, []).append(i)
@@ -254,11 +256,11 @@ def spread(labels, count):
 
 
 def load_images(images, dataroot, count, image_size, imagenet):
-    """Up to `count` images, (N, H, W, 3) uint8: of a data set's test part or a folder, spread over classes or folders.
+    """Up to `count` images, (N, H, W, 3) uint8, of a data set's test part or a folder, spread over classes or folders.
 
-    `images` is CIFAR10, CIFAR100, digits or a folder. `image_size` None is what the network is usually trained on. An
-    ImageNet network sees the centre of a file as in its evaluation, another the whole, stretched to a square as
-    cifar.py does. Raises ValueError or OSError where there are none or one cannot be read.
+    `images` is CIFAR10, CIFAR100, digits or a folder. `image_size` None is the network's usual training size. Files are
+    cropped to the centre for an ImageNet network, as in its evaluation, and stretched to a square for another, as in
+    cifar.py. Raises ValueError or OSError if there are none or one cannot be read.
     """
     if images in ('CIFAR10', 'CIFAR100', 'digits'):
         usual = IMAGENET_SIZE if imagenet and images == 'digits' else SMALL_SIZE
@@ -285,7 +287,7 @@ def load_images(images, dataroot, count, image_size, imagenet):
 def attention_maps(f, params, pixels, power=2, mapping='sum'):
     """The attention map of each group of a network in evaluation mode, (N, H', W'), on pixels (N, H, W, 3) uint8.
 
-    Raises ValueError where a map is not finite.
+    Raises ValueError if a map is not finite.
     """
     normalize = photographs.normalize if f is imagenet_forward else memory.normalize
     with torch.no_grad():
@@ -306,10 +308,10 @@ def similarity(x, y):
 
 @matplotlib.rc_context(STYLE)
 def draw_attention(pixels, teacher_maps, student_maps, captions):
-    """The Figure of images (N, H, W, 3) uint8, a row each, with the maps of each group over them and their cosine.
+    """The Figure of images (N, H, W, 3) uint8, one per row, overlaid with the maps of each group, and their cosine.
 
-    The maps are as `attention_maps` returns them for teacher and student, as many of one as of the other, and each is
-    scaled from its least to its greatest value; captions are lines that stand above.
+    The maps are those of `attention_maps` for teacher and student, equally many, and each is scaled from its least to
+    its greatest value; captions are the lines above the images.
     """
     groups = len(teacher_maps)
     near, far, text, top = 0.05, 0.15, 0.2, 0.19 * len(captions) + 0.48  # inches
@@ -348,14 +350,14 @@ def draw_attention(pixels, teacher_maps, student_maps, captions):
 
 
 def _draw_overlay(axes, image, values):
-    """Draw a map (H', W'), upsampled to the image (H, W, 3), over its grey."""
+    """Draw a map (H', W'), upsampled to the image (H, W, 3), over the image in grey."""
     values = F.interpolate(values[None, None], image.shape[:2], mode='bilinear', align_corners=False)[0, 0]
     axes.imshow(image.float().mean(2).numpy(), cmap='gray', vmin=0, vmax=255)
     axes.imshow(values.numpy(), cmap=COLOUR_MAP, alpha=0.7, interpolation='bilinear')
 
 
 def attention(opt):
-    """The Figure that the flags of `attention` ask for."""
+    """The Figure of the subcommand `attention`."""
     if len(opt.model) != 2:
         raise ValueError(f'give --model twice, the teacher first; {len(opt.model)} found')
     networks = [load_teacher(checkpoint_of(model)) for model in opt.model]
@@ -375,7 +377,7 @@ def attention(opt):
 
 
 def picture(text):
-    """An argparse type: the name of a .png or .svg in a folder that exists."""
+    """An argparse type: the name of a .png or .svg in an existing folder."""
     text = arguments.path(text)
     folder = os.path.dirname(text) or '.'
     if not text.lower().endswith(('.png', '.svg')):
@@ -386,16 +388,16 @@ def picture(text):
 
 
 def write(figure, out):
-    """Write a Figure whole or not at all, in the format of the name's suffix."""
+    """Write a Figure whole or not at all, in the format of its suffix."""
     kind, content = out.lower()[-3:], io.BytesIO()
-    # An SVG's identifiers would be random without a salt, and layers joined to one image would be transparent twice.
+    # Without a salt, an SVG's identifiers are random; layers combined into one image would be transparent twice.
     with matplotlib.rc_context({**STYLE, 'svg.hashsalt': 'attention-transfer', 'image.composite_image': False}):
         figure.savefig(content, format=kind, dpi=DPI, metadata={'Date': None} if kind == 'svg' else None)
     write_whole(out, content.getbuffer())
 
 
 def main():
-    """Draw what the command line asks for: curves or attention."""
+    """Run the subcommand: curves or attention."""
     parser = arguments.Parser(__doc__)
     commands = parser.add_subparsers(
         dest='command', required=True, metavar='COMMAND', parser_class=arguments.subcommand
@@ -403,14 +405,14 @@ def main():
     flag = commands.add_parser('curves', help='errors and loss terms of runs over epochs').add_argument
     logs = "a folder that holds log.txt, or a log, ours or the authors'"
     flag('logs', nargs='+', type=arguments.path, metavar='LOG', help=logs)
-    label = 'what to call a run, once for each log in their order (default: the name of its folder)'
+    label = 'name of a run, once per log in the same order (default: the name of its folder)'
     flag('--label', action='append', default=[], metavar='NAME', help=label)
     flag('--out', default='curves.png', type=picture, help='.png or .svg (default: %(default)s)')
     flag = commands.add_parser('attention', help='where a teacher and a student look').add_argument
     model = 'a run, a file or torchvision:NAME; twice, the teacher first'
     flag('--model', action='append', required=True, type=arguments.path, help=model)
     flag('--images', required=True, type=arguments.path, help='a folder of images, or CIFAR10, CIFAR100 or digits')
-    flag('--dataroot', default='.', type=arguments.path, help='where the data set is, as of cifar.py')
+    flag('--dataroot', default='.', type=arguments.path, help='folder of the data set, as in cifar.py')
     flag('--count', default=4, type=arguments.number(int, 1, 32), help='number of images (default: 4)')
     size = arguments.number(int, 8, 1024)
     flag('--image_size', type=size, metavar='N', help='height and width (default: 224 for ImageNet networks, else 32)')

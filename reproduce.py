@@ -1,4 +1,4 @@
-"""A table of section 4.1 as a list of runs of cifar.py: train what is missing, then print ours beside the paper's.
+"""Reproduces a table of section 4.1: runs cifar.py where results are missing, then prints ours beside the paper's.
 
     python reproduce.py demo                       # handwritten digits: needs no download, minutes on two cores
     python reproduce.py table1 --dataroot data     # table 1: 5 seeds of 200 epochs
@@ -6,8 +6,8 @@
     python reproduce.py table3 --dataroot data     # table 3: gradients, on networks without batch norm
     python reproduce.py table1 --show              # the table from the logs that are there
 
-A finished run is skipped and a broken one resumed, so the same command goes on after an interruption. Without --epochs,
---show takes the table's own schedule, or where no run of that is finished, the longest of which one is.
+Finished runs are skipped and interrupted ones resumed, so the same command continues after an interruption. Without
+--epochs, --show uses the table's own schedule, or if no run of it is finished, the longest one with a finished run.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from utils import DTYPES
 
 
 def parse():
-    """The flags, with rows and methods as lists; ValueError where the table has no such, or a file no markers."""
+    """The parsed flags, with rows and methods as lists. Raises ValueError for unknown ones or missing markers."""
     parser = Parser(__doc__)
     flag = parser.add_argument
     flag('table', choices=list(TABLES))
@@ -43,17 +43,17 @@ def parse():
     flag('--methods', default='', help=f'some of {",".join(methods_of("table1"))} (default: those of the table)')
     flag('--seeds', type=number(int, 1, 1000), help='number of seeds, from 0 on (default: 5, demo: 1)')
     flag('--epochs', type=number(int, 1), help='the schedule scales with it (default: 200, demo: 10)')
-    flag('--dataroot', default='.', type=path, help='as of cifar.py')
-    flag('--holdout', default=0, type=number(int, 0), help='as of cifar.py: to choose between variants')
-    flag('--dtype', default='', choices=['', *DTYPES], help='as of cifar.py')
-    flag('--jobs', default=1, type=number(int, 1, 1024), help='runs at a time, one a GPU where there are GPUs')
+    flag('--dataroot', default='.', type=path, help='as in cifar.py')
+    flag('--holdout', default=0, type=number(int, 0), help='as in cifar.py, to choose between variants')
+    flag('--dtype', default='', choices=['', *DTYPES], help='as in cifar.py')
+    flag('--jobs', default=1, type=number(int, 1, 1024), help='runs at a time, one per GPU if there are GPUs')
     markdown = 'also write the table into FILE, between its markers'
     flag('--markdown', default='', type=path, metavar='FILE', help=markdown)
-    flag('--compile', action='store_true', help='as of cifar.py')
-    flag('--all', action='store_true', help='of the table, print the cells that were not run too')
+    flag('--compile', action='store_true', help='as in cifar.py')
+    flag('--all', action='store_true', help='also print the cells of the table that were not run')
     flag = parser.add_mutually_exclusive_group().add_argument
-    flag('--dry_run', action='store_true', help='print the commands that are left to run and their time, and stop')
-    flag('--show', action='store_true', help='print the table from the logs that are there, and stop')
+    flag('--dry_run', action='store_true', help='print the remaining commands and their time, and stop')
+    flag('--show', action='store_true', help='print the table from the existing logs, and stop')
     opt = parser.parse_args()
     table = TABLES[opt.table]
     rows = list(table['rows'])
@@ -74,7 +74,7 @@ def parse():
     opt.rows = [rows[int(i) - 1] for i in dict.fromkeys(numbers)]
     opt.epochs = opt.epochs or (opt.show and epochs_there(opt)) or table['epochs']
     if opt.markdown:
-        around(opt.markdown, opt.table)  # a file without the markers is told before anything else begins
+        around(opt.markdown, opt.table)  # a file without the markers is reported before training
     return opt
 
 
@@ -82,21 +82,21 @@ def parse():
 
 
 def finished(opt, name):
-    """Whether a run is at its end, by its log and by its checkpoint, if there is one: killed between, they differ."""
+    """Whether a run is complete by its log and its checkpoint, if any: they differ if it was killed in between."""
     path = os.path.join('logs', name, 'model.pt7')
     ended = last_epoch(opt, name)
     return ended and (not os.path.exists(path) or load(path).get('epoch') == opt.epochs)
 
 
 def epochs_there(opt):
-    """The longest schedule in logs/ of which a run of the table is finished, the table's own before any other; or None.
+    """The table's own number of epochs if one of its runs is finished, else the largest in logs/ with one; or None.
 
     Raises what `results` raises.
     """
     table, folders = TABLES[opt.table], os.listdir('logs') if os.path.isdir('logs') else []
-    there = sorted({int(n) for folder in folders for n in re.findall(r'-e(\d+)$', folder)}, reverse=True)
+    schedules = sorted({int(n) for folder in folders for n in re.findall(r'-e(\d+)$', folder)}, reverse=True)
     cells = [(row, method) for row in opt.rows for method in columns(opt, row)]
-    for epochs in (table['epochs'], *there):
+    for epochs in (table['epochs'], *schedules):
         scheduled = argparse.Namespace(**{**vars(opt), 'epochs': epochs})
         if any(last_epoch(scheduled, name) for cell in cells for name in names(scheduled, *cell)):
             return epochs
@@ -104,7 +104,7 @@ def epochs_there(opt):
 
 
 def draw(opt):
-    """The network that the flags of cifar.py name: (f, params)."""
+    """The initialised network for flags of cifar.py: (f, params)."""
     return initialise(NETWORKS[opt.net].network(opt), opt, 10, device())
 
 
@@ -112,10 +112,10 @@ def device():
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
 
-def seconds(opt, left, runs):
-    """How long the runs that are left would take here one after the other, from measured steps on random images."""
-    measured, total, held = {}, 0, TABLES[opt.table]['images'] - opt.holdout
-    for name, arguments in left.items():
+def seconds(opt, missing, runs):
+    """The seconds that the remaining runs would take here in sequence, from measured steps on random images."""
+    measured, total, images_per_epoch = {}, 0, TABLES[opt.table]['images'] - opt.holdout
+    for name, arguments in missing.items():
         flags = parse_cifar('', arguments)
         kind = name.rpartition('-s')[0]
         if kind not in measured:
@@ -123,7 +123,7 @@ def seconds(opt, left, runs):
             images = images.contiguous(memory_format=torch.channels_last)
             teacher = _untrained(runs[flags.teacher_id]) if flags.teacher_id else None
             measured[kind] = seconds_a_step(flags, draw(flags), teacher, images)
-        total += (opt.epochs - len(results(name))) * math.ceil(held / flags.batch_size) * measured[kind]
+        total += (opt.epochs - len(results(name))) * math.ceil(images_per_epoch / flags.batch_size) * measured[kind]
     return total
 
 
@@ -134,14 +134,14 @@ def _untrained(arguments):
 
 
 def run(opt, name, arguments, job):
-    """Train a run to its end, where there are GPUs on that of the job's number; returns what is to be said of it.
+    """Train a run to its end, on the GPU of its job number if there are GPUs; return the outcome to print.
 
-    Raises ValueError where it cannot begin or fails, and KeyboardInterrupt where it was stopped.
+    Raises ValueError if it cannot start or fails, and KeyboardInterrupt if it was stopped.
     """
     flags = parse_cifar('', arguments)
     changed = changed_settings(flags, results(name))
     if changed:
-        raise ValueError(f'logs/{name} holds a run of other settings ({"; ".join(changed)})')
+        raise ValueError(f'logs/{name} holds a run with other settings ({"; ".join(changed)})')
     if finished(opt, name):
         return 'done'
     if flags.teacher_id and not last_epoch(opt, flags.teacher_id):
@@ -154,13 +154,13 @@ def run(opt, name, arguments, job):
 
 
 def main():
-    """Print the commands, or train what is missing and print the table, as the flags say."""
+    """Print the commands, or train what is missing and print the table."""
     opt = parse()
     runs = commands(opt)
     if opt.dry_run:
-        left = {name: arguments for name, arguments in runs.items() if not last_epoch(opt, name)}
-        print('\n'.join(shlex.join(['python', 'cifar.py', *arguments]) for arguments in left.values()))
-        print(f'# {len(left)} runs, about {seconds(opt, left, runs) / 3600:.1f} hours here, one after the other')
+        missing = {name: arguments for name, arguments in runs.items() if not last_epoch(opt, name)}
+        print('\n'.join(shlex.join(['python', 'cifar.py', *arguments]) for arguments in missing.values()))
+        print(f'# {len(missing)} runs, about {seconds(opt, missing, runs) / 3600:.1f} hours here, one after the other')
         return
     failed = []
     if not opt.show:
@@ -169,10 +169,10 @@ def main():
     lines = table_lines(opt)
     print('\n'.join(lines))
     if opt.markdown:
-        head, rest = around(opt.markdown, opt.table)
+        head, tail = around(opt.markdown, opt.table)
         end = b'\r\n' if head.endswith(b'\r\n') else b'\n'
         table = b''.join(line.encode(errors='backslashreplace') + end for line in lines)
-        write_whole(opt.markdown, head + table + rest)
+        write_whole(opt.markdown, head + table + tail)
     if failed:
         sys.exit(1)
 

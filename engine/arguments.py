@@ -6,13 +6,13 @@ import math
 import os
 import re
 
-TEACHERS = {'--teacher_id': '--teacher_params', '--teacher_params': '--teacher_id'}  # what the other scripts call it
-GPU = r'\d+|(GPU|MIG)-[\w/-]+'  # how CUDA_VISIBLE_DEVICES and --gpu_id name one
-MOST = 1e30  # of a rate or a weight: products of two stay below what float32 holds, or are seen as not finite
+TEACHERS = {'--teacher_id': '--teacher_params', '--teacher_params': '--teacher_id'}  # its name in other scripts
+GPU = r'\d+|(GPU|MIG)-[\w/-]+'  # a GPU in CUDA_VISIBLE_DEVICES and --gpu_id
+MOST = 1e30  # of a rate or a weight: a product of two fits into float32, or is reported as not finite
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that shows a description as it is written, and an error in one line with exit status 2."""
+    """An argument parser that prints its description unwrapped, and an error as one line with exit status 2."""
 
     def __init__(self, description):
         formatter = argparse.RawDescriptionHelpFormatter
@@ -26,14 +26,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def subcommand(prog, description=None, **_):
-    """What add_subparsers takes as parser_class."""
+    """The `Parser` of a subcommand: the parser_class of add_subparsers."""
     parser = Parser(description)
     parser.prog = prog
     return parser
 
 
 def number(kind, low, high=math.inf, above=False):
-    """An argparse type: an int or float from low (or above it) to high."""
+    """An argparse type: an int or float from low to high, with `above` excluding low."""
 
     def parse(text):
         try:
@@ -49,24 +49,24 @@ def number(kind, low, high=math.inf, above=False):
 
 
 def path(text):
-    """An argparse type, of every flag that names a file or folder: ~ is the home folder, also behind an =."""
+    """An argparse type for every flag that names a file or folder: expands ~, also in --flag=~/folder."""
     return os.path.expanduser(text)
 
 
 def epoch_list(text):
-    """An argparse type: a JSON list of rising epochs, kept as the text that it was."""
+    """An argparse type: a JSON list of increasing epochs, returned as the text itself."""
     try:
         epochs = json.loads(text)
     except (ValueError, RecursionError):
         epochs = None
-    rising = isinstance(epochs, list) and all(type(e) is int and e > 0 for e in epochs)
-    if not rising or sorted(set(epochs)) != epochs:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON list of rising epochs, like [60,120,160]')
+    valid = isinstance(epochs, list) and all(type(e) is int and e > 0 for e in epochs)
+    if not valid or sorted(set(epochs)) != epochs:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a JSON list of increasing epochs, like [60,120,160]')
     return text
 
 
 def group_list(text):
-    """An argparse type: distinct group numbers from 0, separated by commas, kept as the text that it was."""
+    """An argparse type: distinct group numbers from 0, separated by commas, returned as the text itself."""
     parts = text.split(',') if text else []
     if not all(p.isascii() and p.isdigit() and len(p) < 4 for p in parts) or len(set(map(int, parts))) != len(parts):
         raise argparse.ArgumentTypeError(f'{text!r} is not a list of group numbers like 0,2')
@@ -74,7 +74,7 @@ def group_list(text):
 
 
 def gpu_list(text):
-    """An argparse type: what CUDA_VISIBLE_DEVICES takes, numbers or identifiers separated by commas."""
+    """An argparse type: GPU numbers or identifiers separated by commas, as in CUDA_VISIBLE_DEVICES."""
     if text and not all(re.fullmatch(GPU, name) for name in text.split(',')):
         raise argparse.ArgumentTypeError(f'{text!r} is not a list of GPUs like 0,1')
     return text

@@ -1,4 +1,4 @@
-"""How a script ends: one line for what went wrong, and an exit status (2 wrong use, 1 failed run)."""
+"""How a script ends: an error as one line, and an exit status (2 wrong use, 1 failed run)."""
 
 import errno
 import os
@@ -11,20 +11,20 @@ from engine.stopping import Stopped
 from engine.workers import rank, world
 from images import children
 
-OUT_OF_MEMORY = 'out of memory', "can't allocate memory"  # in what torch says on GPUs and on CPUs
-OF_THE_RUN = FloatingPointError, ChildProcessError, BrokenPipeError  # no fault of the command's
+OUT_OF_MEMORY = 'out of memory', "can't allocate memory"  # in PyTorch's messages on GPUs and on CPUs
+OF_THE_RUN = FloatingPointError, ChildProcessError, BrokenPipeError  # not the fault of the command
 DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO  # likewise
 
 
 def run(main):
-    """Call a script's main; what goes wrong becomes one line and an exit status (2 wrong use, 1 failed run).
+    """Call a script's main; print an error as one line and exit with its status (2 wrong use, 1 failed run).
 
-    A run that a signal stopped says how to go on and exits with 143 (SIGTERM), 130 (SIGINT) or 0 (SIGUSR1).
-    With AT_TRACEBACK=1 in the environment the traceback is shown instead.
+    A run that a signal stopped prints how to continue and exits with 143 (SIGTERM), 130 (SIGINT) or 0 (SIGUSR1).
+    With AT_TRACEBACK=1 in the environment the traceback is printed instead.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='backslashreplace')  # or a name that the terminal cannot show would end the run
+            stream.reconfigure(errors='backslashreplace')  # else a name that the terminal cannot show would end the run
     try:
         children.import_safely()
         main()
@@ -34,32 +34,32 @@ def run(main):
             _say(str(stop))
         sys.exit(stop.status)
     except KeyboardInterrupt:
-        _tell(130, 'interrupted', final=True)
+        _print_error(130, 'interrupted', final=True)
         sys.exit(130)
     except Exception as error:
-        if _is_of_a_peer(error):
-            sys.exit(LOST_PEER)  # another worker has ended, and said why
-        status, message = _verdict(error)
-        # What is wrong with the command or its numbers is so again after a restart.
+        if _is_lost_peer(error):
+            sys.exit(LOST_PEER)  # another worker has ended and printed why
+        status, message = _status_and_message(error)
+        # A wrong command and a loss that is not finite fail again after a restart.
         final = status == 2 or isinstance(error, FloatingPointError)
         if message is None or os.environ.get('AT_TRACEBACK'):
             claim(status, final)
             raise
-        _tell(status, message, final)
+        _print_error(status, message, final)
         sys.exit(status)
     finally:
-        if torch.distributed.is_initialized():  # or a thread of its may crash the interpreter as that ends
+        if torch.distributed.is_initialized():  # else one of its threads may crash the interpreter at exit
             torch.distributed.destroy_process_group()
 
 
-def _is_of_a_peer(error):
-    """Whether an error is that another worker has ended."""
+def _is_lost_peer(error):
+    """Whether an error means that another worker has ended."""
     lost = isinstance(error, torch.distributed.DistError)
     return world() > 1 and (lost or isinstance(error, RuntimeError) and '/gloo/' in str(error))
 
 
-def _verdict(error):
-    """The (exit status, message) of an error that the user can mend; (1, None) of a fault of the program."""
+def _status_and_message(error):
+    """The (exit status, message) of an error that the user can fix; (1, None) for a bug."""
     message = str(error) or type(error).__name__
     if isinstance(error, MemoryError) or any(words in message for words in OUT_OF_MEMORY):
         return 1, f'out of memory ({error}); try a smaller --batch_size, --image_size or network'
@@ -68,8 +68,8 @@ def _verdict(error):
     return (2, message) if isinstance(error, ValueError | OSError) else (1, None)
 
 
-def _tell(status, message, final):
-    """Say what went wrong, of several workers on a machine the first alone."""
+def _print_error(status, message, final):
+    """Print an error; of several workers on a machine, only the first to fail prints."""
     if claim(status, final):
         _say(f'error: {message}')
 

@@ -1,4 +1,4 @@
-"""What a network scores on a test set, each image counted once over all workers."""
+"""Evaluates a network on a test set; each image counts once over all workers."""
 
 import json
 import time
@@ -16,7 +16,7 @@ from layers import full
 
 
 def evaluate(network, batches, device, dtype='float', topk=(1,), on_batch=lambda: None):
-    """Cross entropy and accuracies in percent of a network (f, params) over batches, over all workers.
+    """The cross entropy and accuracies in percent of a network (f, params) on the batches of all workers.
 
     Returns (loss, [accuracy for each k of topk]). on_batch() is called after each batch.
     """
@@ -42,9 +42,9 @@ def evaluate(network, batches, device, dtype='float', topk=(1,), on_batch=lambda
 
 
 def report(opt, data):
-    """Print what the network of --evaluate, a run or a file, scores on the test images; returns it as a dictionary.
+    """Print and return, as a dictionary, the test loss and accuracies of the network of --evaluate, a run or a file.
 
-    With --json it is the last line. Raises ValueError where the network has other classes than the data.
+    With --json they are the last line. Raises ValueError if the network has not as many classes as the data set.
     """
     path = checkpoint_of(opt.evaluate)
     f, params = load_teacher(path, note=say)
@@ -58,7 +58,7 @@ def report(opt, data):
     words = [f'top-{k} {accuracy:.2f}%' for k, accuracy in zip(data.topk, accuracies)]
     say(f'{path}: {describe(params)}')
     say(f'{", ".join(words)}, loss {loss:.4f}, {images:,} images, {speed:.0f} images/s')
-    found = {**scores, 'loss': loss, 'images': images, 'images_per_second': speed}
+    results = {**scores, 'loss': loss, 'images': images, 'images_per_second': speed}
     if opt.json:
-        say(json.dumps({'network': path, **found}))
-    return found
+        say(json.dumps({'network': path, **results}))
+    return results

@@ -17,9 +17,9 @@ HOLDOUT = 'test on N training images instead'
 def common_flags(
     parser, section, *, depth, batch_size, epochs, epoch_step, lr_decay_ratio, weight_decay, lr=0.1, groups=''
 ):
-    """Add the shared flags, with the defaults of the paper's section, under upstream's names and early spellings.
+    """Add the shared flags under upstream's names and early spellings, with defaults from a section of the paper.
 
-    With depth None the network's shape is no matter of flags.
+    With depth None there are no flags for the network's shape.
     """
     flag = parser.add_argument_group(f'network (section {section})').add_argument
     if depth is not None:
@@ -44,7 +44,7 @@ def common_flags(
     )
     flag('--lr_decay_ratio', default=lr_decay_ratio, type=number(float, 0, 1), help='times lr (default: %(default)s)')
     flag('--weight_decay', '--weightDecay', default=weight_decay, type=number(float, 0, MOST), help=decay)
-    flag('--seed', default=0, type=number(int, 0, 2**63 - 1), help='of initialisation, order and augmentation')
+    flag('--seed', default=0, type=number(int, 0, 2**63 - 1), help='seed of initialisation, order and augmentation')
 
     flag = parser.add_argument_group('transfer from a teacher').add_argument
     flag('--alpha', default=0, type=number(float, 0, 1), help='weight of knowledge distillation (section 4.1: 0.9)')
@@ -56,7 +56,7 @@ def common_flags(
     for name, row in TRANSFERS.items():
         for own, words in row.flags.items():
             flag(f'--{own}', **{**words, 'help': f'{words["help"]} (of --transfer {name}, {row.paper})'})
-    only = f'only these, like 0,2 (section 4.1, table 2; default: {groups or "all"})'
+    only = f'only these groups, like 0,2 (section 4.1, table 2; default: {groups or "all"})'
     flag('--groups', default=groups, type=group_list, help=only)
 
     flag = parser.add_argument_group('penalty, without a teacher').add_argument
@@ -64,16 +64,14 @@ def common_flags(
     flag('--gamma', default=0, type=number(float, 0, MOST), help='weight of --penalty (section 3.2)')
 
     flag = parser.add_argument_group('evaluation in place of training').add_argument
-    flag('--evaluate', default='', type=path, metavar='RUN', help='print what a run, or the network in a file, scores')
+    flag('--evaluate', default='', type=path, metavar='RUN', help='print the test scores of a run or a network file')
     flag('--json', action='store_true', help='with --evaluate: as JSON, in the last line')
 
     flag = parser.add_argument_group('run').add_argument
     flag('--save', default='', type=path, help='folder for log.txt and model.pt7; without it, nothing is kept')
     resume = "a checkpoint to go on from, or 'auto' for the one in --save, if there is one"
     flag('--resume', default='', type=path, help=resume)
-    flag(
-        '--save_every', default=0, type=number(float, 0), metavar='MINUTES', help='also within an epoch (default: not)'
-    )
+    flag('--save_every', default=0, type=number(float, 0), metavar='MINUTES', help='also within an epoch (default: no)')
     flag('--overwrite', action='store_true', help='replace the run that --save holds')
     flag('--nthread', default=4, type=number(int, 0, 1024), help='threads that decode images (default: 4)')
     flag('--ngpu', default=1, type=number(int, 1, 1024), help='workers: one a GPU, or CPU processes without GPUs')
@@ -89,16 +87,16 @@ def common_flags(
 
 
 def parse_cifar(description, words=None):
-    """The flags of cifar.py, from `words` or the command line, with the recipe of section 4.1 as defaults."""
+    """The parsed flags of cifar.py, from `words` or the command line, with defaults from section 4.1."""
     parser = Parser(description)
     flag = parser.add_argument_group('data and teacher (section 4.1)').add_argument
     flag('--dataset', default='CIFAR10', choices=list(DATASETS), help='default: %(default)s')
-    flag('--dataroot', '--data_root', default='.', type=path, help='where the data set is, or is to be downloaded')
-    flag('--follow_links', action='store_true', help='of a folder, read images that links out of it lead to')
+    flag('--dataroot', '--data_root', default='.', type=path, help='folder of the data set, or to download it into')
+    flag('--follow_links', action='store_true', help='read images through links that lead out of the folder')
     flag('--image_size', default=32, type=number(int, 8, 512), help='for folder and digits (default: 32)')
     pad = number(float, 0, 511)
     flag('--randomcrop_pad', default=4, type=pad, help='pixels around an image to crop from (default: 4; table 3: 0)')
-    held = f'{HOLDOUT}: the last, of a folder the same part of each class'
+    held = f'{HOLDOUT}: the last ones, or the same part of each class of a folder'
     flag('--holdout', default=0, type=number(int, 0), metavar='N', help=held)
     flag('--teacher_id', default='', type=path, help='run that teaches: its name in logs/, its folder or model.pt7')
     flag = parser.add_argument_group('kind of network (section 4.1)').add_argument
@@ -129,7 +127,7 @@ def parse_cifar(description, words=None):
 
 
 def parse(parser, logged, words=None):
-    """The flags; with --evaluate, the run's log has the defaults of the flags in `logged`."""
+    """The parsed flags; with --evaluate, the run's log gives the defaults of the flags in `logged`."""
     opt = parser.parse_args(words)
     log = os.path.join(opt.evaluate, 'log.txt')
     if opt.evaluate and os.path.isfile(log):
@@ -142,21 +140,21 @@ def parse(parser, logged, words=None):
 
 
 def check(opt, teacher, flag):
-    """Refuse flags that contradict each other; `teacher` is the value of `flag`, which names one."""
+    """Raise ValueError for flags that contradict each other; `teacher` is the value of `flag`, the teacher's name."""
     if opt.json and not opt.evaluate:
         raise ValueError('--json goes with --evaluate')
     if opt.evaluate:
         training = 'save resume overwrite alpha beta gamma compile cuda_graphs teacher_id teacher_params'.split()
-        found = [name for name in training if getattr(opt, name, False)]
-        if found:
-            raise ValueError(f'--evaluate tests a network, --{found[0]} is for training one')
+        conflicting = [name for name in training if getattr(opt, name, False)]
+        if conflicting:
+            raise ValueError(f'--evaluate tests a network, --{conflicting[0]} is for training one')
     if (opt.alpha or opt.beta) and not teacher:
         raise ValueError(f'--{"alpha" if opt.alpha else "beta"} needs a teacher: name one with {flag}')
     transfer.check(opt)
     if opt.cuda_graphs and not opt.compile:
         raise ValueError('--cuda_graphs goes with --compile')
     if opt.teacher_dtype == 'int8' and (not teacher or transfer.of_image(opt) or DTYPES[opt.dtype].itemsize == 8):
-        raise ValueError(f'--teacher_dtype int8: with {flag}, but not with --transfer gradient or --dtype double')
+        raise ValueError(f'--teacher_dtype int8 needs {flag}, and neither --transfer gradient nor --dtype double')
     if opt.resume and opt.overwrite:
         raise ValueError('--resume and --overwrite contradict each other')
     if opt.resume == 'auto' and not opt.save:

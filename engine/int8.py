@@ -1,9 +1,9 @@
-"""A teacher in 8-bit integers: its convolutions take little over half their time in bfloat16, on CPUs with VNNI.
+"""A teacher in 8-bit integers: on CPUs with VNNI its convolutions take little more than half the time of bfloat16.
 
     python cifar.py --teacher_id resnet_16_2_teacher --beta 1e+3 --dtype bfloat16 --teacher_dtype int8
 
-`quantize` makes objects that take the places of weights in a network's params. The networks stay as they are: functions
-of PyTorch ask an object that is no tensor what to do, by `__torch_function__`.
+`quantize` returns objects that replace weights in a network's params. The network's function is unchanged: PyTorch's
+functions call the `__torch_function__` of such an object.
 """
 
 import re
@@ -11,11 +11,11 @@ import re
 import torch
 import torch.nn.functional as F
 
-LEVELS = 255  # of a uint8, above zero
+LEVELS = 255  # the largest uint8
 
 
 class _Weight:
-    """Stands for a weight: F.conv2d(x, weight, ...) becomes weight.conv2d(x, ...), batch_norm likewise."""
+    """Replaces a weight: F.conv2d(x, weight, ...) becomes weight.conv2d(x, ...), and batch_norm likewise."""
 
     @classmethod
     def __torch_function__(cls, function, types, arguments=(), named=None):
@@ -29,20 +29,20 @@ class _Weight:
 
 
 class _Watched(_Weight):
-    """A convolution's weight that notes the largest value it is convolved with."""
+    """A convolution's weight that records the largest input value."""
 
     def __init__(self, weight):
-        self.weight, self.most = weight, 0.0
+        self.weight, self.largest = weight, 0.0
 
     def conv2d(self, x, *rest, **named):
-        self.most = max(self.most, x.max().item())
+        self.largest = max(self.largest, x.max().item())
         return F.conv2d(x, self.weight, *rest, **named)
 
 
 class _Int8(_Weight):
-    """A (C', C, k, k) weight in int8, with a scale an output channel, for inputs of `step` times 0 to 255.
+    """A (C', C, k, k) weight in int8, with one scale per output channel, for inputs of `step` times 0 to 255.
 
-    The result is float32, or with `step_out` uint8 in steps of that: a ReLU and the next convolution's rounding in one.
+    The result is float32, or with `step_out` uint8 in steps of that, which includes a ReLU and the next rounding.
     """
 
     def __init__(self, weight, step, step_out=None):
@@ -65,7 +65,7 @@ class _Int8(_Weight):
 
 
 class _Uint8Norm(_Weight):
-    """The weight of a batch norm whose result is uint8 in steps of `step`: with its ReLU and rounding in one."""
+    """The weight of a batch norm whose result is uint8 in steps of `step`, which includes its ReLU and rounding."""
 
     def __init__(self, weight, step):
         self.weight, self.step = weight / step, step
@@ -75,25 +75,25 @@ class _Uint8Norm(_Weight):
 
 
 def _to_uint8(x):
-    """x (a tensor that nothing else needs), rounded down and cut to 0 to 255."""
-    return x.clamp_(0, LEVELS).to(torch.int16).to(torch.uint8)  # directly, PyTorch converts one number at a time
+    """x rounded down and clamped to 0 to 255, as uint8; overwrites x."""
+    return x.clamp_(0, LEVELS).to(torch.int16).to(torch.uint8)  # PyTorch's direct conversion takes one number at a time
 
 
 def quantize(f, params, images):
-    """Stand-ins for the weights of a folded network that has every convolution but the first in int8: {name: weight}.
+    """The weights {name: weight} that run all convolutions but the first of a folded network in int8.
 
-    images: some to find the largest input of each convolution with, (N, 3, H, W); ReLU keeps inputs from being
-    negative. Logits and groups become float32 with them. Raises ValueError where the logits are not finite.
+    images: (N, 3, H, W), to find the largest input of each convolution; inputs come from a ReLU, so none is negative.
+    Logits and groups become float32. Raises ValueError if the logits are not finite.
     """
     watched = {k: _Watched(v) if v.dim() == 4 and v.shape[1] > 3 else v for k, v in params.items()}
     with torch.no_grad():
         logits, _ = f(images, watched, False)
     if not logits.isfinite().all():
         raise ValueError('--teacher_dtype int8: the logits of the teacher on training images are not finite')
-    steps = {k: max(v.most, 1e-6) / LEVELS for k, v in watched.items() if isinstance(v, _Watched)}
-    # Between two convolutions of a block, there is nothing but a ReLU in any of our networks.
-    following = {k: re.sub(r'\bconv(\d)', lambda found: f'conv{int(found[1]) + 1}', k) for k in steps}
+    steps = {k: max(v.largest, 1e-6) / LEVELS for k, v in watched.items() if isinstance(v, _Watched)}
+    # In all of our networks, only a ReLU stands between two convolutions of a block.
+    following = {k: re.sub(r'\bconv(\d)', lambda match: f'conv{int(match[1]) + 1}', k) for k in steps}
     weights = {k: _Int8(params[k], steps[k], steps.get(following[k]) if following[k] != k else None) for k in steps}
-    # A batch norm that is not folded, bn0 of a wide ResNet's block, is followed by the ReLU and convolutions of that.
+    # A batch norm that is not folded, bn0 of a wide ResNet's block, is followed by the block's ReLU and convolutions.
     norms = {k.replace('.conv0', '.bn0') + '.weight': step for k, step in steps.items() if k.endswith('.conv0')}
     return weights | {k: _Uint8Norm(params[k], step) for k, step in norms.items() if k in params}

@@ -1,4 +1,4 @@
-"""Commands that run several at a time; they are asked to stop when this process is."""
+"""Runs several commands at a time, and stops them when this process is asked to stop."""
 
 import os
 import signal
@@ -7,14 +7,14 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 
 import torch
 
-RUNNING = []  # the processes of the moment
-STOPPED = []  # the signals that asked for an end
+RUNNING = []  # the processes that run now
+STOPPED = []  # the stop signals received
 
 
 def call(command, job, jobs):
-    """Run a command to its end, of several at a time without its output, on the GPU of the job's number if there are.
+    """Run a command to its end; with several jobs, without its output and on the GPU of its job number, if any.
 
-    Raises ValueError where it fails, with its last line of error, and KeyboardInterrupt where it was stopped.
+    Raises ValueError with its last line of error output if it fails, and KeyboardInterrupt if it was stopped.
     """
     environment = {**os.environ, 'AT_PARENT': str(os.getpid())}
     if jobs > 1 and torch.cuda.is_available():
@@ -26,7 +26,7 @@ def call(command, job, jobs):
     with subprocess.Popen(command, env=environment, **pipes) as process:
         RUNNING.append(process)
         if STOPPED:
-            process.terminate()  # `stop` came before this process was among those that it ends
+            process.terminate()  # `stop` was called before this process was in RUNNING
         _, error = process.communicate()
         RUNNING.remove(process)
     if process.returncode in (130, 143, -signal.SIGINT, -signal.SIGTERM):
@@ -37,44 +37,44 @@ def call(command, job, jobs):
 
 
 def run_all(waits_for, run, jobs):
-    """Call run(name, job) -> outcome for each name, so many at a time: in order, but each after what it waits for.
+    """Call run(name, job) -> outcome for each name, `jobs` at a time, in order, but each after the one it waits for.
 
     waits_for: {name: name that has to end first, or None}. Prints the outcomes and returns the names whose run raised
-    OSError or ValueError. Raises KeyboardInterrupt where one was stopped.
+    OSError or ValueError. Raises KeyboardInterrupt if one was stopped.
     """
     title = {name: f'[{number}/{len(waits_for)}] {name}' for number, name in enumerate(waits_for, 1)}
-    left, free, running, failed = list(waits_for), list(range(jobs)), {}, []
+    waiting, free, running, failed = list(waits_for), list(range(jobs)), {}, []
     pool = ThreadPoolExecutor(jobs)
     STOPPED.clear()
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGUSR1)}
     try:
-        while left or running:
-            unready = {*left, *(name for name, _ in running.values())}
-            ready = [name for name in left if waits_for[name] not in unready]
+        while waiting or running:
+            unready = {*waiting, *(name for name, _ in running.values())}
+            ready = [name for name in waiting if waits_for[name] not in unready]
             for name in ready[: len(free)]:
-                left.remove(name)
+                waiting.remove(name)
                 print(title[name], flush=True)
                 job = free.pop(0)
                 running[pool.submit(run, name, job)] = name, job
-            # A signal that comes just before a wait without a limit would only be seen at its end.
-            for ended in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
-                name, job = running.pop(ended)
+            # Without a timeout, a signal that arrives just before the wait would only be handled at its end.
+            for future in wait(running, timeout=1, return_when=FIRST_COMPLETED).done:
+                name, job = running.pop(future)
                 free.append(job)
                 try:
-                    outcome = ended.result()
+                    outcome = future.result()
                 except (OSError, ValueError) as error:
                     failed.append(name)
                     outcome = f'failed: {error}'
                 print(f'{title[name]}: {outcome}', flush=True)
     finally:
         pool.shutdown(cancel_futures=True)
-        for signum, handler in before.items():
+        for signum, handler in handlers.items():
             signal.signal(signum, handler)
     return failed
 
 
 def stop(signum, _):
-    """Ask the commands that run to save and to end: by themselves they would go on, and hold their folders."""
+    """Ask the running commands to save and end; otherwise they would go on and keep their folders locked."""
     STOPPED.append(signum)
     for process in list(RUNNING):
         process.terminate()

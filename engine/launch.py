@@ -1,6 +1,6 @@
-"""How `--ngpu N` starts this command N times, and what workers leave word of for their launcher and for a restart.
+"""How `--ngpu N` starts this command N times, and the files that workers leave for their launcher and for a restart.
 
-A launcher, ours or torchrun, gives each start of the workers a folder, attempt_0, attempt_1 and so on.
+A launcher, ours or torchrun, gives each start of the workers a folder: attempt_0, attempt_1 and so on.
 """
 
 import contextlib
@@ -16,66 +16,66 @@ import torch
 from engine.stopping import STATUS
 
 LOST_PEER = 3  # exit status of a worker that stops because another one has ended
-TOLD = 'told'  # a file in the folder of a start: the exit status of its end, and whether a restart would end likewise
-OPENED = 'opened'  # a file beside these folders: that this run, and no older one, is in --save
+TOLD = 'told'  # a file in the folder of a start: the exit status, and whether a restart would end likewise
+OPENED = 'opened'  # a file beside these folders: --save holds this run, not an older one
 
 
 def attempt():
-    """The folder of this start of the workers, or None where there is no launcher."""
+    """The folder of this start of the workers, or None without a launcher."""
     file = os.environ.get('TORCHELASTIC_ERROR_FILE')
     return os.path.dirname(os.path.dirname(file)) if file else None
 
 
 def claim(status, final):
-    """Whether this worker is the first of its machine to end by itself, or the only one: it speaks for all.
+    """Whether this worker is the first on its machine to end by itself, or the only one, and so prints for all.
 
-    It leaves its exit status for the launcher, which may see other workers end before this one, and if it is `final`,
-    for restarts.
+    It writes its exit status for the launcher, which may see other workers end before this one, and `final` for
+    restarts.
     """
     if not attempt():
         return True
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher ends the others when it sees that one has ended
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher terminates the others once one has ended
     try:
         with open(os.path.join(attempt(), TOLD), 'x', encoding='utf-8') as file:
             file.write(f'{status} {int(final)}')
     except FileExistsError:
         return False
     except OSError:
-        pass  # what is to be told matters more
+        pass  # the error itself is more important
     return True
 
 
 def told(folder):
-    """The exit status that a worker left in the folder of a start, and whether it is final; None where none did."""
+    """The (exit status, final) that a worker wrote into the folder of a start; None if none did."""
     with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, TOLD), encoding='utf-8') as file:
         status, final = map(int, file.read().split())
         return status, bool(final)
 
 
 def end_again():
-    """End a worker that was started again where what ended the workers before would end them again."""
+    """End a restarted worker if the reason that ended the workers before would end them again."""
     if attempt():
         base, _, number = attempt().rpartition('_')
-        before = told(f'{base}_{int(number) - 1}') if number.isdigit() else None
-        if before and before[1]:
-            claim(*before)
-            sys.exit(before[0])
+        previous = told(f'{base}_{int(number) - 1}') if number.isdigit() else None
+        if previous and previous[1]:
+            claim(*previous)
+            sys.exit(previous[0])
 
 
 def note_opened():
-    """Leave word that --save holds this run from here on, so that a restart goes on with it."""
+    """Record that --save now holds this run, so that a restart continues it."""
     if attempt():
         with contextlib.suppress(OSError), open(os.path.join(os.path.dirname(attempt()), OPENED), 'wb'):
             pass
 
 
 def opened():
-    """Whether workers that were started before have opened this run."""
+    """Whether an earlier start of the workers has opened this run."""
     return bool(attempt()) and os.path.exists(os.path.join(os.path.dirname(attempt()), OPENED))
 
 
 def launch(opt):
-    """Run this very command once per worker under PyTorch's elastic launcher, wait, and return the exit status."""
+    """Run this command once per worker under PyTorch's elastic launcher, wait, and return the exit status."""
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -84,7 +84,7 @@ def launch(opt):
         os.environ.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // opt.ngpu)))
     os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'  # see workers._check_restarts
     os.environ['AT_PARENT'] = str(os.getpid())
-    logging.disable(logging.CRITICAL)  # one message is enough, and it is below
+    logging.disable(logging.CRITICAL)  # one message is enough: the one below
     with tempfile.TemporaryDirectory(prefix='attention-transfer-') as folder:
         config = LaunchConfig(
             min_nodes=1,
@@ -100,7 +100,7 @@ def launch(opt):
         )
         try:
             elastic_launch(config, sys.executable)('-u', *sys.argv)
-        except SignalException as stop:  # it was passed on to the workers, who have saved and said so
+        except SignalException as stop:  # the workers got it too, and have saved and said so
             return STATUS[stop.sigval]
         except ChildFailedError as error:
             return _explain(error.failures, folder, opt)
@@ -108,12 +108,12 @@ def launch(opt):
 
 
 def _explain(failures, folder, opt):
-    """The exit status of workers that failed, {rank: ProcessFailure}; says why, unless one of them has."""
+    """The exit status for failed workers {rank: ProcessFailure}; prints the reason unless a worker has."""
     starts = glob.glob(os.path.join(folder, '*', 'attempt_*'))
-    found = told(max(starts, key=lambda path: int(path.rpartition('_')[2])))
-    if found:
-        return found[0]
-    by_others = LOST_PEER, -signal.SIGTERM  # ends of those that met the end of another, or that the launcher ended
+    written = told(max(starts, key=lambda path: int(path.rpartition('_')[2])))
+    if written:
+        return written[0]
+    by_others = LOST_PEER, -signal.SIGTERM  # stopped because another one ended, or by the launcher
     failed_rank, failure = min(failures.items(), key=lambda f: (f[1].exitcode in by_others, f[1].timestamp))
     how = f'signal {-failure.exitcode}' if failure.exitcode < 0 else f'exit status {failure.exitcode}'
     advice = '; go on with --resume auto' if opt.save else ''

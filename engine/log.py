@@ -1,4 +1,4 @@
-"""A run's log: one line of JSON an epoch, behind `json_stats:`; the authors' logs are read as well."""
+"""A run's log: one line of JSON per epoch after `json_stats:`; the authors' logs can be read too."""
 
 import json
 import math
@@ -15,15 +15,15 @@ MAX_LOG = 2**28  # characters; an epoch takes 2,000
 
 
 def read_log(path):
-    """Read a log, ours or the authors': one dictionary an epoch. A last line that was cut short is left out.
+    """The records of a log, ours or the authors': one dictionary per epoch, without a truncated last line.
 
-    Raises OSError where there is no such file and ValueError where another line cannot be read.
+    Raises OSError if there is no such file and ValueError if another line cannot be read.
     """
     with open(path, encoding='utf-8', errors='replace') as file:
         text = file.read(MAX_LOG + 1)
     if len(text) > MAX_LOG:
-        raise ValueError(f'{path} has more than {MAX_LOG:,} characters: it is no log')
-    if text.startswith('\ufffd\ufffd'):  # FE FF or FF FE, which are no UTF-8
+        raise ValueError(f'{path} has more than {MAX_LOG:,} characters: it is not a log')
+    if text.startswith('\ufffd\ufffd'):  # FE FF or FF FE, which are not UTF-8
         raise ValueError(f'{path} is a text in UTF-16: save it in UTF-8')
     lines = [line.lstrip('\ufeff') for line in text.splitlines()]  # without byte order marks
     records = []
@@ -42,9 +42,9 @@ def read_log(path):
 
 
 def line_of(record):
-    """A line of a log, strict JSON behind its mark."""
+    """The log line of a record: `json_stats: ` and strict JSON."""
 
-    def plain(value):  # JSON has no infinity: the deviation of one value, for one
+    def plain(value):  # JSON has no infinity, like the deviation of a single value
         if isinstance(value, float):
             return float(value) if math.isfinite(value) else None
         return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
@@ -53,7 +53,7 @@ def line_of(record):
 
 
 def append_line(path, line):
-    """Add a line to a log and flush it to the disk; OSError where that fails."""
+    """Append a line to a log and flush it to disk. Raises OSError if that fails."""
     try:
         with open(path, 'a', encoding='utf-8', opener=_open_no_link) as file:
             file.write(line)
@@ -68,18 +68,18 @@ def _open_no_link(path, flags):
 
 
 def commit():
-    """The commit of this code, with '-dirty' where tracked files differ from it; None outside a repository."""
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    """The commit of this code, with '-dirty' if tracked files differ from it; None outside a repository."""
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     command = 'git describe --always --dirty --abbrev=12'.split()
     try:
-        done = subprocess.run(command, cwd=here, capture_output=True, check=True)
-        return done.stdout.decode(errors='replace').strip()
+        described = subprocess.run(command, cwd=folder, capture_output=True, check=True)
+        return described.stdout.decode(errors='replace').strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
 def results(opt, epoch, meters, trained_for, tested, tested_for):
-    """What an epoch adds to its line; tested: as of `evaluate`, times in seconds."""
+    """The results of an epoch for its log line; tested: from `evaluate`, times in seconds."""
     values = {name: meter.value() for name, meter in meters.values.items()}
     return {
         'epoch': epoch,
@@ -102,7 +102,7 @@ def _one_or_list(accuracies):
 
 
 def environment(device):
-    """What a run ran on, for its log."""
+    """The PyTorch version, hardware and commit of a run, for its log."""
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else _processor()
     return {'torch': torch.__version__, 'device': name, 'workers': world(), 'commit': commit()}
 

@@ -1,7 +1,7 @@
 """The training loop: torchnet's Engine, and one class whose on_* methods are its hooks.
 
 Everything that is logged or learnt is a function of the global batch and does not depend on the number of workers,
-but for batch norm, whose statistics each worker takes of its own share.
+except batch norm: without --sync_bn, each worker uses the statistics of its own share.
 """
 
 import contextlib
@@ -29,16 +29,16 @@ from engine.workers import join_statistics_, rank, say, sum_over_workers, world
 from formats.write import save
 from utils import num_trained
 
-HIGH_LOSS = 1000.0  # guessing among n classes has ln(n)
+HIGH_LOSS = 1000.0  # guessing among n classes gives ln(n)
 
 
 class Data(NamedTuple):
-    """What a network is trained and tested on."""
+    """The data that a network is trained and tested on."""
 
     train: Callable  # (epoch, start) -> batches (images (B, 3, H, W), labels (B,), size of the global batch)
-    test: Callable  # () -> batches likewise
+    test: Callable  # () -> such batches
     counts: dict  # for the log: num_classes, train_images, test_images
-    image: torch.Tensor  # one such as is trained on: (1, 3, H, W)
+    image: torch.Tensor  # an input of the training size, (1, 3, H, W)
     topk: tuple = (1,)
 
     @property
@@ -51,15 +51,15 @@ class Data(NamedTuple):
 
 
 def count(dataset):
-    """What a log says of a data set."""
+    """The numbers of classes and images of a data set, for the log."""
     images = {'train_images': len(dataset.train.labels), 'test_images': len(dataset.test.labels)}
     return {'num_classes': dataset.num_classes, **images}
 
 
 def start(opt):
-    """Check --ngpu, --save and the files to read, start the workers and join them: the torch.device of this worker.
+    """Check --ngpu, --save and the files to read, start and join the workers; return this worker's torch.device.
 
-    Raises ValueError where the flags cannot be followed and OSError where a file that they name is missing.
+    Raises ValueError for flags that this machine or --save does not allow, and OSError for a missing file.
     """
     workers.check(opt)
     runs.check_files(opt)
@@ -72,12 +72,12 @@ def start(opt):
 
 
 def fit(opt, step, student, data):
-    """Train for opt.epochs, keeping log and checkpoint in opt.save; returns the last epoch's record.
+    """Train for opt.epochs, keeping log and checkpoint in opt.save; return the last epoch's record.
 
-    step: as of `make_step`. student: the Network that is trained, evaluated and saved. Accuracies are logged as a
-    number, or as a list where data.topk has several.
-    Raises Stopped where a signal asked for it, FloatingPointError for a loss or parameter that is not finite,
-    ValueError where another process trains into --save and OSError where it cannot be written.
+    step: from `make_step`. student: the Network that is trained, evaluated and saved. Accuracies are logged as a
+    number, or as a list if data.topk has several.
+    Raises Stopped after a signal, FloatingPointError for a loss or parameter that is not finite, ValueError if
+    another process trains into --save, and OSError if it cannot be written.
     """
     with runs.locked(opt), Requests() as requests:
         updates = Updates(opt, trained(student.params).values(), data.device)
@@ -95,7 +95,7 @@ def fit(opt, step, student, data):
 
 
 class Run:
-    """A training: what it changes, where it is, and what torchnet's Engine calls in its course (on_*)."""
+    """The state of a training run, and the hooks (on_*) that torchnet's Engine calls."""
 
     def __init__(self, opt, step, student, data, updates, requests, done, progress):
         self.opt, self.step, self.student, self.data, self.updates = opt, step, student, data, updates
@@ -107,7 +107,7 @@ class Run:
         self.saved_at, self.warned = time.monotonic(), False
 
     def loss(self, sample):
-        """What the Engine differentiates, and the logits."""
+        """The loss that the Engine differentiates, and the logits."""
         return self.updates.scaled(*total_loss(self.opt, self.step, sample, self.epoch, self.meters))
 
     def on_start(self, state):
@@ -158,16 +158,16 @@ class Run:
             self.warned = True
 
     def pause(self, alone=False):
-        """Save if it is time to, and stop if a signal asked for it: all workers together, or `alone` the only one."""
+        """Save if it is time, stop after a signal: all workers together. With `alone`, several workers do nothing."""
         due = 0 < self.opt.save_every * 60 < time.monotonic() - self.saved_at
-        wishes = [self.requests.signum, int(due)]
+        reasons = [self.requests.signum, int(due)]
         if world() > 1:
             if alone:
                 return
-            wishes = torch.tensor(wishes, device=self.data.device)
-            dist.all_reduce(wishes, dist.ReduceOp.MAX)
-            wishes = wishes.tolist()
-        signum, due = wishes
+            reasons = torch.tensor(reasons, device=self.data.device)
+            dist.all_reduce(reasons, dist.ReduceOp.MAX)
+            reasons = reasons.tolist()
+        signum, due = reasons
         if signum or due:
             self.meters.flush(self.epoch)
             self.keep_progress()
@@ -176,17 +176,17 @@ class Run:
             raise Stopped(signum, f'stopped after step {self.meters.steps} of epoch {self.epoch}; {advice}')
 
     def keep_progress(self):
-        """Save in the middle of an epoch, with every worker's own part of its progress."""
+        """Save in the middle of an epoch, with the progress of every worker."""
         self.check_finite()
         shared, mine = self.meters.state(getattr(self.batches, 'bad', 0))
         if world() > 1:
             mine['statistics'] = {k: v.cpu() for k, v in statistics(self.student.params).items()}
-        everyone = [mine]
+        per_worker = [mine]
         if world() > 1:
-            everyone = [None] * world()
-            dist.all_gather_object(everyone, mine)
+            per_worker = [None] * world()
+            dist.all_gather_object(per_worker, mine)
         batches = {'batch_size': self.opt.batch_size, 'seed': self.opt.seed}
-        self.save({**shared, **batches, 'workers': everyone}, self.epoch - 1)
+        self.save({**shared, **batches, 'workers': per_worker}, self.epoch - 1)
 
     def keep_epoch(self):
         """Append the log line, then replace the checkpoint: a resume after a kill in between repeats the epoch."""
@@ -196,14 +196,14 @@ class Run:
         self.save(None, self.epoch)
 
     def save(self, progress, epochs):
-        """Replace the checkpoint; `check_finite` comes before."""
+        """Replace the checkpoint; call `check_finite` first."""
         self.saved_at = time.monotonic()
         if self.opt.save and not rank():
             state = state_of(self.student.params, self.updates, epochs, progress)
             save(os.path.join(self.opt.save, 'model.pt7'), state)
 
     def check_finite(self):
-        """FloatingPointError, in all workers, where the last updates have spoilt something in any of them."""
+        """Raise FloatingPointError in all workers if the last updates made something infinite or NaN in any of them."""
         self.updates.check_scale(self.epoch)
         spoilt = [self.spoilt()]
         if world() > 1:
@@ -216,7 +216,7 @@ class Run:
             )
 
     def spoilt(self):
-        """What is not finite of this worker's parameters, their momentum and the network's output; '' where all is."""
+        """The name of what is not finite in this worker's parameters, momentum and network output; '' if nothing is."""
         f, params = self.student
         state = self.updates.sgd.state
         buffers = {k: state.get(v, {}).get('momentum_buffer') for k, v in trained(params).items()}
@@ -234,13 +234,13 @@ class Run:
 
 
 def _bar(batches, name, start):
-    """A progress bar over the batches that are left, shown by the first worker on a terminal."""
+    """A progress bar over the remaining batches, shown by the first worker on a terminal."""
     total = start + len(batches)
     return tqdm(batches, name, total, initial=start, unit='step', leave=False, disable=True if rank() else None)
 
 
 def _set_rate_(opt, optimizer, epoch, begins=True):
-    """Give the optimizer an epoch's learning rate; momentum starts from zero where it drops, as in the original."""
+    """Set an epoch's learning rate; where it drops, momentum restarts from zero, as in the authors' code."""
     epoch_step = json.loads(opt.epoch_step)
     for group in optimizer.param_groups:
         group['lr'] = lr_at(epoch, opt.lr, epoch_step, opt.lr_decay_ratio)

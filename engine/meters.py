@@ -27,14 +27,14 @@ class Meters:
         self.since = time.perf_counter()  # unlike the clock of TimeMeter, it never goes backwards
 
     def state(self, bad):
-        """What has been measured, as numbers; `pending` is empty. bad counts this worker's unreadable images."""
+        """What all workers and what this one measured, as numbers; call `flush` first. bad: its unreadable images."""
         values = {name: {k: float(v) for k, v in vars(meter).items()} for name, meter in self.values.items()}
         errors = {'n': self.errors.n, 'sum': {int(k): int(n) for k, n in self.errors.sum.items()}}
         mine = {'errors': errors, 'bad': self.bad + bad}
         return {'steps': self.steps, 'images': self.images, 'seconds': self.elapsed(), 'values': values}, mine
 
     def restore(self, shared, mine):
-        """Go on from what `state` returned."""
+        """Continue from what `state` returned."""
         self.steps, self.images, self.seconds = shared['steps'], shared['images'], shared['seconds']
         for name, value in shared['values'].items():
             vars(self.values.setdefault(name, AverageValueMeter())).update(value)
@@ -45,13 +45,13 @@ class Meters:
         return self.seconds + time.perf_counter() - self.since
 
     def add(self, terms, logits, labels, size):
-        """Take the parts of this worker: terms sum over workers to the means of the global batch of `size` images."""
+        """Add a step of this worker; summed over workers, terms are means over the global batch of `size` images."""
         self.names = list(terms)
         self.pending.append((torch.stack([t.detach() for t in terms.values()]), logits.detach(), labels))
         self.images += size
 
     def flush(self, epoch):
-        """Bring what is pending to the meters; FloatingPointError names the first step whose loss is not finite."""
+        """Add the pending steps to the meters. Raises FloatingPointError at the first step whose loss is not finite."""
         if not self.pending:
             return
         rows, logits, labels = zip(*self.pending)
@@ -63,9 +63,9 @@ class Meters:
             self.steps += 1
             terms = dict(zip(self.names, row))
             if not all(map(math.isfinite, row)):
-                found = ', '.join(f'{k} {v:.4g}' for k, v in terms.items())
+                losses = ', '.join(f'{k} {v:.4g}' for k, v in terms.items())
                 raise FloatingPointError(
-                    f'epoch {epoch}, step {self.steps}: the loss is not finite ({found}); {CALMER}'
+                    f'epoch {epoch}, step {self.steps}: the loss is not finite ({losses}); {CALMER}'
                 )
             for name, value in terms.items():
                 self.values.setdefault(name, AverageValueMeter()).add(value)

@@ -1,11 +1,11 @@
-"""The tables of section 4.1 as data: their networks, methods and errors, and the runs of cifar.py that make them."""
+"""The tables of section 4.1 as data: networks, methods and errors, and the runs of cifar.py that reproduce them."""
 
 import json
 from typing import NamedTuple
 
 from engine.transfer import PENALTIES, TRANSFERS
 
-# Of each row, student <- teacher, the methods with the paper's test error in percent: the median of 5 seeds.
+# {(student, teacher): {method: the paper's test error in percent, the median of 5 seeds}}
 TABLE1 = {
     ('nin-thin', 'nin-wide'): {'student': 9.38, 'at': 8.93, 'full': 9.05, 'kd': 8.55, 'at-kd': 8.33, 'teacher': 7.28},
     ('wrn-16-1', 'wrn-16-2'): {'student': 8.77, 'at': 7.93, 'full': 8.51, 'kd': 7.41, 'at-kd': 7.51, 'teacher': 6.31},
@@ -18,7 +18,7 @@ GRADIENTS = {'student': 13.5, 'min_l2': 12.5, 'grad': 12.1, 'kd': 12.1, 'symmetr
 TABLE3 = {('nin-thin-nobn', 'nin-wide-nobn'): GRADIENTS}
 DEMO = {('wrn-16-1', 'wrn-16-2'): dict.fromkeys(('teacher', 'student', 'at', 'kd', 'at-kd'))}
 
-VARIANTS = {  # of attention transfer, for table 2: how it is called, and its flags
+VARIANTS = {  # of attention transfer, for table 2: {name: (label, flags)}
     'at-sum1': ('AT, sum of abs', ['--power', '1']),
     'at-sum4': ('AT, sum of 4th powers', ['--power', '4']),
     'at-max1': ('AT, max of abs', ['--mapping', 'max', '--power', '1']),
@@ -37,7 +37,7 @@ TABLES = {
         'images': 1000,
         'epochs': 10,
         'seeds': 1,
-        'beta': '100',  # chosen on held-out training images: in 160 steps, 1e+3 leaves no time to learn the classes
+        'beta': '100',  # chosen on held-out training images: with 1e+3, 160 steps are too few to learn the classes
         'flags': ['--batch_size', '64'],
         'rows': DEMO,
     },
@@ -45,7 +45,7 @@ TABLES = {
 
 
 class Method(NamedTuple):
-    """A column of a table: how it is called, and its flags of cifar.py but for those that name the networks."""
+    """A method in a table: its label, and its flags of cifar.py without those of the networks."""
 
     label: str
     flags: list
@@ -53,19 +53,19 @@ class Method(NamedTuple):
 
 
 def methods_of(table):
-    """Every method that a table may have, in its order: {name in logs/: Method}; those of engine/transfer.py first."""
-    found = {'teacher': Method('teacher', [], False), 'student': Method('student alone', [], False)}
+    """All methods that a table can have, in order: {name in logs/: Method}; those of engine/transfer.py before KD."""
+    methods = {'teacher': Method('teacher', [], False), 'student': Method('student alone', [], False)}
     for name, row in PENALTIES.items():
-        found[name] = Method(row.label, ['--penalty', name, '--gamma', row.gamma], False)
+        methods[name] = Method(row.label, ['--penalty', name, '--gamma', row.gamma], False)
     at = ['--beta', TABLES[table]['beta']]
     for name, row in TRANSFERS.items():
         if name == 'activation':
-            found['at'] = Method(row.label, at)
-            found |= {variant: Method(label, at + flags) for variant, (label, flags) in VARIANTS.items()}
+            methods['at'] = Method(row.label, at)
+            methods |= {variant: Method(label, at + flags) for variant, (label, flags) in VARIANTS.items()}
         else:
-            found[row.term] = Method(row.label, ['--transfer', name, '--beta', row.beta])
+            methods[row.term] = Method(row.label, ['--transfer', name, '--beta', row.beta])
     kd = ['--alpha', '0.9']
-    return found | {'kd': Method('KD', kd), 'at-kd': Method('AT+KD', [*at, '--beta_decay', 'linear', *kd])}
+    return methods | {'kd': Method('KD', kd), 'at-kd': Method('AT+KD', [*at, '--beta_decay', 'linear', *kd])}
 
 
 def network_flags(name):
@@ -78,7 +78,7 @@ def network_flags(name):
 
 
 def run_name(opt, network, seed, method='', teacher=''):
-    """The folder of a run below logs/, in that of its protocol: like cifar10-e200/wrn-16-1-at-wrn-16-2-s0."""
+    """The folder of a run in logs/, inside that of its protocol, like cifar10-e200/wrn-16-1-at-wrn-16-2-s0."""
     held_out = f'holdout{opt.holdout}' if opt.holdout else ''
     protocol = [TABLES[opt.table]['dataset'].lower(), held_out, f'e{opt.epochs}']
     run = [network, method, teacher, f's{seed}']
@@ -86,7 +86,7 @@ def run_name(opt, network, seed, method='', teacher=''):
 
 
 def names(opt, row, method):
-    """The folders of a cell of the table, one a seed."""
+    """The run folders of a cell of the table, one per seed."""
     student, teacher = row
     taught = methods_of(opt.table)[method].taught
     network = teacher if method == 'teacher' else student
@@ -97,7 +97,7 @@ def names(opt, row, method):
 def commands(opt):
     """The runs of a table, each once and teachers first: {name: arguments of cifar.py}.
 
-    The teacher of seed 0 teaches the students of every seed, so their spread is their own.
+    The teacher of seed 0 teaches the students of every seed, so their spread excludes the teacher's.
     """
     table, known, runs = TABLES[opt.table], methods_of(opt.table), {}
     steps = [round(opt.epochs * part) for part in (0.3, 0.6, 0.8)]
@@ -121,12 +121,12 @@ def commands(opt):
 
 
 def columns(opt, row):
-    """The methods of opt.methods that a row can have: the paper's own, and what the paper has in no table."""
+    """The methods of opt.methods for a row: those of the paper's row, and those in none of the paper's tables."""
     known = {method for table in TABLES.values() for errors in table['rows'].values() for method in errors}
     paper = TABLES[opt.table]['rows'][row]
     return [m for m in methods_of(opt.table) if m in opt.methods and (m in paper or m not in known)]
 
 
 def teacher_of(arguments):
-    """The run whose network teaches in a run of these arguments of cifar.py, or None."""
+    """The name of the teacher's run in arguments of cifar.py, or None."""
     return arguments[arguments.index('--teacher_id') + 1] if '--teacher_id' in arguments else None

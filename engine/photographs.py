@@ -1,4 +1,4 @@
-"""What imagenet.py and finetune.py share: their flags, batches of photographs, and a teacher from a file."""
+"""Shared by imagenet.py and finetune.py: flags, batches of photographs, and a teacher from a file."""
 
 from functools import partial
 
@@ -15,21 +15,21 @@ from images import photographs as images
 
 
 def add_flags(flag):
-    """Add the flags that `build_data` and `build_teacher` read; flag: add_argument of a group."""
-    flag('--follow_links', action='store_true', help='read images that links out of that folder lead to')
+    """Add the flags that `build_data` and `build_teacher` read; flag: a group's add_argument."""
+    flag('--follow_links', action='store_true', help='read images through links that lead out of the folder')
     held = f'{HOLDOUT}: the same part of each class'
     flag('--holdout', default=0, type=number(int, 0), metavar='N', help=held)
     flag('--image_size', default=224, type=number(int, 32, 1024), help='like 64, 128, 160, 224 (default), 256')
     flag('--skip_bad_images', action='store_true', help='leave unreadable images out of the evaluation')
-    file = 'file with the teacher, or torchvision:resnet34; none trains a baseline'
+    file = 'file with the teacher, or torchvision:resnet34 (default: no teacher)'
     flag('--teacher_params', default='', type=path, help=file)
     flag('--skip_teacher_check', action='store_true', help='do not evaluate the teacher first')
 
 
 def build_data(opt, dataset, device, least=1):
-    """The `Data` of a data set as of `images.photographs` on the device.
+    """A data set of `images.photographs` as `Data`, and a function that returns training images for int8 calibration.
 
-    A batch to train on has at least `least` images over all workers.
+    A training batch has at least `least` images over all workers.
     """
     dataset = images.hold_out(dataset, opt.holdout)
     say(f'{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} validation images')
@@ -43,7 +43,7 @@ def build_data(opt, dataset, device, least=1):
 
 
 def build_teacher(opt, data, sample):
-    """The teacher as x -> (logits, groups), its batch norm folded; None where no teacher is named."""
+    """The teacher as x -> (logits, groups), its batch norm folded; None if no teacher is named."""
     if not opt.teacher_params:
         return None
     network = Network(*load_teacher(opt.teacher_params, note=say))

@@ -1,4 +1,4 @@
-"""The dtypes of a training: mixed precision, and parameters on their device."""
+"""The dtypes of training: mixed precision, and parameters on their device."""
 
 import contextlib
 
@@ -8,7 +8,7 @@ from utils import DTYPES, cast
 
 
 def autocast(device, dtype):
-    """Mixed precision for a dtype of `utils.DTYPES`: bfloat16 and float16 compute, float32 parameters and losses."""
+    """The context for a dtype of `utils.DTYPES`: bfloat16 and float16 compute, parameters and losses stay float32."""
     dtype = DTYPES[dtype]
     if dtype in (torch.bfloat16, torch.float16):
         return torch.autocast(device.type, dtype)
@@ -16,12 +16,12 @@ def autocast(device, dtype):
 
 
 def place(params, dtype, device):
-    """A network's parameters on the device: float64 for --dtype double, float32 for every other."""
+    """A network's parameters on the device: float64 for --dtype double, else float32."""
     return cast(params, 'double' if DTYPES[dtype] == torch.float64 else 'float', device)
 
 
 def freeze(params, dtype, device):
-    """A teacher's parameters on the device, all but batch norm's in the compute dtype once and for all."""
+    """A teacher's parameters on the device, cast once to the compute dtype except those of batch norm."""
     params = place(params, dtype, device)
     norms = {k.removesuffix('.running_mean') for k in params if k.endswith('.running_mean')}
     return {k: v if k.rpartition('.')[0] in norms else v.to(DTYPES[dtype]) for k, v in params.items()}

@@ -1,4 +1,4 @@
-"""What a run needs to go on exactly where it was: its checkpoint, written and read."""
+"""Writes and reads the checkpoint from which a run continues exactly where it stopped."""
 
 import math
 import os
@@ -14,7 +14,7 @@ from layers import STATISTICS
 
 
 def state_of(params, updates, epochs, progress):
-    """The checkpoint after `epochs` whole ones; progress: of the one that is interrupted, or None."""
+    """The checkpoint after `epochs` complete epochs; progress: that of an interrupted epoch, or None."""
     return {
         'params': {k: v.detach() for k, v in params.items()},
         'optimizer': updates.sgd.state_dict(),
@@ -25,20 +25,20 @@ def state_of(params, updates, epochs, progress):
 
 
 def resume_(opt, params, updates, topk):
-    """Load the checkpoint that --resume names into params and updates; returns its epoch and progress.
+    """Load the checkpoint of --resume into params and updates; return its epoch and progress.
 
-    The epoch is the number of whole ones; progress is what the one that was interrupted had come to, or None. The first
-    worker alone reads the file and tells the others, who may be on machines that do not see it.
+    The epoch is the number of complete ones; progress is that of an interrupted epoch, or None. Only the first worker
+    reads the file and broadcasts it, since other machines may not have it.
     """
-    found = list(_load_(opt, params, updates, topk)) if rank() == 0 else [0, None, {}]
+    loaded = list(_load_(opt, params, updates, topk)) if rank() == 0 else [0, None, {}]
     if world() > 1:
-        dist.broadcast_object_list(found, 0)
+        dist.broadcast_object_list(loaded, 0)
         for value in params.values():
             dist.broadcast(value.detach(), 0)
-        for value in trained(params).values() if found[:2] != [0, None] else ():
+        for value in trained(params).values() if loaded[:2] != [0, None] else ():
             buffer = updates.sgd.state[value].setdefault('momentum_buffer', torch.zeros_like(value))
             dist.broadcast(buffer, 0)
-    epoch, progress, scale = found
+    epoch, progress, scale = loaded
     if scale and updates.scaler.is_enabled():
         updates.scaler.load_state_dict(scale)
     if progress and world() > 1:
@@ -61,18 +61,18 @@ def _load_(opt, params, updates, topk):
     state = load(path, say)
     optimizer, epoch, progress = (state.get(key) for key in ('optimizer', 'epoch', 'progress'))
     if not isinstance(optimizer, dict) or type(epoch) is not int or not isinstance(progress, dict | None):
-        raise ValueError(f'{path} holds parameters alone, without momentum and epoch: it can teach, but not be resumed')
+        raise ValueError(f'{path} holds only parameters, without momentum and epoch: it can teach, but not be resumed')
     momentum = _momentum(optimizer, trained(params))
     if epoch < 0 or momentum is None:
         raise ValueError(f'{path}: its momentum or epoch does not fit the network')
-    scale = state.get('scaler', {})  # empty but for float16, and in older checkpoints
-    usual = _types(torch.amp.GradScaler('cpu').state_dict())
-    if scale != {} and not (isinstance(scale, dict) and _types(scale) == usual and 0 < scale['scale'] < math.inf):
+    scale = state.get('scaler', {})  # empty except for float16, and in older checkpoints
+    expected = _types(torch.amp.GradScaler('cpu').state_dict())
+    if scale != {} and not (isinstance(scale, dict) and _types(scale) == expected and 0 < scale['scale'] < math.inf):
         raise ValueError(f'{path}: the scale of its float16 losses cannot be read')
     if progress is not None:
         _check_progress(progress, opt, params, path, topk)
     restore_(params, state['params'], path)
-    # Rate and weight decay are those of the flags, so of the saved state only the momentum is taken.
+    # Learning rate and weight decay come from the flags, so only momentum is taken from the saved state.
     updates.sgd.load_state_dict({'state': momentum, 'param_groups': updates.sgd.state_dict()['param_groups']})
     place = f'step {progress["steps"]} of epoch {epoch + 1}' if progress else f'epoch {epoch}'
     say(f'resumed from {path} after {place}')
@@ -80,9 +80,9 @@ def _load_(opt, params, updates, topk):
 
 
 def _momentum(optimizer, trained):
-    """The `state` of SGD's state_dict in a checkpoint, or None where it does not fit what is trained.
+    """The `state` of SGD's state_dict in a checkpoint, or None if it does not fit the trained parameters.
 
-    Older checkpoints have {name of the parameter: momentum} in its place.
+    Older checkpoints have {parameter name: momentum} instead.
     """
     if 'param_groups' in optimizer:
         state = optimizer.get('state')
@@ -92,9 +92,8 @@ def _momentum(optimizer, trained):
         buffers = dict(enumerate(optimizer.values())) if list(optimizer) == list(trained) else None
     if buffers is None:
         return None
-    buffers = {
-        i: buffer for i, buffer in buffers.items() if buffer is not None
-    }  # empty where the rate has just dropped
+    # Empty just after the learning rate has dropped.
+    buffers = {i: buffer for i, buffer in buffers.items() if buffer is not None}
     values = dict(enumerate(trained.values()))
     if any(i not in values or getattr(buffer, 'shape', None) != values[i].shape for i, buffer in buffers.items()):
         return None
@@ -106,24 +105,24 @@ def _types(values):
 
 
 def _check_progress(progress, opt, params, path, topk):
-    """Refuse a position in an epoch that is damaged, or of other batches or another number of workers."""
+    """Raise ValueError for progress that is damaged, or of other batches or another number of workers."""
     meters, shapes = Meters(torch.device('cpu'), topk), {k: v.shape for k, v in statistics(params).items()}
     try:
-        found = [progress['batch_size'], progress['seed'], len(progress['workers'])]
-        whole = all(type(v) is int for v in [*found, progress['steps'], progress['images']]) and progress['steps'] >= 0
-        if whole and found != [opt.batch_size, opt.seed, world()]:
-            flags = '--batch_size {}, --seed {} and {} workers'.format(*found)
+        saved = [progress['batch_size'], progress['seed'], len(progress['workers'])]
+        valid = all(type(v) is int for v in [*saved, progress['steps'], progress['images']]) and progress['steps'] >= 0
+        if valid and saved != [opt.batch_size, opt.seed, world()]:
+            flags = '--batch_size {}, --seed {} and {} workers'.format(*saved)
             raise ValueError(f'{path} was saved in the middle of an epoch with {flags}: go on with the same')
         for mine in progress['workers']:
             meters.restore(progress, mine)
             if world() > 1:
                 check_fit(shapes, mine['statistics'], path)
-            whole &= type(meters.bad) is type(meters.errors.n) is int and isinstance(meters.seconds, float)
-            whole &= set(meters.errors.sum) == set(topk) and all(type(n) is int for n in meters.errors.sum.values())
+            valid &= type(meters.bad) is type(meters.errors.n) is int and isinstance(meters.seconds, float)
+            valid &= set(meters.errors.sum) == set(topk) and all(type(n) is int for n in meters.errors.sum.values())
         fields, values = set(vars(AverageValueMeter())), progress['values']
-        whole &= not progress['steps'] or 'loss' in values
-        whole &= all(set(v) == fields and all(type(n) is float for n in v.values()) for v in values.values())
+        valid &= not progress['steps'] or 'loss' in values
+        valid &= all(set(v) == fields and all(type(n) is float for n in v.values()) for v in values.values())
     except (AttributeError, KeyError, TypeError):
-        whole = False
-    if not whole:
+        valid = False
+    if not valid:
         raise ValueError(f'{path}: its position in the epoch cannot be read')

@@ -12,36 +12,36 @@ from formats.networks import checkpoint_of
 from formats.torchvision import check_name
 from formats.write import write_whole
 
-MAX_NAMES = 10_000  # in a folder that is searched for what was meant
+MAX_NAMES = 10_000  # of a folder that are compared with a missing name
 NOT_SETTINGS = set(
     'save resume overwrite save_every nthread gpu_id dataroot imagenetpath follow_links max_restarts'.split()
 )
 
 
 def find(teacher_id):
-    """The paths of a run's log and model: of logs/<teacher_id>, or of a run's folder or model.pt7 that it leads to.
+    """The paths (log, model) of a run; teacher_id is its name in logs/, its folder or its model.pt7.
 
-    Raises OSError where one of them is missing, and says which run of logs/ has nearly that name.
+    Raises OSError if one of them is missing; the message suggests similar names.
     """
     names_model = os.path.basename(teacher_id) == 'model.pt7'
     folder = os.path.normpath(os.path.dirname(teacher_id) if names_model else teacher_id)
-    places = [folder] if names_model and os.path.isfile(teacher_id) else [os.path.join('logs', folder), folder]
-    run = next((place for place in places if os.path.isdir(place)), folder if os.sep in folder else places[0])
+    candidates = [folder] if names_model and os.path.isfile(teacher_id) else [os.path.join('logs', folder), folder]
+    run = next((path for path in candidates if os.path.isdir(path)), folder if os.sep in folder else candidates[0])
     log, model = (os.path.join(run, name) for name in ('log.txt', 'model.pt7'))
     missing = next((path for path in (log, model) if not os.path.isfile(path)), None)
     if missing:
-        near = os.path.normpath(os.path.join('logs', os.path.dirname(folder)))
-        advice = _nearest(os.path.basename(folder), near if os.path.isdir(near) else os.path.dirname(folder))
+        nearby = os.path.normpath(os.path.join('logs', os.path.dirname(folder)))
+        advice = _nearest(os.path.basename(folder), nearby if os.path.isdir(nearby) else os.path.dirname(folder))
         if ':' in teacher_id or (os.path.isfile(teacher_id) and not names_model):
             advice = (
-                '; a run with its log teaches here, a file teaches in imagenet.py and finetune.py (--teacher_params)'
+                '; cifar.py takes a run with its log, a file teaches in imagenet.py and finetune.py (--teacher_params)'
             )
         raise OSError(f'--teacher_id {teacher_id}: there is no {missing}{advice}')
     return log, model
 
 
 def _nearest(name, folder):
-    """A hint at what a folder holds of nearly the name that is missing; empty where it holds nothing of the kind."""
+    """A hint with the names in a folder that are similar to a missing one; empty if there are none."""
     with contextlib.suppress(OSError):
         near = difflib.get_close_matches(name, sorted(os.listdir(folder))[:MAX_NAMES])
         if near:
@@ -50,10 +50,10 @@ def _nearest(name, folder):
 
 
 def check_files(opt):
-    """Refuse a teacher, pretrained network or checkpoint that is not there, before any data are read.
+    """Raise OSError for a missing teacher, pretrained network or checkpoint, before any data are read.
 
-    Raises OSError, and ValueError for a name that torchvision does not have. The checkpoint to go on from concerns the
-    first worker alone, who reads it.
+    Raises ValueError for a name that torchvision does not have. Only the first worker checks --resume, as only it reads
+    that file.
     """
     if getattr(opt, 'teacher_id', ''):
         find(opt.teacher_id)
@@ -72,7 +72,7 @@ def check_files(opt):
 
 
 def check_save(opt):
-    """Refuse a --save that holds another run, unless that run is resumed or may be overwritten; nothing is written."""
+    """Raise ValueError if --save holds a run that is neither resumed nor overwritten; nothing is written."""
     if not opt.save:
         if not opt.evaluate:
             say('note: without --save, neither log nor parameters will be kept')
@@ -83,27 +83,27 @@ def check_save(opt):
     if opt.overwrite or not (os.path.exists(log) or os.path.exists(model)):
         return
     changed = changed_settings(opt, read_log(log)) if os.path.exists(log) else []
-    settings = f' of other settings ({"; ".join(changed)})' if changed else ''
+    settings = f' with other settings ({"; ".join(changed)})' if changed else ''
     if not _resumes_own(opt):
         raise ValueError(
             f'--save {opt.save} holds a run{settings}: continue it with --resume auto, '
             'replace it with --overwrite, or save elsewhere'
         )
     if changed:
-        say(f'note: {opt.save} is a run{settings}; the epochs to come use the new ones')
+        say(f'note: {opt.save} is a run{settings}; the remaining epochs use the new ones')
 
 
 def changed_settings(opt, records):
-    """How the flags differ from those that a log's last line holds: ['lr 0.1, not 0.05', ...]."""
+    """The differences of the flags from a log's last line: ['lr 0.1, not 0.05', ...]."""
     if not records:
         return []
-    before = dict(records[-1])
-    if 'lr_now' not in before:
-        before.pop('lr', None)  # an older log, which has the rate of the epoch there
-    if isinstance(before.get('teacher_id'), str):  # in older logs, the folder of the protocol was a part of the name
-        before['teacher_id'] = before['teacher_id'].replace('/', '-')
+    logged = dict(records[-1])
+    if 'lr_now' not in logged:
+        logged.pop('lr', None)  # in older logs, the rate of the epoch
+    if isinstance(logged.get('teacher_id'), str):  # in older logs, the protocol was a part of the name
+        logged['teacher_id'] = logged['teacher_id'].replace('/', '-')
     now = {k: v.replace('/', '-') if k == 'teacher_id' else v for k, v in vars(opt).items() if k not in NOT_SETTINGS}
-    return [f'{k} {before[k]!r:.99}, not {v!r:.99}' for k, v in now.items() if k in before and before[k] != v]
+    return [f'{k} {logged[k]!r:.99}, not {v!r:.99}' for k, v in now.items() if k in logged and logged[k] != v]
 
 
 def _resumes_own(opt):
@@ -113,7 +113,7 @@ def _resumes_own(opt):
 
 @contextlib.contextmanager
 def locked(opt):
-    """Hold the folder --save; ValueError where another process trains into it. The lock ends with its process."""
+    """Lock the folder --save. Raises ValueError if another process trains into it; a lock ends with its process."""
     if not opt.save or rank():
         yield
         return
@@ -130,11 +130,11 @@ def locked(opt):
         os.close(folder)
         if new:
             with contextlib.suppress(OSError):
-                os.rmdir(opt.save)  # if nothing came of it
+                os.rmdir(opt.save)  # if nothing was saved
 
 
 def open_run(opt, done):
-    """Make --save ready for what follows after `done` epochs: later lines, broken ones and an old run go."""
+    """Prepare --save for training after `done` epochs: remove later and broken log lines, or with --overwrite a run."""
     if not opt.save or rank():
         return
     os.makedirs(opt.save, exist_ok=True)
@@ -144,10 +144,10 @@ def open_run(opt, done):
     if os.path.lexists(log):
         epochs = [(_epoch(record), record) for record in ([] if opt.overwrite else read_log(log))]
         last = max((epoch for epoch, _ in epochs), default=0)
-        if last > done + 1:  # a run that is killed logs one epoch more than it saves
+        if last > done + 1:  # a killed run can log one epoch more than it saves
             raise ValueError(
-                f'{log} tells of {last} epochs, but {done} are in the checkpoint: '
-                'put the right model.pt7 beside it, or begin anew with --overwrite'
+                f'{log} has {last} epochs, but the checkpoint has {done}: '
+                'put the right model.pt7 beside it, or start over with --overwrite'
             )
         kept = [record for epoch, record in epochs if epoch <= done]
         write_whole(log, ''.join(map(line_of, kept)).encode())

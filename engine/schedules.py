@@ -1,8 +1,8 @@
-"""Learning rate and beta as functions of the epoch, so that a resumed run needs no memory of them."""
+"""Learning rate and beta as functions of the epoch, so a resumed run needs no saved state for them."""
 
 import math
 
-BETA_DECAYS = {  # what beta is multiplied by, as a function of the part of the run that is over
+BETA_DECAYS = {  # a factor for beta, as a function of the fraction of the run that is done
     'none': lambda part: 1,
     'linear': lambda part: 1 - part,
     'cosine': lambda part: (1 + math.cos(math.pi * part)) / 2,
@@ -10,10 +10,10 @@ BETA_DECAYS = {  # what beta is multiplied by, as a function of the part of the 
 
 
 def lr_at(epoch, lr, epoch_step, lr_decay_ratio):
-    """The learning rate of a 1-based epoch: it drops at the start of each epoch named in `epoch_step`."""
+    """The learning rate of a 1-based epoch: it drops at the start of each epoch in `epoch_step`."""
     return lr * lr_decay_ratio ** sum(step <= epoch for step in epoch_step)
 
 
 def beta_at(epoch, epochs, beta, decay):
-    """The weight of transfer in a 1-based epoch: beta in the first, falling so as to reach 0 after the last."""
+    """The weight of transfer in a 1-based epoch: beta in the first, falling to 0 after the last."""
     return beta * BETA_DECAYS[decay]((epoch - 1) / epochs)

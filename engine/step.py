@@ -1,4 +1,4 @@
-"""One training step: the student's losses beside what is kept of the teacher, and the optimizer."""
+"""One training step: the student's losses against what is kept of the teacher, and the optimizer."""
 
 import contextlib
 import statistics
@@ -20,33 +20,33 @@ from images import children
 from layers import full
 from utils import DTYPES
 
-FLUSH = 20  # steps between two looks at the losses: each look makes the host wait for the device
-LEAST_SCALE = 1e-8  # of a float16 loss whose gradients are infinite: a larger one would have done long before
+FLUSH = 20  # steps between two reads of the losses: each read makes the host wait for the device
+LEAST_SCALE = 1e-8  # of a float16 loss: gradients that are infinite here are infinite at any scale
 
 
 class Losses(NamedTuple):
-    """The losses of a batch: scalars, unweighted but for `task`."""
+    """The losses of a batch: scalars, unweighted except `task`."""
 
     task: torch.Tensor  # of the labels and the teacher's logits: cross entropy, or `utils.distillation`
-    parts: dict  # its parts, for the log alone: ce, kd
-    transfer: dict  # at0, at1, ... or what else --transfer compares: beta weighs them
-    penalty: dict  # of --penalty: gamma weighs it
+    parts: dict  # its parts ce and kd, only for the log
+    transfer: dict  # at0, at1, ... or the terms of another --transfer, weighted by beta
+    penalty: dict  # that of --penalty, weighted by gamma
 
     def total(self, beta, gamma):
-        """What is differentiated."""
+        """The weighted sum, which is differentiated."""
         weighted = [beta * loss for loss in self.transfer.values()] + [gamma * loss for loss in self.penalty.values()]
         return sum(weighted, self.task)
 
     def named(self):
-        """What is logged: {name: scalar}."""
+        """The losses for the log: {name: scalar}."""
         return {**self.parts, **self.transfer, **self.penalty}
 
 
 def make_step(opt, student, teacher, device):
     """The training step as a function: step(images, labels) -> (logits, `Losses`).
 
-    student and teacher are x -> (logits, groups); teacher is None where there is none. With --compile, whole batches
-    take a compiled form of the student and its losses, and on GPUs of the teacher.
+    student and teacher are x -> (logits, groups); teacher may be None. With --compile, full batches use the compiled
+    student and losses, and on GPUs the compiled teacher.
     """
     of_image, penalty = transfer.of_image(opt), transfer.PENALTIES.get(opt.penalty)
     needs_gradient = bool(of_image or penalty)
@@ -57,7 +57,7 @@ def make_step(opt, student, teacher, device):
         return full(logits), groups
 
     def teach(images, labels):
-        """All that the losses take of the teacher: logits, what is kept of its groups, input gradient."""
+        """All that the losses need from the teacher: logits, what is kept of its groups, input gradient."""
         if teacher is None:
             return None, {}, None
         with torch.set_grad_enabled(bool(of_image)):
@@ -65,25 +65,25 @@ def make_step(opt, student, teacher, device):
             gradient = utils.input_gradient(logits, images, labels) if of_image else None
             return logits.detach(), transfer.kept(opt, groups), gradient
 
-    def learn(images, labels, taught_logits, taught, taught_gradient):
+    def learn(images, labels, teacher_logits, kept, teacher_gradient):
         logits, groups = run(student, images)
-        task, parts = classify(logits, taught_logits, labels)
+        task, parts = classify(logits, teacher_logits, labels)
         if needs_gradient:
             j = utils.input_gradient(logits, images, labels, create_graph=True)
-        losses = transfer.losses(opt, groups, taught)
+        losses = transfer.losses(opt, groups, kept)
         if of_image:
-            losses[of_image.term] = of_image.loss(j, taught_gradient, opt)
-        shaped = {opt.penalty: penalty.loss(j, partial(student_gradient, labels), images)} if penalty else {}
-        return logits, Losses(task, parts, losses, shaped)
+            losses[of_image.term] = of_image.loss(j, teacher_gradient, opt)
+        penalties = {opt.penalty: penalty.loss(j, partial(student_gradient, labels), images)} if penalty else {}
+        return logits, Losses(task, parts, losses, penalties)
 
-    def classify(logits, taught_logits, labels):
+    def classify(logits, teacher_logits, labels):
         """The loss of the logits, and its parts for the log."""
         if not opt.alpha:
             ce = F.cross_entropy(logits, labels)
             return ce, {'ce': ce.detach()}
-        task = utils.distillation(logits, taught_logits, labels, opt.temperature, opt.alpha)
+        task = utils.distillation(logits, teacher_logits, labels, opt.temperature, opt.alpha)
         with torch.no_grad():
-            kd = utils.kd_loss(logits, taught_logits, opt.temperature)
+            kd = utils.kd_loss(logits, teacher_logits, opt.temperature)
             return task, {'ce': F.cross_entropy(logits, labels), 'kd': kd}
 
     def student_gradient(labels, images):
@@ -97,15 +97,15 @@ def make_step(opt, student, teacher, device):
 
     def step(images, labels):
         images = images.detach().requires_grad_(needs_gradient)
-        whole = len(images) == opt.batch_size // world()  # another size would have to be compiled for itself
+        whole = len(images) == opt.batch_size // world()  # another size would need a compilation of its own
         return (on_whole_batches if whole else both)(images, labels)
 
     return step
 
 
 def _compiled(opt, both, learn, teach, device):
-    """`both` compiled, but for the teacher on a CPU, which gains nothing there; with --cuda_graphs as graphs."""
-    children.import_safely()  # the compiler starts a Python to see what the processor can do
+    """`both` compiled, on CPUs without the teacher, which gains nothing there; with --cuda_graphs, as CUDA graphs."""
+    children.import_safely()  # the compiler starts a Python process to query the processor
     if device.type == 'cpu':
         compiled = torch.compile(learn, dynamic=False)
         return lambda images, labels: compiled(images, labels, *teach(images, labels))
@@ -121,10 +121,10 @@ def _compiled(opt, both, learn, teach, device):
 
 
 def total_loss(opt, step, sample, epoch, meters):
-    """What this worker differentiates, and the logits; the named losses go to the meters.
+    """The loss that this worker differentiates, and the logits; adds the named losses to the meters.
 
-    sample: (images, labels, size of the global batch). Gradients are averaged over workers, so the loss of a share
-    counts by its part of the global batch.
+    sample: (images, labels, size of the global batch). Gradients are averaged over workers, so a worker's loss is
+    weighted by its part of the global batch.
     """
     images, labels, size = sample
     logits, losses = step(images, labels)
@@ -136,16 +136,16 @@ def total_loss(opt, step, sample, epoch, meters):
 
 
 class Updates:
-    """The optimizer of the paper's recipes, as torchnet's Engine takes it; in float16 it scales losses.
+    """The paper's optimizer, with the interface of torchnet's Engine; in float16 it scales losses.
 
-    SGD with momentum 0.9 and weight decay on everything that is trained. float16 gradients are computed of a loss that
-    is as many times larger as they allow without becoming infinite, or small ones would vanish; a step in which they
-    are infinite is left out (Micikevicius et al. 2018, section 3.2; torch.amp.GradScaler).
+    SGD with momentum 0.9 and weight decay on all trained parameters. A float16 loss is scaled up as far as its
+    gradients stay finite, because small ones would vanish; a step with infinite gradients is skipped
+    (Micikevicius et al. 2018, section 3.2; torch.amp.GradScaler).
     """
 
     def __init__(self, opt, trained, device):
         half = DTYPES[opt.dtype] == torch.float16
-        # Fused, a first step that is left out would leave momentum uninitialised (PyTorch 2.14).
+        # With fused=True, a skipped first step would leave momentum uninitialised (PyTorch 2.14).
         self.sgd = torch.optim.SGD(trained, opt.lr, momentum=0.9, weight_decay=opt.weight_decay, fused=not half)
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
 
@@ -153,7 +153,7 @@ class Updates:
         self.sgd.zero_grad()
 
     def step(self, closure):
-        """Take a step by the gradients that closure() leaves, those of a loss as of `scaled`."""
+        """Take a step with the gradients that closure() computes from a loss of `scaled`."""
         closure()
         self.scaler.step(self.sgd)
         self.scaler.update()
@@ -162,15 +162,15 @@ class Updates:
         return self.scaler.scale(loss), logits
 
     def check_scale(self, epoch):
-        """FloatingPointError where gradients are infinite at every scale, so that nothing is learnt."""
+        """Raise FloatingPointError if gradients are infinite at every scale, so that nothing is learnt."""
         if self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE:
             raise FloatingPointError(f'epoch {epoch}: the gradients in float16 are not finite at any scale; {CALMER}')
 
 
 def make_update(opt, student, teacher, image):
-    """A whole training step, as a function: update(images, labels), without log and checkpoint.
+    """A complete training step as a function update(images, labels), without log and checkpoint.
 
-    student: a Network. teacher: x -> (logits, groups), or None. image: one such as is trained on, (1, 3, H, W).
+    student: a Network. teacher: x -> (logits, groups), or None. image: an input of the training size, (1, 3, H, W).
     """
     with contextlib.redirect_stdout(None):
         network = partial(pair(opt, student, teacher, image), params=student.params, mode=True)
@@ -188,7 +188,7 @@ def make_update(opt, student, teacher, image):
 
 
 def seconds_a_step(opt, student, teacher, images, steps=3):
-    """How long a training step on images (N, 3, H, W) takes: the median of `steps` after one to warm up."""
+    """The seconds of a training step on images (N, 3, H, W): the median of `steps` after one warm-up step."""
     update, times = make_update(opt, student, teacher, images[:1]), []
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     for _ in range(1 + steps):

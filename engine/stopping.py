@@ -1,4 +1,4 @@
-"""How a run is asked to stop: at SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning) it ends the step and saves."""
+"""Stop requests: on SIGTERM, SIGINT (Ctrl-C) and SIGUSR1 (Slurm's warning) a run finishes its step and saves."""
 
 import os
 import signal
@@ -7,11 +7,11 @@ import time
 
 from images.children import STATUS
 
-AGAIN = 1  # seconds: the same request comes twice where a launcher and a terminal pass it on
+AGAIN = 1  # seconds: the same request arrives twice if both a launcher and a terminal send it
 
 
 class Stopped(Exception):
-    """A run has stopped because a signal asked for it; the message says how to go on."""
+    """A signal stopped the run; the message says how to continue."""
 
     def __init__(self, signum, message):
         super().__init__(message)
@@ -19,9 +19,9 @@ class Stopped(Exception):
 
 
 class Requests:
-    """While it is entered, `signum` is that of the first signal that asked to stop, 0 before; a second one ends it all.
+    """A context in which `signum` is the first signal received, or 0; a second signal ends the process at once.
 
-    Outside the main thread, where Python cannot catch signals, nothing is caught.
+    Outside the main thread, where Python cannot catch signals, none is caught.
     """
 
     def __enter__(self):

@@ -1,4 +1,4 @@
-"""The network that is trained: its initial parameters, and how its groups are paired with the teacher's."""
+"""The student: its initial parameters, and the pairing of its groups with the teacher's."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ class Network(NamedTuple):
 
 
 def initialise(build, opt, num_classes, device):
-    """The network to train, of the seed's initial parameters on the device; build: num_classes -> (f, params)."""
+    """The network to train on the device, initialised from --seed; build: num_classes -> (f, params)."""
     torch.manual_seed(opt.seed)
     f, params = build(num_classes)
     params = place(params, opt.dtype, device)
@@ -27,11 +27,11 @@ def initialise(build, opt, num_classes, device):
 
 
 def pair(opt, student, teacher, image):
-    """Pair the groups of student and teacher; print the student and what beta amounts to.
+    """Pair the groups of student and teacher, print the student and the effect of beta; return the function to train.
 
-    student: a Network. teacher: x -> (logits, groups), or None. image: (1, 3, H, W). Returns the function to train;
-    where --transfer adapts and the channels of student and teacher differ, it has adapters, which join the student's
-    params. Raises ValueError where groups cannot be paired.
+    student: a Network. teacher: x -> (logits, groups), or None. image: (1, 3, H, W). If --transfer adapts and the
+    channels of student and teacher differ, the function has adapters, which are added to the student's params. Raises
+    ValueError if the groups cannot be paired.
     """
     f, params = student
     transfer, pairs = of_groups(opt), {}
@@ -49,7 +49,7 @@ def pair(opt, student, teacher, image):
             params.update(adapters)
     if opt.cuda_graphs:
         for value in params.values():
-            torch._dynamo.mark_static_address(value)  # it only changes in place, so graphs need no copy of it
+            torch._dynamo.mark_static_address(value)  # it is only updated in place, so graphs need no copy of it
     if rank() == 0:
         print_tensor_dict(params)
     trained = sum(v.numel() for v in without_adapters(params).values() if v.requires_grad)
@@ -59,7 +59,7 @@ def pair(opt, student, teacher, image):
 
 
 def _say_weights(opt, pairs, image_shape):
-    """Print what beta amounts to for each loss; pairs: {group: (student's, teacher's activation)}."""
+    """Print how beta weights each loss; pairs: {group: (student's, teacher's activation)}."""
     transfer = chosen(opt)
     shapes = {i: (y.shape[1], *map(min, zip(x.shape[2:], y.shape[2:]))) for i, (x, y) in pairs.items()}
     if transfer and transfer.at_image:
@@ -67,7 +67,7 @@ def _say_weights(opt, pairs, image_shape):
     for i, shape in shapes.items():
         name, (weight, what) = f'{transfer.term}{i}', transfer.weighs(opt, *shape)
         if weight:
-            say(f'{name}: beta {opt.beta:g} weighs {what} by {weight:.4g}')
+            say(f'{name}: beta {opt.beta:g} weights {what} by {weight:.4g}')
         else:
             say(f'note: {name} compares {what}: it is always 0 and teaches nothing (see --groups)')
 

@@ -9,25 +9,25 @@ from scipy.stats import t  # comes with scikit-learn
 from engine.log import read_log
 from engine.paper import TABLES, columns, methods_of, names
 
-# What a line of a log has to say to stand in a table.
+# The keys that a log record needs for a table.
 PROTOCOL = set('epoch test_acc dataset train_images test_images holdout epochs epoch_step'.split())
 PROTOCOL |= set('lr_decay_ratio batch_size dtype device torch'.split())
 
 
 def results(name):
-    """The log of a run in logs/, one dictionary an epoch; empty where it has not begun.
+    """The log of a run in logs/, one dictionary per epoch; empty if it has not started.
 
-    Raises ValueError where it is damaged, or no log of cifar.py.
+    Raises ValueError if it is damaged, or not a log of cifar.py.
     """
     path = os.path.join('logs', name, 'log.txt')
     records = read_log(path) if os.path.exists(path) else []
     if not all(PROTOCOL <= r.keys() and isinstance(r['test_acc'], float) for r in records):
-        raise ValueError(f'{path} is no log of cifar.py')
+        raise ValueError(f'{path} is not a log of cifar.py')
     return records
 
 
 def last_epoch(opt, name):
-    """The last line of a finished run's log, or None."""
+    """The last record of a finished run's log, or None."""
     records = results(name)
     return records[-1] if records and records[-1]['epoch'] == opt.epochs else None
 
@@ -75,7 +75,7 @@ def _cells(opt, row, method, label, done, of_paper):
 
 
 def differences(opt, runs, labels):
-    """The lines of a table of differences of errors to the student alone and to AT, over the seeds that both have.
+    """The lines of a table of paired differences of errors: to the student alone and to AT, over common seeds.
 
     runs: {(row, method): {seed: last line of the log}}. Empty where no two methods have two seeds in common.
     """
@@ -102,7 +102,7 @@ def differences(opt, runs, labels):
 
 
 def protocols(records):
-    """How runs were done, a line for each way; what differs in nothing but the number of threads is one."""
+    """The protocols of runs, one line each; runs that differ only in the number of threads share a line."""
     threads = {}
     for record in records:
         model, _, number = str(record['device']).rpartition(', ')
@@ -114,7 +114,7 @@ def protocols(records):
 
 
 def protocol(record):
-    """How a run was done, in a line for beside its numbers."""
+    """The protocol of a run in one line, to print with its numbers."""
     whole = {'CIFAR10': 10_000, 'CIFAR100': 10_000}.get(record['dataset'], record['test_images'])
     tested = f'{record["test_images"]:,}' + ('' if record['test_images'] == whole else f' of {whole:,}')
     if record['holdout']:
@@ -127,7 +127,7 @@ def protocol(record):
 
 
 def around(path, table):
-    """The bytes of a file up to the line <!-- table -->, and from <!-- /table --> on; ValueError without the two."""
+    """A file's bytes up to the line <!-- table -->, and from <!-- /table --> on. Raises ValueError without them."""
     with open(path, 'rb') as file:
         text = file.read()
     begin, end = f'<!-- {table} -->', f'<!-- /{table} -->'

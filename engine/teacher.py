@@ -1,4 +1,4 @@
-"""The network that teaches: found, checked against the data and its own log, folded and frozen."""
+"""The teacher: found, checked against the data and its own log, folded and frozen."""
 
 import math
 from functools import partial
@@ -15,13 +15,13 @@ from engine.transfer import of_image
 from engine.workers import say
 from formats.networks import fold, load_teacher
 
-LITTLE_MORE = 1.25  # times the accuracy of guessing: a teacher of less has little to teach
+LITTLE_MORE = 1.25  # times the accuracy of guessing: a teacher below that has little to teach
 
 
 def find(teacher_id):
-    """The network and the last log line of a run, named as `runs.find` takes it: (Network, record).
+    """The network and the last log record of a run, named as for `runs.find`: (Network, record).
 
-    Raises OSError where log or model is missing and ValueError where they are damaged or of different networks.
+    Raises OSError if log or model is missing and ValueError if they are damaged or of different networks.
     """
     log, model = runs.find(teacher_id)
     records = read_log(log)
@@ -34,7 +34,7 @@ def find(teacher_id):
 def build(opt, name, network, data, sample, check=True):
     """The teacher for training, and its accuracies on the test images: (x -> (logits, groups), [percent, ...]).
 
-    name: what messages call it. sample() gives training images that int8 is fitted to. Accuracies are None where the
+    name: its name in messages. sample() returns training images for int8 calibration. Accuracies are None if the
     teacher has other classes than the data, or without `check`. Raises ValueError for a teacher that cannot teach.
     """
     same_classes = check_classes(opt, name, network.params, data.num_classes)
@@ -46,9 +46,9 @@ def build(opt, name, network, data, sample, check=True):
 
 
 def frozen(opt, network, sample, device):
-    """A teacher's parameters, folded, in the dtypes of the flags; sample() gives images that int8 is fitted to.
+    """A teacher's parameters, folded, in the dtypes of the flags; sample() returns images for int8 calibration.
 
-    Raises ValueError for int8 where the device has no such convolutions.
+    Raises ValueError for int8 if the device has no int8 convolutions.
     """
     folded = fold(place(network.params, opt.dtype, torch.device('cpu')))
     if opt.teacher_dtype == 'int8':
@@ -59,50 +59,50 @@ def frozen(opt, network, sample, device):
 
 
 def check_classes(opt, name, params, num_classes):
-    """Whether a teacher has the classes of the data, so that its accuracy can be tested.
+    """Whether a teacher has as many classes as the data set, so that its accuracy can be tested.
 
-    A teacher of other classes can only teach what does not take its logits; a note says that it is not tested. Raises
-    ValueError where the flags have its logits teach.
+    With another number, only methods without its logits can be used, and a note says that it is not tested. Raises
+    ValueError if the flags use its logits.
     """
-    found = len(params['fc.bias'])
-    if found == num_classes:
+    classes = len(params['fc.bias'])
+    if classes == num_classes:
         return True
-    classes = f'{name} has {found} output classes, the data set has {num_classes}'
+    mismatch = f'{name} has {classes} output classes, the data set has {num_classes}'
     if of_image(opt):
         raise ValueError(
-            f'{classes}: --transfer {opt.transfer} differentiates the loss of both networks by the same labels'
+            f'{mismatch}: --transfer {opt.transfer} differentiates the loss of both networks on the same labels'
         )
     if opt.alpha:
-        raise ValueError(f'{classes}: distillation compares them one by one (--alpha 0 lets it teach attention)')
-    say(f'teacher: {classes}; its logits are not used, and its accuracy is not tested')
+        raise ValueError(f'{mismatch}: distillation compares them one by one (--alpha 0 lets it teach attention)')
+    say(f'teacher: {mismatch}; its logits are not used, and its accuracy is not tested')
     return False
 
 
 def evaluate_teacher(name, network, data, dtype):
-    """The accuracies that `evaluate` finds, and a note where they are those of guessing.
+    """A teacher's accuracies from `evaluate`; prints a note if they are hardly better than guessing.
 
-    Raises ValueError where the logits of the teacher of that name are not finite.
+    Raises ValueError if its logits are not finite. name: its name in messages.
     """
     loss, accuracies = evaluate(network, data.test(), data.device, dtype, data.topk)
     if not math.isfinite(loss):
         raise ValueError(f'{name} cannot teach: its logits on the test images are not finite (cross entropy {loss})')
     if accuracies[0] < LITTLE_MORE * 100 / data.num_classes:
         say(
-            f'note: {name} is right on {accuracies[0]:.2f}%, hardly more than by guessing among '
+            f'note: {name} has an accuracy of {accuracies[0]:.2f}%, hardly better than guessing among '
             f'{data.num_classes} classes'
         )
     return accuracies
 
 
 def check_accuracy(record, accuracy, same_test_set, teacher_dtype='same'):
-    """Refuse a teacher whose accuracy is not what the last line of its own log says, to half a point."""
+    """Raise ValueError if a teacher's accuracy is more than half a point from the last line of its own log."""
     logged = record.get('test_acc')
     logged = logged[0] if isinstance(logged, list) and logged else logged
     if not isinstance(logged, (int, float)) or not same_test_set:
-        say(f'teacher: {accuracy:.2f}% on these test images; its log has no figure to compare that with')
+        say(f'teacher: {accuracy:.2f}% on these test images; its log has no accuracy to compare with')
     elif not abs(logged - accuracy) <= 0.5:
         raise ValueError(
-            f'the teacher is right on {accuracy:.2f}% of the test images, but on {logged:.2f}% by its own log: '
+            f'the teacher has an accuracy of {accuracy:.2f}% on the test images, but {logged:.2f}% by its own log: '
             f'{"int8 is too coarse for it, " if teacher_dtype == "int8" else ""}'
             'its log and model do not belong together, or the data are not what it was trained on'
         )

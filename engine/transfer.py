@@ -1,4 +1,4 @@
-"""The table of transfer methods and penalties: flags, step, log, printed weights and plots are made from its lines.
+"""The table of transfer methods and penalties: flags, step, log, printed weights and plots follow its lines.
 
 A new method is a function of two activations and a line of TRANSFERS.
 """
@@ -11,23 +11,23 @@ from engine.arguments import number
 
 
 class Transfer(NamedTuple):
-    """A way to teach; beta weighs the sum of its losses."""
+    """A transfer method; beta weights the sum of its losses."""
 
-    term: str  # its name in the log: at0, at1, ... with the number of the group, or without where at_image
+    term: str  # its name in the log; a group's number follows (at0, at1, ...), unless at_image
     title: str  # for --help
     paper: str  # section, equation, table
-    label: str  # what tables and pictures call it
+    label: str  # its name in tables and plots
     loss: Callable  # (the student's activation, what is kept of the teacher's, flags) -> a scalar
-    weighs: Callable  # (flags, C, H, W) -> (how much beta weighs a part of the loss by, what part); 0: nothing
-    keep: Callable = lambda x, opt: x  # (the teacher's activation (N, C, H, W), flags) -> all that stays in memory
-    adapts: bool = False  # whether a 1x1 convolution gives the student as many channels as the teacher has
+    weighs: Callable  # (flags, C, H, W) -> (weight of a part of the loss, that part in words); weight 0: no effect
+    keep: Callable = lambda x, opt: x  # (the teacher's activation (N, C, H, W), flags) -> what stays in memory
+    adapts: bool = False  # whether 1x1 convolutions give the student's groups the teacher's channels
     beta: str = '1'  # its weight in reproduce.py's tables
-    at_image: bool = False  # whether it compares input gradients (N, 3, H, W) and not the activations of the groups
-    flags: dict[str, dict] = {}  # that belong to it alone: {name: arguments of add_argument, a default among them}
+    at_image: bool = False  # whether it compares input gradients (N, 3, H, W) instead of activations
+    flags: dict[str, dict] = {}  # its own: {name: arguments of add_argument, including a default}
 
 
 class Penalty(NamedTuple):
-    """A loss of the student's input gradient that needs no teacher; gamma weighs it."""
+    """A loss of the student's input gradient, without a teacher; gamma weights it."""
 
     title: str
     paper: str
@@ -37,18 +37,18 @@ class Penalty(NamedTuple):
 
 
 def attention_weight(opt, channels, height, width):
-    """What beta amounts to for attention maps; normalised 1x1 maps are all equal, so it is nothing there."""
+    """The weight from beta for attention maps; 0 for 1x1 maps, which are all equal once normalised."""
     if height == width == 1:
-        return 0, 'maps of 1x1, which are all equal'
+        return 0, '1x1 maps, which are all equal'
     if opt.at_form == 'code':
         return opt.beta / (opt.batch_size * height * width), f'each element of the {height}x{width} maps'
     return opt.beta / (2 * opt.batch_size), f'the distance of two {height}x{width} maps'
 
 
 def activation_weight(opt, channels, height, width):
-    """What beta amounts to for whole activations."""
+    """The weight from beta for whole activations."""
     weight = opt.beta / (opt.batch_size * channels * height * width)
-    return weight, f'each element of the activations, {channels}x{height}x{width},'
+    return weight, f'each element of the {channels}x{height}x{width} activations'
 
 
 TRANSFERS = {
@@ -73,7 +73,7 @@ TRANSFERS = {
         label='F-ActT',
         loss=lambda x, kept, opt: utils.full_activation_loss(x, kept),
         weighs=activation_weight,
-        beta='1e+5',  # weighs a sample's squared distance about as 1e+3 does in attention transfer
+        beta='1e+5',  # weights a sample's squared distance about as 1e+3 does in attention transfer
         adapts=True,
     ),
     'gradient': Transfer(
@@ -110,24 +110,24 @@ def described(table):
 
 
 def chosen(opt):
-    """The transfer that the flags ask for, or None."""
+    """The transfer method that the flags select, or None."""
     return TRANSFERS[opt.transfer] if opt.beta > 0 else None
 
 
 def of_groups(opt):
-    """The transfer of activations that the flags ask for, or None."""
+    """The selected method if it compares activations, else None."""
     transfer = chosen(opt)
     return None if transfer is None or transfer.at_image else transfer
 
 
 def of_image(opt):
-    """The transfer of input gradients that the flags ask for, or None."""
+    """The selected method if it compares input gradients, else None."""
     transfer = chosen(opt)
     return transfer if transfer and transfer.at_image else None
 
 
 def group_numbers(groups, number):
-    """The numbers of the groups that are compared, of `number` groups; ValueError for one that is not there."""
+    """The numbers of the groups to compare, out of `number` groups. Raises ValueError for one that does not exist."""
     numbers = [int(g) for g in groups.split(',')] if groups else list(range(number))
     if max(numbers) >= number:
         raise ValueError(f'--groups {groups}: the network has groups 0 to {number - 1}')
@@ -135,21 +135,21 @@ def group_numbers(groups, number):
 
 
 def kept(opt, groups):
-    """What the losses take of a teacher's groups, (N, C, H, W) each: {name of the loss: what is kept}."""
+    """What the losses need from a teacher's groups, (N, C, H, W) each: {name of the loss: what is kept}."""
     transfer = of_groups(opt)
     numbers = group_numbers(opt.groups, len(groups)) if transfer else ()
     return {f'{transfer.term}{i}': transfer.keep(groups[i], opt) for i in numbers}
 
 
 def losses(opt, groups, taught):
-    """The losses of a student's groups beside what is `kept` of the teacher's: {name: scalar}."""
+    """The losses between a student's groups and what is `kept` of the teacher's: {name: scalar}."""
     transfer = of_groups(opt)
     numbers = group_numbers(opt.groups, len(groups)) if transfer else ()
     return {f'{transfer.term}{i}': transfer.loss(groups[i], taught[f'{transfer.term}{i}'], opt) for i in numbers}
 
 
 def check(opt):
-    """Refuse flags of one transfer with another, and those of a transfer or penalty without its weight."""
+    """Raise ValueError for flags of one method with another, or of a method or penalty without its weight."""
     if (opt.penalty == 'none') != (opt.gamma == 0):
         raise ValueError('--penalty and its weight --gamma go together')
     transfer = TRANSFERS[opt.transfer]

@@ -1,4 +1,4 @@
-"""One process a GPU, or several on CPUs: how they are started, what they tell each other, and who speaks."""
+"""Workers, one process per GPU or several on CPUs: how they start, exchange tensors and print."""
 
 import contextlib
 import ctypes
@@ -19,21 +19,21 @@ from engine.arguments import GPU
 from images import children
 from layers import STATISTICS, synchronise
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
 
 
 class Place(NamedTuple):
-    """Where a process stands among the workers of a run."""
+    """The position of a process among the workers of a run."""
 
     rank: int  # its number among all of them
-    local: int | None  # its number among those of its machine; None where nobody has said
-    world: int  # how many there are
+    local: int | None  # its number on its machine; None if unknown
+    world: int  # the number of workers
 
 
 def place():
-    """The place of this process, from what a launcher has left in the environment; alone where that is not whole."""
-    found = [os.environ.get(name, '').strip() for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')]
-    rank, local, world = (int(text) if text.isascii() and text.isdigit() else None for text in found)
+    """The place of this process, from the launcher's environment variables; a single worker if they are incomplete."""
+    texts = [os.environ.get(name, '').strip() for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE')]
+    rank, local, world = (int(text) if text.isascii() and text.isdigit() else None for text in texts)
     if rank is None or world is None or not rank < world or world == 1:
         return Place(0, 0, 1)
     return Place(rank, local, world)
@@ -48,7 +48,7 @@ def world():
 
 
 def say(*words):
-    """Print, from the first worker alone."""
+    """Print, from the first worker only."""
     if rank() == 0:
         print(*words, flush=True)
 
@@ -59,55 +59,55 @@ def launches(opt):
 
 
 def check(opt):
-    """Refuse numbers of workers that the machine, the batch size or the launcher cannot follow; ValueError says why."""
+    """Raise ValueError for a number of workers that does not fit the machine, the batch size or the launcher."""
     with _visible(opt.gpu_id) if launches(opt) else contextlib.nullcontext(_show(opt.gpu_id)):
         cuda = torch.cuda.is_available()
-        there = torch.cuda.device_count() if cuda else os.cpu_count()
-    if opt.ngpu > there:
-        raise ValueError(f'--ngpu {opt.ngpu}: there are {there} {"GPUs" if cuda else "CPU cores and no GPU"}')
+        available = torch.cuda.device_count() if cuda else os.cpu_count()
+    if opt.ngpu > available:
+        raise ValueError(f'--ngpu {opt.ngpu}: there are {available} {"GPUs" if cuda else "CPU cores and no GPU"}')
     if opt.cuda_graphs and (not cuda or max(opt.ngpu, world()) > 1):
         raise ValueError('--cuda_graphs: only for a single worker with a GPU')
     if opt.batch_size % max(opt.ngpu, world()):
         raise ValueError(f'--batch_size {opt.batch_size} is not a multiple of the {max(opt.ngpu, world())} workers')
     if opt.save and launch.opened():
-        opt.overwrite = False  # a worker died, and all begin again where the checkpoint is
+        opt.overwrite = False  # a worker died, and all restart from the checkpoint
         opt.resume = 'auto' if os.path.exists(os.path.join(opt.save, 'model.pt7')) else opt.resume or 'auto'
-    _check_launcher(there if cuda else 1)
+    _check_launcher(available if cuda else 1)
     if opt.ngpu > 1 and world() == 1 and not launches(opt):
         raise ValueError(f'--ngpu {opt.ngpu}: torchrun (TORCHELASTIC_RUN_ID in the environment) has started one worker')
     _check_restarts()
 
 
 def _check_launcher(gpus):
-    """Refuse an environment that speaks of several workers and does not say how they find each other."""
+    """Raise ValueError if the environment sets several workers but not how they find each other."""
     number = os.environ.get('WORLD_SIZE', '').strip()
     if not number or number == '1':
-        return  # a RANK alone is a leftover of something else
-    here = {name: os.environ.get(name, '').strip() for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
+        return  # RANK without WORLD_SIZE is left over from something else
+    values = {name: os.environ.get(name, '').strip() for name in ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
     for name in ('RANK', 'WORLD_SIZE', 'MASTER_PORT'):
-        if here[name] and not (here[name].isascii() and here[name].isdigit()):
-            raise ValueError(f'{name}={here[name]} in the environment is no number')
-    wrong = [name for name, value in here.items() if not value]
-    if not wrong and world() == 1:
-        wrong = [f'RANK below {number}']
-    if not wrong and place().local is None and gpus > 1:
-        wrong = [f'LOCAL_RANK, which of the {gpus} GPUs is its own']
-    if wrong:
+        if values[name] and not (values[name].isascii() and values[name].isdigit()):
+            raise ValueError(f'{name}={values[name]} in the environment is not a number')
+    missing = [name for name, value in values.items() if not value]
+    if not missing and world() == 1:
+        missing = [f'RANK below {number}']
+    if not missing and place().local is None and gpus > 1:
+        missing = [f'LOCAL_RANK to choose one of {gpus} GPUs']
+    if missing:
         raise ValueError(
-            f'WORLD_SIZE={number} in the environment, as of several workers, without {", ".join(wrong)}: start them '
+            f'WORLD_SIZE={number} is in the environment without {", ".join(missing)}: start several workers '
             'with torchrun --nnodes N --nproc-per-node GPUS --node-rank I --master-addr HOST, or unset WORLD_SIZE'
         )
 
 
 def _show(gpu_id):
-    """Let CUDA see the GPUs of --gpu_id alone; all that it may see where that is empty."""
+    """Make only the GPUs of --gpu_id visible to CUDA; change nothing if it is empty."""
     if gpu_id:
         os.environ['CUDA_VISIBLE_DEVICES'] = chosen_gpus(gpu_id, os.environ.get('CUDA_VISIBLE_DEVICES'))
 
 
 @contextlib.contextmanager
 def _visible(gpu_id):
-    """`_show` for a while: the launcher's workers read --gpu_id themselves."""
+    """`_show` within a block only: the launcher's workers read --gpu_id themselves."""
     before = os.environ.get('CUDA_VISIBLE_DEVICES')
     _show(gpu_id)
     try:
@@ -118,10 +118,10 @@ def _visible(gpu_id):
 
 
 def chosen_gpus(gpu_id, visible):
-    """What CUDA_VISIBLE_DEVICES has to be for --gpu_id, where it is `visible`, None for all: '1' of '2,3' is '3'.
+    """The CUDA_VISIBLE_DEVICES for --gpu_id, given its present value `visible` (None: all): '1' of '2,3' is '3'.
 
-    A GPU is named by its number among those that are visible, or by its identifier (GPU-..., MIG-...) or the beginning
-    of that. ValueError names one that is not visible.
+    A GPU is named by its number among the visible ones, or by its identifier (GPU-..., MIG-...) or the beginning of
+    that. Raises ValueError for one that is not visible.
     """
     if visible is None:
         return gpu_id
@@ -142,7 +142,7 @@ def chosen_gpus(gpu_id, visible):
 
 
 def join(opt):
-    """Start the workers, join them and seed: returns the torch.device of this worker.
+    """Start the workers, join them and set the seed; return this worker's torch.device.
 
     With --ngpu N this command starts itself N times under PyTorch's elastic launcher and ends with them; the workers
     find their place in the environment, just as under torchrun.
@@ -150,7 +150,7 @@ def join(opt):
     cuda = torch.cuda.is_available()
     if 'TORCHELASTIC_RUN_ID' in os.environ or 'AT_PARENT' in os.environ:
         parent = int(os.environ.get('AT_PARENT') or children.PARENT)
-        children.end_with_parent(parent, '' if rank() else 'what started this run has died, and it ends')
+        children.end_with_parent(parent, '' if rank() else 'the process that started this run has died, so it ends')
     launch.end_again()
     if world() > 1:
         _meet('nccl' if cuda else 'gloo')
@@ -159,22 +159,22 @@ def join(opt):
     device = torch.device('cuda', place().local or 0) if cuda else torch.device('cpu')
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cudnn.deterministic = True  # a resumed run has to repeat every bit
-        torch.set_float32_matmul_precision('high')  # TensorFloat-32, as convolutions have by default
+        torch.backends.cudnn.deterministic = True  # a resumed run has to be bit-identical
+        torch.set_float32_matmul_precision('high')  # TensorFloat-32, the default for convolutions
     keep_memory()
     torch.manual_seed(opt.seed)
     return device
 
 
 def _meet(backend):
-    """Join the other workers; ValueError where their address is none, or taken by something else."""
+    """Join the other workers. Raises ValueError if their address is invalid or in use."""
     address, port = os.environ['MASTER_ADDR'], os.environ['MASTER_PORT']
     try:
         socket.getaddrinfo(address, int(port))
         dist.init_process_group(backend, rank=rank(), world_size=world())
     except (dist.DistError, OSError, OverflowError) as error:
         if 'TORCHELASTIC_RUN_ID' in os.environ and isinstance(error, dist.DistError):
-            raise  # the launcher's address is right, and another worker has ended
+            raise  # the launcher's address is right: another worker has ended
         reason = str(error).splitlines()[0]
         raise ValueError(
             f'cannot meet the other workers at MASTER_ADDR {address}, MASTER_PORT {port}: {reason}'
@@ -182,33 +182,33 @@ def _meet(backend):
 
 
 def keep_memory():
-    """Have the C library keep what tensors free, for the next step, where that is glibc.
+    """Make glibc, if it is the C library, keep the memory that tensors free for the next step.
 
-    By itself it gives large blocks back to the kernel, which clears the pages when it hands them out again: thousands
-    of page faults a step. What a process holds is then its peak, as with PyTorch's allocator for GPUs.
+    By default it returns large blocks to the kernel, which clears the pages before it hands them out again: thousands
+    of page faults a step. The process then keeps its peak memory, as with PyTorch's allocator for GPUs.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL('libc.so.6')
-        libc.mallopt(M_MMAP_MAX, 0)  # a high M_MMAP_THRESHOLD would do, but older versions refuse one
+        libc.mallopt(M_MMAP_MAX, 0)  # a high M_MMAP_THRESHOLD would do too, but older versions refuse it
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _check_restarts():
-    """Refuse a launcher whose restarted workers would look for the dead ones.
+    """Raise ValueError for a launcher whose restarted workers would wait for the dead ones.
 
-    Workers exchange addresses through a store of the launcher. PyTorch 2.14 keeps one store over restarts by default,
-    where the new workers find the addresses of the old and wait for them until they time out.
+    Workers exchange addresses through a store of the launcher. By default PyTorch 2.14 keeps one store over restarts,
+    in which new workers find the addresses of the old ones and wait for them until they time out.
     """
     restarts = int(os.environ.get('TORCHELASTIC_MAX_RESTARTS') or 0)
     if restarts and os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
         raise ValueError(
-            f'torchrun --max-restarts {restarts}: its restarts work with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its '
-            'environment and --standalone or --rdzv-backend c10d alone'
+            f'torchrun --max-restarts {restarts}: its restarts only work with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in '
+            'its environment and --standalone or --rdzv-backend c10d'
         )
 
 
 class _Module(torch.nn.Module):
-    """A functional network as the module that DistributedDataParallel wants."""
+    """A functional network as the module that DistributedDataParallel requires."""
 
     def __init__(self, f, params, mode):
         super().__init__()
@@ -225,9 +225,9 @@ class _Module(torch.nn.Module):
 def data_parallel(f, params, mode=True, sync_bn=False):
     """The network in a mode, x -> (logits, groups), with gradients averaged over workers if there are several.
 
-    mode is True (training) or False (batch norm has fixed statistics). With sync_bn, batch norm takes the statistics of
+    mode is True (training) or False (batch norm has fixed statistics). With sync_bn, batch norm uses the statistics of
     all workers' batches together. With several workers, trained entries of `params` are replaced by
-    torch.nn.Parameter: build the optimizer after.
+    torch.nn.Parameter: create the optimizer afterwards.
     """
     synchronise(sync_bn and world() > 1)
     if world() == 1:
@@ -239,7 +239,7 @@ def data_parallel(f, params, mode=True, sync_bn=False):
 
 
 def sum_over_workers(values, device):
-    """The sums over all workers of a list of numbers."""
+    """Each of a list of numbers, summed over all workers."""
     values = torch.tensor(values, dtype=torch.float64, device=device)
     if world() > 1:
         dist.all_reduce(values)
@@ -247,7 +247,7 @@ def sum_over_workers(values, device):
 
 
 def join_statistics_(params):
-    """Give all workers the mean of their running statistics."""
+    """Replace the running statistics by their mean over all workers."""
     if world() > 1:
         for key, value in params.items():
             if key.endswith(STATISTICS):

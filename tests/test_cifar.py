@@ -77,8 +77,8 @@ def test_at_kd_and_both_learn_from_a_teacher_and_log_their_terms(train, teacher)
         assert [m for m, _ in last['at_losses']] == [last[k] for k in terms if k.startswith('at')]
         assert re.search(r'teacher: (\S+)% on the test images, \1% by its log', out)
         if name == 'at':
-            assert 'at0: beta 1000 weighs each element of the 16x16 maps by 0.2441' in out
-            assert 'at2: beta 1000 weighs each element of the 4x4 maps by 3.906' in out
+            assert 'at0: beta 1000 weights each element of the 16x16 maps by 0.2441' in out
+            assert 'at2: beta 1000 weights each element of the 4x4 maps by 3.906' in out
 
 
 NIN = '--net nin --width 0.125 --lr 0.02 --epoch_step []'
@@ -199,9 +199,7 @@ def test_a_log_of_more_epochs_than_the_checkpoint_is_not_cut_silently(train, tea
     before = open('logs/teacher/log.txt').read()
     shutil.move('logs/teacher/model.pt7', 'elsewhere.pt7')
     again = '--epochs 6 --epoch_step [4] --lr 0.05 --save logs/teacher'
-    assert refused(
-        train(again, '--resume auto'), 'log.txt tells of 6 epochs, but 0 are in the checkpoint', '--overwrite'
-    )
+    assert refused(train(again, '--resume auto'), 'log.txt has 6 epochs, but the checkpoint has 0', '--overwrite')
     assert open('logs/teacher/log.txt').read() == before
     shutil.move('elsewhere.pt7', 'logs/teacher/model.pt7')
     assert train(again, '--resume auto')[0] == 0

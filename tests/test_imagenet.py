@@ -62,7 +62,7 @@ def test_students_learn_from_torchvision_teachers_basic_and_bottleneck(train, de
     status, out, err = train('--epochs 1 --teacher_params teacher.bin --beta 1e+3 --alpha 0.5 --save logs/run', flags)
     assert status == 0, err
     assert re.search(r'teacher: top-1 [\d.]+%, top-5 [\d.]+%', out)
-    assert 'at2: beta 1000 weighs each element of the 2x2 maps by 31.25' in out
+    assert 'at2: beta 1000 weights each element of the 2x2 maps by 31.25' in out
     (record,) = read_log('logs/run/log.txt')
     assert {'ce', 'kd', 'at0', 'at1', 'at2', 'at3'} <= set(record)
 
@@ -137,7 +137,7 @@ def test_a_last_batch_of_one_image_is_left_out_where_batch_norm_needs_two(train)
 def test_maps_of_one_position_are_said_to_teach_nothing(train):
     write_teacher('teacher.bin', depth=18)
     out = train('--epochs 1 --teacher_params teacher.bin --beta 10')[1]
-    assert 'note: at3 compares maps of 1x1, which are all equal: it is always 0 and teaches nothing' in out
+    assert 'note: at3 compares 1x1 maps, which are all equal: it is always 0 and teaches nothing' in out
     assert out.count('teaches nothing') == 1
 
 
@@ -150,7 +150,7 @@ def test_a_teacher_that_guesses_and_a_test_loss_far_above_guessing_are_said_once
     state['params']['fc.bias'][0] = 1e6
     write.save('start.pt7', state)
     out = train('--epochs 4 --lr 1e-9 --resume start.pt7 --beta 1e-9 --teacher_params teacher.pt7')[1]
-    assert out.count('note: teacher.pt7 is right on 16.67%, hardly more than by guessing among 6 classes') == 1
+    assert out.count('note: teacher.pt7 has an accuracy of 16.67%, hardly better than guessing among 6 classes') == 1
     assert len(re.findall(r'note: a test loss of \S+e\+05 is far above that of guessing', out)) == 1
 
 

@@ -126,7 +126,7 @@ def test_the_death_of_any_process_of_a_run_ends_all_of_them_with_one_line(tmp_pa
         assert 'error: a process that reads images died (signal 9)' in err and '--nthread' in err
     else:
         # Workers that see first that their launcher's store is gone end without a word.
-        assert err in ('', 'what started this run has died, and it ends\n'), err
+        assert err in ('', 'the process that started this run has died, so it ends\n'), err
 
 
 LITTLE = 'umount /dev/shm; mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'

@@ -163,7 +163,7 @@ def test_a_log_that_is_none_of_ours_is_named(script):
     write_log('cifar10-e16/wrn-16-1-s0', 12.0)
     for line in ('{}', json.dumps({**RECORD, 'epoch': 16, 'test_acc': None}), '{"epoch": 16, "test_acc": 90.0}'):
         pathlib.Path('logs/cifar10-e16/wrn-16-1-s0/log.txt').write_text(f'json_stats: {line}\n')
-        assert refused(script(reproduce, 'table1 --show'), 'wrn-16-1-s0/log.txt is no log of cifar.py')
+        assert refused(script(reproduce, 'table1 --show'), 'wrn-16-1-s0/log.txt is not a log of cifar.py')
 
 
 def test_the_table_is_written_between_its_markers_alone(script, tmp_path):
@@ -305,7 +305,7 @@ def test_a_run_of_other_settings_is_refused_and_left_alone(script):
         log = pathlib.Path('logs', name, 'log.txt')
         log.write_text(f'json_stats: {json.dumps({**read_log(log)[0], "dataset": "digits", **changed})}\n')
     status, out, _ = script(reproduce, 'demo --methods teacher,student --epochs 1')
-    assert status == 1 and out.count('holds a run of other settings') == 2
+    assert status == 1 and out.count('holds a run with other settings') == 2
     assert 'beta 5.0, not 0' in out and 'batch_size 32, not 64' in out
 
 

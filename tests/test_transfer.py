@@ -77,7 +77,7 @@ def test_a_new_method_is_one_function_and_one_line(train, teacher, monkeypatch):
     flags = '--epochs 2 --epoch_step [] --lr 0.05 --teacher_id teacher --transfer selectivity --beta 5 --save logs/nst'
     status, out, err = train(flags)
     assert status == 0, err
-    assert out.count('beta 5 weighs the discrepancy of') == 3 and 'nst0: beta 5' in out
+    assert out.count('beta 5 weights the discrepancy of') == 3 and 'nst0: beta 5' in out
     first, last = read_log('logs/nst/log.txt')
     assert all(0 < last[term] for term in ('nst0', 'nst1', 'nst2')) and last['train_loss'] < first['train_loss']
     assert list(plot.loss_terms(plot.read_run('logs/nst'))) == ['ce', 'nst0', 'nst1', 'nst2']

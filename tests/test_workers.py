@@ -141,10 +141,10 @@ def test_ngpu_under_a_launcher_of_one_worker_is_refused(train, monkeypatch):
 @pytest.mark.parametrize(
     'address, word',
     [
-        ({'MASTER_PORT': 'abc'}, 'MASTER_PORT=abc in the environment is no number'),
+        ({'MASTER_PORT': 'abc'}, 'MASTER_PORT=abc in the environment is not a number'),
         ({'MASTER_PORT': '{taken}'}, 'cannot meet the other workers at MASTER_ADDR 127.0.0.1, MASTER_PORT '),
         ({'MASTER_ADDR': 'no.such.host.invalid'}, 'cannot meet the other workers at MASTER_ADDR no.such'),
-        ({'WORLD_SIZE': '-3'}, 'WORLD_SIZE=-3 in the environment is no number'),
+        ({'WORLD_SIZE': '-3'}, 'WORLD_SIZE=-3 in the environment is not a number'),
     ],
 )
 def test_an_address_that_is_none_is_refused_by_name(photos, tmp_path, address, word):
