@@ -63,7 +63,7 @@ def common_flags(
     flag('--penalty', default='none', choices=['none', *PENALTIES], help=transfer.described(PENALTIES))
     flag('--gamma', default=0, type=number(float, 0, MOST), help='weight of --penalty (section 3.2)')
 
-    flag = parser.add_argument_group('evaluation in place of training').add_argument
+    flag = parser.add_argument_group('evaluation').add_argument
     flag('--evaluate', default='', type=path, metavar='RUN', help='print the test scores of a run or a network file')
     flag('--json', action='store_true', help='with --evaluate: as JSON, in the last line')
 
