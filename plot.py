@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from engine import arguments, ending
+from engine import ending
+from engine.arguments import Parser, number, path, subcommand
 from engine.log import read_log
 from engine.transfer import PENALTIES, TRANSFERS
 from formats.networks import checkpoint_of, describe, load_teacher
@@ -42,9 +43,6 @@ MARKERS = ('', 'o', '^', 's', 'x')  # none for the first seven runs, a circle fo
 STYLE = {'font.size': 8, 'axes.titlesize': 8, 'axes.spines.top': False, 'axes.spines.right': False}
 COLOUR_MAP = 'inferno'  # its lightness rises evenly: safe for colour-blind eyes, and in print
 IMAGENET_SIZE, SMALL_SIZE = 224, 32
-
-
-# ------------------------------------------------------------------------------------------------------------ names
 
 
 def name_of(path):
@@ -70,9 +68,6 @@ def _shorten(name, length=60):
     return name if len(name) <= length else f'{name[: length // 2]}…{name[-length // 2 :]}'
 
 
-# ----------------------------------------------------------------------------------------------------------- curves
-
-
 def read_run(path):
     """The records of a run's folder or a log: one dictionary per epoch, in order; of a repeated epoch, the last.
 
@@ -86,8 +81,7 @@ def read_run(path):
         raise ValueError(f'{log} has no line of results (json_stats: ...)')
     if not all(type(r.get('epoch')) is int and 0 < r['epoch'] < 10**6 for r in records):
         raise ValueError(f'{log} has a line without an epoch')
-    by_epoch = {record['epoch']: record for record in records}
-    records = [by_epoch[epoch] for epoch in sorted(by_epoch)]
+    records = [record for _, record in sorted({record['epoch']: record for record in records}.items())]
     if all(map(math.isnan, errors(records, 'train') + errors(records, 'test'))):
         raise ValueError(f'{log} has neither train_acc nor test_acc')
     try:
@@ -116,9 +110,8 @@ def loss_terms(records):
 
     def terms(record):
         named = {key: _number(value) for key, value in record.items() if term_of(key)}
-        means = record.get('at_losses')
-        if 'ce' not in record and isinstance(means, list):
-            named = {f'at{i}': _number(mean) for i, mean in enumerate(means)} | named
+        if 'ce' not in record and isinstance(record.get('at_losses'), list):
+            named = {f'at{i}': _number(mean) for i, mean in enumerate(record['at_losses'])} | named
         return {key: value for key, value in named.items() if value > 0}
 
     rows = [terms(record) for record in records]
@@ -159,12 +152,11 @@ def draw_curves(paths, labels=()):
     keep the ends of runs apart; the first epochs may lie above it. Raises what `read_run` raises.
     """
     runs = [read_run(path) for path in paths]
-    names = names_of(paths, labels)
     terms = sorted({name for run in runs for name in loss_terms(run)}, key=term_of)
     columns = 0 if not terms else 1 if len(terms) < 4 else 2
     rows = math.ceil(len(terms) / columns) if terms else 1
     last = [next((e for e in reversed(errors(run, 'test')) if e == e), math.nan) for run in runs]
-    labels = [name if math.isnan(e) else f'{name} ({e:.2f}%)' for name, e in zip(names, last)]
+    labels = [name if math.isnan(e) else f'{name} ({e:.2f}%)' for name, e in zip(names_of(paths, labels), last)]
     across = max(1, min(len(labels), int(WIDTH / (0.07 * max(map(len, labels)) + 0.5))))
     height = max(3.4, 1.45 * rows + 0.3) + 0.17 * math.ceil(len(labels) / across)
     figure = Figure(figsize=(WIDTH, height), layout='constrained')
@@ -172,8 +164,7 @@ def draw_curves(paths, labels=()):
     axes = figure.add_subplot(grid[:, 0])
     _draw_errors(axes, runs)
     for i, name in enumerate(terms):
-        row, column = divmod(i, columns)
-        small = figure.add_subplot(grid[row, 1 + column], sharex=axes)
+        small = figure.add_subplot(grid[i // columns, 1 + i % columns], sharex=axes)
         _draw_term(small, runs, name)
         lowest = i + columns >= len(terms)
         small.set_xlabel('epochs trained' if lowest else '')
@@ -186,8 +177,8 @@ def draw_curves(paths, labels=()):
 
 
 def _plain(text):
-    text = text.encode(errors='backslashreplace').decode()  # a name may have any bytes
-    return text.replace('$', r'\$')  # matplotlib would take text between two dollars for mathematics
+    # A name may have any bytes, and matplotlib would take text between two dollars for mathematics.
+    return text.encode(errors='backslashreplace').decode().replace('$', r'\$')
 
 
 def _look(number):
@@ -199,17 +190,15 @@ def _draw_line(axes, number, run, values, linestyle):
     if thin or len(run) == 1:
         look['marker'] = '.' if len(run) == 1 else ''  # a line of one point is invisible
     look |= {'linewidth': 0.8 if thin else 1.4, 'alpha': 0.8 if thin else 1, 'markersize': 4}
-    epochs = [record['epoch'] for record in run]
-    axes.plot(epochs, values, linestyle, markevery=max(1, len(run) // 10), **look)
+    axes.plot([record['epoch'] for record in run], values, linestyle, markevery=max(1, len(run) // 10), **look)
 
 
 def _draw_errors(axes, runs):
-    for number, run in enumerate(runs):
-        _draw_line(axes, number, run, errors(run, 'train'), '--')
-        _draw_line(axes, number, run, errors(run, 'test'), '-')
+    for i, run in enumerate(runs):
+        _draw_line(axes, i, run, errors(run, 'train'), '--')
+        _draw_line(axes, i, run, errors(run, 'test'), '-')
     of_runs = [[e for part in ('train', 'test') for e in errors(run, part) if e == e] for run in runs]
-    low, high = min(map(min, of_runs)), max(map(max, of_runs))
-    high = min(high, 4 * max(of_run[-1] for of_run in of_runs))
+    low, high = min(map(min, of_runs)), min(max(map(max, of_runs)), 4 * max(values[-1] for values in of_runs))
     margin = 0.04 * (high - low) or 1
     axes.set(xlabel='epochs trained', ylabel='top-1 error, %', title='error')
     axes.set_ylim(max(low - margin, 0), high + margin)
@@ -219,31 +208,24 @@ def _draw_errors(axes, runs):
 
 
 def _draw_term(axes, runs, name):
-    of_run = [loss_terms(run).get(name) for run in runs]
-    for number, (run, values) in enumerate(zip(runs, of_run)):
-        if values:
-            _draw_line(axes, number, run, values, '-')
-    positive = [value for values in of_run if values for value in values if value == value]
+    lines = [(i, run, loss_terms(run)[name]) for i, run in enumerate(runs) if name in loss_terms(run)]
+    for line in lines:
+        _draw_line(axes, *line, '-')
+    positive = [value for *_, values in lines for value in values if value == value]
     ratio = max(positive) / min(positive)
     locator = LogLocator(subs=(1,) if ratio > 100 else (1, 2, 5)) if ratio > 4 else MaxNLocator(4)
     axes.set(yscale='log', title=f'loss term {name}')
-    axes.yaxis.set_major_locator(locator)
-    axes.yaxis.set_major_formatter('{x:g}')
-    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set(major_locator=locator, major_formatter='{x:g}', minor_locator=NullLocator())
 
 
 def _draw_drops(axes, runs):
     owners = {}
-    for number, run in enumerate(runs):
+    for i, run in enumerate(runs):
         for step in rate_drops(run):
-            owners.setdefault(step, []).append(number)
-    for step, numbers in owners.items():
-        own = len(numbers) == 1 < len(runs)
-        colour = _look(numbers[0])['color'] if own else '0.3'
+            owners.setdefault(step, []).append(i)
+    for step, indices in owners.items():
+        colour = _look(indices[0])['color'] if len(indices) == 1 < len(runs) else '0.3'
         axes.axvline(step - 1, color=colour, linestyle=':', linewidth=0.8, zorder=0)
-
-
-# -------------------------------------------------------------------------------------------------------- attention
 
 
 def spread(labels, count):
@@ -277,10 +259,7 @@ def load_images(images, dataroot, count, image_size, imagenet):
         raise ValueError(f'--images {images} holds no images ({" ".join(IMAGE_SUFFIXES)})')
     size = image_size or (IMAGENET_SIZE if imagenet else SMALL_SIZE)
     chosen = [files[i] for i in spread(map(os.path.dirname, files), count)]
-    if imagenet:
-        crops = [test_crop(file, size) for file in chosen]
-    else:
-        crops = [resize(read_image(file), size, size) for file in chosen]
+    crops = [test_crop(file, size) if imagenet else resize(read_image(file), size, size) for file in chosen]
     return torch.from_numpy(np.stack(crops))
 
 
@@ -291,8 +270,7 @@ def attention_maps(f, params, pixels, power=2, mapping='sum'):
     """
     normalize = photographs.normalize if f is imagenet_forward else memory.normalize
     with torch.no_grad():
-        groups = f(normalize(pixels), params, False)[1]
-        maps = [attention_map(group, power, mapping) for group in groups]
+        maps = [attention_map(group, power, mapping) for group in f(normalize(pixels), params, False)[1]]
     for i, values in enumerate(maps):
         if not values.isfinite().all():
             raise ValueError(f'the attention map of group {i} is not finite; try a lower --power than {power:g}')
@@ -361,8 +339,7 @@ def attention(opt):
     if len(opt.model) != 2:
         raise ValueError(f'give --model twice, the teacher first; {len(opt.model)} found')
     networks = [load_teacher(checkpoint_of(model)) for model in opt.model]
-    imagenet = networks[0][0] is imagenet_forward
-    pixels = load_images(opt.images, opt.dataroot, opt.count, opt.image_size, imagenet)
+    pixels = load_images(opt.images, opt.dataroot, opt.count, opt.image_size, networks[0][0] is imagenet_forward)
     maps = [attention_maps(f, params, pixels, opt.power, opt.mapping) for f, params in networks]
     if len(maps[0]) != len(maps[1]):
         raise ValueError(f'the teacher has {len(maps[0])} groups, the student {len(maps[1])}: no maps to pair')
@@ -373,12 +350,9 @@ def attention(opt):
     return draw_attention(pixels, *maps, captions)
 
 
-# ---------------------------------------------------------------------------------------------------------- command
-
-
 def picture(text):
     """An argparse type: the name of a .png or .svg in an existing folder."""
-    text = arguments.path(text)
+    text = path(text)
     folder = os.path.dirname(text) or '.'
     if not text.lower().endswith(('.png', '.svg')):
         raise argparse.ArgumentTypeError(f'{text!r} ends neither in .png nor in .svg')
@@ -398,27 +372,23 @@ def write(figure, out):
 
 def main():
     """Run the subcommand: curves or attention."""
-    parser = arguments.Parser(__doc__)
-    commands = parser.add_subparsers(
-        dest='command', required=True, metavar='COMMAND', parser_class=arguments.subcommand
-    )
+    parser = Parser(__doc__)
+    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=subcommand)
     flag = commands.add_parser('curves', help='errors and loss terms of runs over epochs').add_argument
-    logs = "a folder that holds log.txt, or a log, ours or the authors'"
-    flag('logs', nargs='+', type=arguments.path, metavar='LOG', help=logs)
+    flag('logs', nargs='+', type=path, metavar='LOG', help="a folder with log.txt, or a log, ours or the authors'")
     label = 'name of a run, once per log in the same order (default: the name of its folder)'
     flag('--label', action='append', default=[], metavar='NAME', help=label)
     flag('--out', default='curves.png', type=picture, help='.png or .svg (default: %(default)s)')
     flag = commands.add_parser('attention', help='where a teacher and a student look').add_argument
     model = 'a run, a file or torchvision:NAME; twice, the teacher first'
-    flag('--model', action='append', required=True, type=arguments.path, help=model)
-    flag('--images', required=True, type=arguments.path, help='a folder of images, or CIFAR10, CIFAR100 or digits')
-    flag('--dataroot', default='.', type=arguments.path, help='folder of the data set, as in cifar.py')
-    flag('--count', default=4, type=arguments.number(int, 1, 32), help='number of images (default: 4)')
-    size = arguments.number(int, 8, 1024)
+    flag('--model', action='append', required=True, type=path, help=model)
+    flag('--images', required=True, type=path, help='a folder of images, or CIFAR10, CIFAR100 or digits')
+    flag('--dataroot', default='.', type=path, help='folder of the data set, as in cifar.py')
+    flag('--count', default=4, type=number(int, 1, 32), help='number of images (default: 4)')
+    size = number(int, 8, 1024)
     flag('--image_size', type=size, metavar='N', help='height and width (default: 224 for ImageNet networks, else 32)')
     flag('--mapping', default='sum', choices=['sum', 'max'], help='attention map: over channels (section 3.1)')
-    power = arguments.number(float, 0, 16, above=True)
-    flag('--power', default=2, type=power, help='attention map: p of |A|^p (section 3.1; default: 2)')
+    flag('--power', default=2, type=number(float, 0, 16, above=True), help='p of |A|^p (section 3.1; default: 2)')
     flag('--out', default='attention.png', type=picture, help='.png or .svg (default: %(default)s)')
     opt = parser.parse_args()
     write(draw_curves(opt.logs, opt.label) if opt.command == 'curves' else attention(opt), opt.out)
