@@ -18,16 +18,16 @@ import multiprocessing
 import os
 import statistics
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
+
+from measure import flops, matrix_rate, peak_memory, seconds, settled_seconds
 
 from engine import ending, workers
 from engine.arguments import Parser, number
@@ -138,46 +138,6 @@ def fast_step(opt, case, device):
     return make_update(opt, Network(f, params), teacher, image)
 
 
-def seconds(step, *batch):
-    """How long a step on a batch takes, with what it leaves a GPU to do."""
-    start = time.perf_counter()
-    step(*batch)
-    if batch[0].device.type == 'cuda':
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def matrix_rate(dtype, device, n=2048):
-    """FLOP/s of a product of two n x n matrices: the best of 10."""
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / min(seconds(torch.mm, a, b) for _ in range(10))
-
-
-def peak_memory(step, *batch):
-    """Bytes that a step allocates at most at once, beyond what there was before it."""
-    device = batch[0].device
-    if device.type == 'cuda':
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        step(*batch)
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(*batch)
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == '[memory]']
-    held = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
-
-
-def flops(step, *batch):
-    """Floating-point operations of a step on a batch."""
-    with FlopCounterMode(display=False) as counter:
-        step(*batch)
-    return counter.get_total_flops()
-
-
 def device():
     return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
 
@@ -222,13 +182,6 @@ def own_process():
     """A new process for what is plain, with the memory allocator that every process begins with."""
     spawn = multiprocessing.get_context('spawn')
     return ProcessPoolExecutor(1, spawn, initializer=children.end_with_parent, initargs=(os.getpid(),))
-
-
-def settled_seconds(step, *batch, steps=2):
-    """The mean `seconds` of steps one after the other, when threads and caches have settled from the other step."""
-    time.sleep(0.02)
-    step(*batch)
-    return sum(seconds(step, *batch) for _ in range(steps)) / steps
 
 
 def measure(name, opt, rates):

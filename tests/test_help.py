@@ -8,7 +8,7 @@ import cifar
 import finetune
 import imagenet
 
-WITHOUT = {'options', 'run', 'evaluation'}  # groups of flags that say how a program runs, and of which the paper has nothing
+WITHOUT = {'options', 'run', 'evaluation'}  # groups of flags that the paper has nothing of
 
 
 @pytest.mark.parametrize('module, section', [(cifar, '4.1'), (imagenet, '4.2.2'), (finetune, '4.2.1')])

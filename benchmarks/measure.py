@@ -1,0 +1,53 @@
+"""What a step takes: seconds, memory and floating-point operations."""
+
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def seconds(step, *batch):
+    """How long a step on a batch takes, with what it leaves a GPU to do."""
+    start = time.perf_counter()
+    step(*batch)
+    if batch[0].device.type == 'cuda':
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def matrix_rate(dtype, device, n=2048):
+    """FLOP/s of a product of two n x n matrices: the best of 10."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    return 2 * n**3 / min(seconds(torch.mm, a, b) for _ in range(10))
+
+
+def peak_memory(step, *batch):
+    """Bytes that a step allocates at most at once, beyond what there was before it."""
+    device = batch[0].device
+    if device.type == 'cuda':
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step(*batch)
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step(*batch)
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == '[memory]']
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def flops(step, *batch):
+    """Floating-point operations of a step on a batch."""
+    with FlopCounterMode(display=False) as counter:
+        step(*batch)
+    return counter.get_total_flops()
+
+
+def settled_seconds(step, *batch, steps=2):
+    """The mean `seconds` of steps one after the other, when threads and caches have settled from the other step."""
+    time.sleep(0.02)
+    step(*batch)
+    return sum(seconds(step, *batch) for _ in range(steps)) / steps
