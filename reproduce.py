@@ -15,7 +15,6 @@ import math
 import os
 import re
 import shlex
-import statistics
 import sys
 from functools import partial
 
@@ -24,19 +23,15 @@ import torch
 from engine import ending, jobs
 from engine.arguments import Parser, number, path
 from engine.flags import parse_cifar
-from engine.log import read_log
 from engine.paper import TABLES, columns, commands, methods_of, names, teacher_of
 from engine.precision import freeze
 from engine.runs import changed_settings
 from engine.step import seconds_a_step
 from engine.student import initialise
+from engine.table import around, last_epoch, results, table_lines
 from formats.networks import NETWORKS, fold, load
 from formats.write import write_whole
 from utils import DTYPES
-
-# The keys that a log record needs for a table.
-PROTOCOL = set('epoch test_acc dataset train_images test_images holdout epochs epoch_step'.split())
-PROTOCOL |= set('lr_decay_ratio batch_size dtype device torch'.split())
 
 
 def parse():
@@ -54,6 +49,8 @@ def parse():
     flag('--jobs', default=1, type=number(int, 1, 1024), help='runs at a time, one per GPU if there are GPUs')
     markdown = 'also write the table into FILE, between its markers'
     flag('--markdown', default='', type=path, metavar='FILE', help=markdown)
+    flag('--compile', action='store_true', help='as in cifar.py')
+    flag('--all', action='store_true', help='also print the cells of the table that were not run')
     flag = parser.add_mutually_exclusive_group().add_argument
     flag('--dry_run', action='store_true', help='print the remaining commands and their time, and stop')
     flag('--show', action='store_true', help='print the table from the existing logs, and stop')
@@ -82,24 +79,6 @@ def parse():
 
 
 # ----------------------------------------------------------------------------------------------------------- the runs
-
-
-def results(name):
-    """The log of a run in logs/, one dictionary per epoch; empty if it has not started.
-
-    Raises ValueError if it is damaged, or not a log of cifar.py.
-    """
-    path = os.path.join('logs', name, 'log.txt')
-    records = read_log(path) if os.path.exists(path) else []
-    if not all(PROTOCOL <= r.keys() and isinstance(r['test_acc'], float) for r in records):
-        raise ValueError(f'{path} is not a log of cifar.py')
-    return records
-
-
-def last_epoch(opt, name):
-    """The last record of a finished run's log, or None."""
-    records = results(name)
-    return records[-1] if records and records[-1]['epoch'] == opt.epochs else None
 
 
 def finished(opt, name):
@@ -172,60 +151,6 @@ def run(opt, name, arguments, job):
     if not last_epoch(opt, name):
         raise ValueError('it was stopped')
     return f'{100 - last_epoch(opt, name)["test_acc"]:.2f}% test error'
-
-
-# ---------------------------------------------------------------------------------------------------------- the table
-
-
-def table_lines(opt):
-    """The lines of the table in Markdown: our test error of the last epoch, or 'not run', beside the paper's."""
-    lines = [
-        '| student <- teacher | method | our error, % | spread | seeds | paper, % | difference |',
-        '|---|---|---|---|---|---|---|',
-    ]
-    protocols, methods = set(), methods_of(opt.table)
-    for row in opt.rows:
-        for method in columns(opt, row):
-            records = [r for r in (last_epoch(opt, name) for name in names(opt, row, method)) if r]
-            errors = sorted(100 - r['test_acc'] for r in records)
-            protocols |= {protocol(r) for r in records}
-            paper = TABLES[opt.table]['rows'][row].get(method)
-            ours = statistics.median(errors) if errors else None
-            cells = [
-                f'{row[0]} <- {row[1]}'.upper(),
-                methods[method].label,
-                'not run' if ours is None else f'{ours:.2f}',
-                f'{errors[0]:.2f} to {errors[-1]:.2f}' if len(errors) > 1 else '',
-                str(len(errors) or ''),
-                '' if paper is None else f'{paper:.2f}',
-                '' if ours is None or paper is None else f'{ours - paper:+.2f}',
-            ]
-            lines.append(f'| {" | ".join(cells)} |')
-    return [*lines, '', *(f'{p}.' for p in sorted(protocols))]
-
-
-def protocol(record):
-    """The protocol of a run in one line, to print with its numbers."""
-    full_size = {'CIFAR10': 10_000, 'CIFAR100': 10_000}.get(record['dataset'], record['test_images'])
-    tested = f'{record["test_images"]:,}' + ('' if record['test_images'] == full_size else f' of {full_size:,}')
-    if record['holdout']:
-        tested = f'{record["test_images"]:,} held-out training'
-    return (
-        f'{record["dataset"]}: trained on {record["train_images"]:,} images for {record["epochs"]} epochs '
-        f'(lr {record["lr_decay_ratio"]:g} times at {record["epoch_step"]}), batch {record["batch_size"]}, '
-        f'{record["dtype"]}, last epoch, tested on {tested} images; {record["device"]}, torch {record["torch"]}'
-    )
-
-
-def around(path, table):
-    """A file's bytes up to the line <!-- table -->, and from <!-- /table --> on. Raises ValueError without them."""
-    with open(path, 'rb') as file:
-        text = file.read()
-    begin, end = f'<!-- {table} -->', f'<!-- /{table} -->'
-    lines, end_at = list(re.finditer(begin.encode() + rb'\r?\n', text)), text.find(end.encode())
-    if len(lines) != 1 or text.count(end.encode()) != 1 or end_at < lines[0].start():
-        raise ValueError(f'{path} has no lines {begin} and {end} to write between')
-    return text[: lines[0].end()], text[end_at:]
 
 
 def main():

@@ -1,0 +1,137 @@
+"""A table of the paper in Markdown, from logs alone: errors, paired differences and the protocols of the runs."""
+
+import os
+import re
+import statistics
+
+from scipy.stats import t  # comes with scikit-learn
+
+from engine.log import read_log
+from engine.paper import TABLES, columns, methods_of, names
+
+# The keys that a log record needs for a table.
+PROTOCOL = set('epoch test_acc dataset train_images test_images holdout epochs epoch_step'.split())
+PROTOCOL |= set('lr_decay_ratio batch_size dtype device torch'.split())
+
+
+def results(name):
+    """The log of a run in logs/, one dictionary per epoch; empty if it has not started.
+
+    Raises ValueError if it is damaged, or not a log of cifar.py.
+    """
+    path = os.path.join('logs', name, 'log.txt')
+    records = read_log(path) if os.path.exists(path) else []
+    if not all(PROTOCOL <= r.keys() and isinstance(r['test_acc'], float) for r in records):
+        raise ValueError(f'{path} is not a log of cifar.py')
+    return records
+
+
+def last_epoch(opt, name):
+    """The last record of a finished run's log, or None."""
+    records = results(name)
+    return records[-1] if records and records[-1]['epoch'] == opt.epochs else None
+
+
+def table_lines(opt):
+    """The lines of the table: our test errors of the last epoch beside the paper's, then paired differences.
+
+    Cells that were not run are left out unless opt.all. The difference to the paper is given only for its schedule.
+    """
+    methods, runs, cells = methods_of(opt.table), {}, 0
+    head = ['student <- teacher', 'method', 'our error, %', 'spread', 'seeds', 'paper, %']
+    of_paper = opt.epochs == TABLES[opt.table]['epochs'] and not opt.holdout
+    lines = [_line([*head, 'difference'] if of_paper else head), '|---' * (len(head) + of_paper) + '|']
+    for row in opt.rows:
+        for method in columns(opt, row):
+            done = {seed: last_epoch(opt, name) for seed, name in enumerate(names(opt, row, method))}
+            done = runs[row, method] = {seed: record for seed, record in done.items() if record}
+            cells += 1
+            if done or opt.all:
+                lines.append(_line(_cells(opt, row, method, methods[method].label, done, of_paper)))
+    ran = sum(map(bool, runs.values()))
+    lines += [] if ran == cells else ['', f'{ran} of {cells} cells were run.']
+    lines += differences(opt, runs, {method: methods[method].label for _, method in runs})
+    lines += ['', *(f'{line}.' for line in protocols([r for done in runs.values() for r in done.values()]))]
+    return lines
+
+
+def _line(cells):
+    return f'| {" | ".join(cells)} |'
+
+
+def _cells(opt, row, method, label, done, of_paper):
+    errors = sorted(100 - record['test_acc'] for record in done.values())
+    paper = TABLES[opt.table]['rows'][row].get(method)
+    ours = statistics.median(errors) if errors else None
+    cells = [
+        f'{row[0]} <- {row[1]}'.upper(),
+        label,
+        'not run' if ours is None else f'{ours:.2f}',
+        f'{errors[0]:.2f} to {errors[-1]:.2f}' if len(errors) > 1 else '',
+        ', '.join(map(str, done)),
+        '' if paper is None else f'{paper:.2f}',
+    ]
+    return cells + ['' if ours is None or paper is None else f'{ours - paper:+.2f}'] * of_paper
+
+
+def differences(opt, runs, labels):
+    """The lines of a table of differences of errors to the student alone and to AT, over the seeds that both have.
+
+    runs: {(row, method): {seed: last record of the log}}. Empty if no two methods have two seeds in common.
+    """
+    lines = []
+    for (row, method), done in runs.items():
+        for base in ('student', 'at'):
+            other = runs.get((row, base), {})
+            seeds = sorted(done.keys() & other.keys())
+            if method in ('teacher', 'student', base) or len(seeds) < 2:
+                continue
+            pairs = [other[seed]['test_acc'] - done[seed]['test_acc'] for seed in seeds]
+            half = t.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
+            cells = (
+                f'{labels[method]} - {labels[base]}',
+                f'{statistics.mean(pairs):+.2f}',
+                f'{half:.2f}',
+                str(len(pairs)),
+            )
+            lines.append(_line([f'{row[0]} <- {row[1]}'.upper(), *cells]))
+    head = _line(
+        ['student <- teacher', 'difference of errors', 'mean, points', '95 % t-interval, +-', 'pairs of seeds']
+    )
+    return ['', head, '|---' * 5 + '|', *lines] if lines else []
+
+
+def protocols(records):
+    """The protocols of runs, one line each; those that differ only in the number of threads are one."""
+    threads = {}
+    for record in records:
+        model, _, number = str(record['device']).rpartition(', ')
+        known = model and number.endswith(' threads')
+        way = protocol({**record, 'device': model if known else record['device']})
+        threads.setdefault(way, set()).update([number.removesuffix(' threads')] if known else [])
+    counts = {way: ' or '.join(sorted(numbers, key=int)) for way, numbers in threads.items()}
+    return [f'{way}, {counts[way]} threads' if counts[way] else way for way in sorted(threads)]
+
+
+def protocol(record):
+    """The protocol of a run in one line, to print with its numbers."""
+    full_size = {'CIFAR10': 10_000, 'CIFAR100': 10_000}.get(record['dataset'], record['test_images'])
+    tested = f'{record["test_images"]:,}' + ('' if record['test_images'] == full_size else f' of {full_size:,}')
+    if record['holdout']:
+        tested = f'{record["test_images"]:,} held-out training'
+    return (
+        f'{record["dataset"]}: trained on {record["train_images"]:,} images for {record["epochs"]} epochs '
+        f'(lr {record["lr_decay_ratio"]:g} times at {record["epoch_step"]}), batch {record["batch_size"]}, '
+        f'{record["dtype"]}, last epoch, tested on {tested} images; torch {record["torch"]}, {record["device"]}'
+    )
+
+
+def around(path, table):
+    """A file's bytes up to the line <!-- table -->, and from <!-- /table --> on. Raises ValueError without them."""
+    with open(path, 'rb') as file:
+        text = file.read()
+    begin, end = f'<!-- {table} -->', f'<!-- /{table} -->'
+    lines, end_at = list(re.finditer(begin.encode() + rb'\r?\n', text)), text.find(end.encode())
+    if len(lines) != 1 or text.count(end.encode()) != 1 or end_at < lines[0].start():
+        raise ValueError(f'{path} has no lines {begin} and {end} to write between')
+    return text[: lines[0].end()], text[end_at:]
