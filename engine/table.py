@@ -1,4 +1,4 @@
-"""A table of the paper in Markdown, from logs alone: errors, paired differences and how the runs were done."""
+"""A table of the paper in Markdown, from logs alone: errors, paired differences and the protocols of the runs."""
 
 import os
 import re
@@ -33,11 +33,11 @@ def last_epoch(opt, name):
 
 
 def table_lines(opt):
-    """The lines of the table: test errors of the last epoch, ours beside the paper's, then paired differences.
+    """The lines of the table: our test errors of the last epoch beside the paper's, then paired differences.
 
-    Cells that were not run are left out unless opt.all. The difference to the paper is only given for its schedule.
+    Cells that were not run are left out unless opt.all. The difference to the paper is given only for its schedule.
     """
-    known, runs, cells = methods_of(opt.table), {}, 0
+    methods, runs, cells = methods_of(opt.table), {}, 0
     head = ['student <- teacher', 'method', 'our error, %', 'spread', 'seeds', 'paper, %']
     of_paper = opt.epochs == TABLES[opt.table]['epochs'] and not opt.holdout
     lines = [_line([*head, 'difference'] if of_paper else head), '|---' * (len(head) + of_paper) + '|']
@@ -47,10 +47,10 @@ def table_lines(opt):
             done = runs[row, method] = {seed: record for seed, record in done.items() if record}
             cells += 1
             if done or opt.all:
-                lines.append(_line(_cells(opt, row, method, known[method].label, done, of_paper)))
+                lines.append(_line(_cells(opt, row, method, methods[method].label, done, of_paper)))
     ran = sum(map(bool, runs.values()))
     lines += [] if ran == cells else ['', f'{ran} of {cells} cells were run.']
-    lines += differences(opt, runs, {method: known[method].label for _, method in runs})
+    lines += differences(opt, runs, {method: methods[method].label for _, method in runs})
     lines += ['', *(f'{line}.' for line in protocols([r for done in runs.values() for r in done.values()]))]
     return lines
 
@@ -77,7 +77,7 @@ def _cells(opt, row, method, label, done, of_paper):
 def differences(opt, runs, labels):
     """The lines of a table of paired differences of errors: to the student alone and to AT, over common seeds.
 
-    runs: {(row, method): {seed: last line of the log}}. Empty where no two methods have two seeds in common.
+    runs: {(row, method): {seed: last record of the log}}. Empty if no two methods have two seeds in common.
     """
     lines = []
     for (row, method), done in runs.items():
@@ -115,8 +115,8 @@ def protocols(records):
 
 def protocol(record):
     """The protocol of a run in one line, to print with its numbers."""
-    whole = {'CIFAR10': 10_000, 'CIFAR100': 10_000}.get(record['dataset'], record['test_images'])
-    tested = f'{record["test_images"]:,}' + ('' if record['test_images'] == whole else f' of {whole:,}')
+    full_size = {'CIFAR10': 10_000, 'CIFAR100': 10_000}.get(record['dataset'], record['test_images'])
+    tested = f'{record["test_images"]:,}' + ('' if record['test_images'] == full_size else f' of {full_size:,}')
     if record['holdout']:
         tested = f'{record["test_images"]:,} held-out training'
     return (
@@ -131,7 +131,7 @@ def around(path, table):
     with open(path, 'rb') as file:
         text = file.read()
     begin, end = f'<!-- {table} -->', f'<!-- /{table} -->'
-    lines, at = list(re.finditer(begin.encode() + rb'\r?\n', text)), text.find(end.encode())
-    if len(lines) != 1 or text.count(end.encode()) != 1 or at < lines[0].start():
+    lines, end_at = list(re.finditer(begin.encode() + rb'\r?\n', text)), text.find(end.encode())
+    if len(lines) != 1 or text.count(end.encode()) != 1 or end_at < lines[0].start():
         raise ValueError(f'{path} has no lines {begin} and {end} to write between')
-    return text[: lines[0].end()], text[at:]
+    return text[: lines[0].end()], text[end_at:]
