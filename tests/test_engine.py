@@ -1,26 +1,23 @@
 """The loop against a loop written out by hand, schedules, evaluation and the log."""
 
-import json
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused
 
 import resnet
 import utils
-from engine import log, schedules
+from engine import schedules
 from engine.arguments import Parser
 from engine.evaluate import evaluate
-from engine.flags import common_flags, parse_cifar
-from engine.log import commit, line_of, read_log
-from engine.step import Updates, make_step, make_update
+from engine.flags import common_flags
+from engine.log import read_log
+from engine.step import make_step
 from engine.student import Network, pair
-from engine.teacher import frozen
 from engine.transfer import group_numbers
-from formats import networks, write
+from formats import networks
 from images import memory
 from nin import nin
 
@@ -254,117 +251,3 @@ def test_transfer_groups_are_chosen_by_number():
     assert group_numbers('', 3) == [0, 1, 2] and group_numbers('2,0', 3) == [2, 0]
     with pytest.raises(ValueError, match='--groups 3: the network has groups 0 to 2'):
         group_numbers('3', 3)
-
-
-# -------------------------------------------------------------------------------------------------------- the log
-
-UPSTREAM_LINE = (
-    'json_stats: {"depth": 16, "width": 2.0, "lr": 0.1, "alpha": 0, "epoch_step": "[60,120,160]", "epoch": 1, '
-    '"train_loss": 1.4, "train_acc": 48.3, "test_loss": 1.1, "test_acc": 60.5, "num_classes": 10, '
-    '"n_parameters": 691674, "train_time": 12.5, "test_time": 1.1, "at_losses": [[NaN, NaN], [0.1, Infinity]]}'
-)
-
-
-def test_the_authors_logs_are_read_and_other_lines_passed_over(tmp_path):
-    path = tmp_path / 'log.txt'
-    path.write_text(f'parsed options: {{}}\n{UPSTREAM_LINE}\n\n{UPSTREAM_LINE.replace("60.5", "61.0")}\n')
-    records = read_log(path)
-    assert [r['test_acc'] for r in records] == [60.5, 61.0] and records[0]['width'] == 2
-
-
-def test_a_last_line_cut_short_is_left_out_and_any_other_is_an_error(tmp_path):
-    path = tmp_path / 'log.txt'
-    for cut in range(10, len(UPSTREAM_LINE)):
-        path.write_text(f'{UPSTREAM_LINE}\n{UPSTREAM_LINE[:cut]}')
-        assert len(read_log(path)) == 1
-    path.write_text(f'{UPSTREAM_LINE[:100]}\n{UPSTREAM_LINE}\n')
-    with pytest.raises(ValueError, match='log.txt, line 1: json_stats is not followed by a JSON object'):
-        read_log(path)
-    path.write_text(f'json_stats: {"[" * 100_000}\n{UPSTREAM_LINE}\n')
-    with pytest.raises(ValueError, match='line 1'):
-        read_log(path)
-
-
-def test_log_lines_are_strict_json():
-    line = line_of({'a': float('nan'), 'b': [(1.0, float('inf'))], 'c': 'd', 'e': True, 'f': None})
-    assert json.loads(line.removeprefix('json_stats: ')) == {
-        'a': None,
-        'b': [[1.0, None]],
-        'c': 'd',
-        'e': True,
-        'f': None,
-    }
-
-
-def test_commit_is_that_of_this_code_or_none(monkeypatch, tmp_path):
-    assert commit() is None or len(commit().removesuffix('-dirty')) >= 7
-    monkeypatch.setattr(log, '__file__', str(tmp_path / 'engine' / 'log.py'))
-    assert commit() is None
-
-
-HALF = [
-    '--beta 1e5',
-    '--transfer gradient --beta 1',
-    '--transfer full --beta 1e7',
-    '--penalty symmetry --gamma 100',
-]
-
-
-@pytest.mark.parametrize('words', HALF)
-def test_a_weight_that_float32_bears_is_borne_by_float16(words):
-    """Its gradients are infinite at first, and those steps are left out."""
-    losses = {}
-    for dtype in ('float', 'half'):
-        opt = parse_cifar('', f'--teacher_id x --batch_size 32 --lr 1e-4 --dtype {dtype} {words}'.split())
-        torch.manual_seed(0)
-        f, params = resnet.wide_resnet(10, 0.25, 10)
-        g, fixed = resnet.wide_resnet(10, 0.5, 10)
-        taught = partial(g, params={k: v.detach() for k, v in fixed.items()}, mode=False)
-        images, labels = torch.randn(32, 3, 16, 16), torch.arange(32) % 10
-        update, before = make_update(opt, Network(f, params), taught, images[:1]), params['fc.weight'].detach().clone()
-        for _ in range(30):
-            update(images, labels)
-        assert not torch.equal(params['fc.weight'], before)
-        losses[dtype] = params['fc.weight'].detach()
-        assert losses[dtype].isfinite().all()
-
-
-def test_the_scale_of_float16_losses_is_resumed(train):
-    flags = '--epochs 3 --epoch_step [] --lr 0.01 --dtype half'
-    assert train(flags, '--save logs/whole')[0] == 0
-    assert train('--epochs 1 --epoch_step [] --lr 0.01 --dtype half --save logs/part')[0] == 0
-    state = networks.load('logs/part/model.pt7')
-    assert state['scaler']['scale'] > 0 and state['scaler']['_growth_tracker'] == 4  # steps of an epoch
-    assert train(flags, '--save logs/part --resume auto')[0] == 0
-    whole, part = (networks.load(f'logs/{name}/model.pt7') for name in ('whole', 'part'))
-    assert whole['scaler'] == part['scaler'] and whole['scaler']['_growth_tracker'] == 12
-    assert all(torch.equal(whole['params'][k], part['params'][k]) for k in whole['params'])
-    write.save('logs/part/model.pt7', {**state, 'scaler': {'scale': 'x'}})
-    assert refused(train(flags, '--save logs/part --resume logs/part/model.pt7'), 'scale of its float16 losses')
-
-
-def test_gradients_that_no_scale_makes_finite_fail_the_run():
-    opt = parse_cifar('', ['--dtype', 'half'])
-    weight = torch.ones(1, requires_grad=True)
-    updates = Updates(opt, [weight], torch.device('cpu'))
-
-    def closure():
-        updates.zero_grad()
-        updates.scaled(weight * float('inf'), None)[0].backward()
-
-    for _ in range(100):
-        updates.step(closure)
-    assert weight == 1
-    with pytest.raises(FloatingPointError, match='epoch 3: the gradients in float16 are not finite at any scale'):
-        updates.check_scale(3)
-
-
-def test_a_float64_teacher_is_folded_in_float64():
-    opt = parse_cifar('', ['--dtype', 'double'])
-    torch.manual_seed(0)
-    f, params = resnet.wide_resnet(10, 0.5, 10)
-    params = {k: v.detach() + 0.1 for k, v in params.items()}
-    folded = frozen(opt, Network(f, params), None, torch.device('cpu'))
-    x = torch.randn(2, 3, 16, 16, dtype=torch.double)
-    expected = f(x, {k: v.double() for k, v in params.items()}, False)[0]
-    torch.testing.assert_close(f(x, folded, False)[0], expected, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,81 @@
+"""The table is made of logs alone."""
+
+import json
+import pathlib
+from functools import partial
+
+from conftest import refused
+from test_reproduce import RECORD, write_log
+
+import reproduce
+from engine import table
+
+
+def test_the_table_shows_median_spread_and_difference_and_marks_what_was_not_run(script):
+    for seed, error in enumerate((13.0, 12.0, 12.5)):
+        write_log(f'cifar10-e16/wrn-16-1-s{seed}', error)
+    write_log('cifar10-e16/wrn-16-1-at-wrn-16-2-s0', 11.0)
+    write_log('cifar10-e16/wrn-16-1-kd-wrn-16-2-s0', 10.0, last=15)  # not finished
+    status, out, _ = script(reproduce, 'table1 --rows 2 --epochs 16 --show --all')
+    rows = {line.split(' | ')[1]: line for line in out.splitlines() if line.startswith('| WRN')}
+    assert status == 0
+    assert rows['student alone'] == '| WRN-16-1 <- WRN-16-2 | student alone | 12.50 | 12.00 to 13.00 | 0, 1, 2 | 8.77 |'
+    assert rows['AT'] == '| WRN-16-1 <- WRN-16-2 | AT | 11.00 |  | 0 | 7.93 |'
+    assert rows['KD'] == '| WRN-16-1 <- WRN-16-2 | KD | not run |  |  | 7.41 |'
+    assert list(rows) == ['teacher', 'student alone', 'AT', 'F-ActT', 'KD', 'AT+KD']
+    assert 'bfloat16, last epoch, tested on 9,980 of 10,000 images' in out
+
+
+def test_differences_are_paired_by_seed_and_have_a_t_interval(script):
+    """1, 2 and 3 have the mean 2 and the standard deviation 1; the quantile of t is 4.303."""
+    for seed, (student, at) in enumerate(((13.0, 12.0), (14.0, 12.0), (15.0, 12.0), (9.0, None))):
+        write_log(f'cifar10-e16/wrn-16-1-s{seed}', student)
+        if at:
+            write_log(f'cifar10-e16/wrn-16-1-at-wrn-16-2-s{seed}', at)
+    write_log('cifar10-e16/wrn-16-1-kd-wrn-16-2-s0', 10.0)  # one seed: no interval
+    _, out, _ = script(reproduce, 'table1 --rows 2 --epochs 16 --show')
+    rows = [line for line in out.splitlines() if ' - ' in line]
+    assert rows == ['| WRN-16-1 <- WRN-16-2 | AT - student alone | -2.00 | 2.48 | 3 |']
+    assert '3 of 6 cells were run.' in out and 'not run' not in out
+
+
+def test_the_difference_to_the_paper_is_given_for_its_schedule_alone(script):
+    write_log('cifar10-e200/wrn-16-1-s0', 8.5, epochs=200, last=200)
+    _, out, _ = script(reproduce, 'table1 --rows 2 --show')
+    assert '| WRN-16-1 <- WRN-16-2 | student alone | 8.50 |  | 0 | 8.77 | -0.27 |' in out
+
+
+def test_runs_that_differ_in_threads_alone_are_of_one_protocol():
+    records = [{**RECORD, 'device': f'AMD EPYC, {n} threads'} for n in (2, 1, 2)]
+    assert [line.rpartition('; ')[2] for line in table.protocols(records)] == ['torch 2, AMD EPYC, 1 or 2 threads']
+    assert len(table.protocols([*records, {**RECORD, 'device': 'NVIDIA H100'}])) == 2
+
+
+def test_without_epochs_the_table_shows_the_longest_schedule_that_is_there_but_its_own_first(script):
+    shown = partial(script, reproduce, 'table1 --rows 2 --methods student --show')
+    assert '0 of 1 cells were run.' in shown()[1]
+    write_log('cifar10-e8/wrn-16-1-s0', 14.0, epochs=8, last=8)
+    write_log('cifar10-e16/wrn-16-1-s1', 12.0)
+    write_log('cifar10-e300/wrn-16-1-s0', 9.0, epochs=300, last=299)  # not finished
+    assert '| 12.00 |' in shown()[1] and '| 14.00 |' in shown('--epochs 8')[1]
+    write_log('cifar10-e200/wrn-16-1-s0', 10.0, epochs=200, last=200)
+    assert '| 10.00 |' in shown()[1]
+
+
+def test_a_log_that_is_none_of_ours_is_named(script):
+    write_log('cifar10-e16/wrn-16-1-s0', 12.0)
+    for line in ('{}', json.dumps({**RECORD, 'epoch': 16, 'test_acc': None}), '{"epoch": 16, "test_acc": 90.0}'):
+        pathlib.Path('logs/cifar10-e16/wrn-16-1-s0/log.txt').write_text(f'json_stats: {line}\n')
+        assert refused(script(reproduce, 'table1 --show'), 'wrn-16-1-s0/log.txt is not a log of cifar.py')
+
+
+def test_the_table_is_written_between_its_markers_alone(script, tmp_path):
+    write_log('cifar10-e16/wrn-16-1-s0', 12.0)
+    (tmp_path / 'a.md').write_text('before\n<!-- table1 -->\nold\n<!-- /table1 -->\nafter\n')
+    assert script(reproduce, 'table1 --rows 2 --epochs 16 --show --markdown a.md')[0] == 0
+    text = (tmp_path / 'a.md').read_text()
+    assert text.startswith('before\n<!-- table1 -->\n| student') and text.endswith('\n<!-- /table1 -->\nafter\n')
+    assert 'old' not in text and '| 12.00 |' in text
+    (tmp_path / 'b.md').write_text('no markers')
+    assert refused(script(reproduce, 'table1 --show --markdown b.md'), 'b.md has no lines <!-- table1 -->')
+    assert refused(script(reproduce, 'table1 --show --markdown nowhere.md'), 'nowhere.md')
