@@ -122,7 +122,7 @@ def test_a_table_is_written_between_lines_of_windows_and_bytes_of_any_encoding(s
     path = tmp_path / 'a.md'
     before = b'\xef\xbb\xbfcaf\xe9\r\n<!-- table1 -->\r\n', b'<!-- /table1 -->\r\n\xff\n'
     path.write_bytes(b'old'.join(before))
-    assert script(reproduce, 'table1 --show --epochs 1 --markdown a.md')[0] == 0
+    assert script(reproduce, 'table1 --show --all --epochs 1 --markdown a.md')[0] == 0
     found = path.read_bytes()
     assert found.startswith(before[0]) and found.endswith(before[1])
     assert found.count(b'\n') == found.count(b'\r\n') + 1 > 9

@@ -155,6 +155,8 @@ OTHERS = {  # of the other scripts: {words: {flag: values that it has to refuse}
         'holdout': ['-1', '0.5'],
         'dtype': ['float8'],
         'jobs': ['0', '-1', '1.5', '1000000'],
+        'compile': ['yes'],
+        'all': ['yes'],
         'dry_run': ['yes'],
         'show': ['yes'],
         'markdown': ['nowhere.md', 'nowhere/a.md'],
