@@ -84,6 +84,11 @@ def environment():
     os.environ.update(before)
 
 
+def pytest_runtest_setup(item):
+    if os.environ.get('AT_QUICK_TESTS') and item.get_closest_marker('slow'):
+        pytest.skip('takes seconds')
+
+
 @pytest.fixture(scope='session', autouse=True)
 def quick():
     """With AT_QUICK_TESTS, leave out what starts a process (a training asks git for its commit) or compiles."""

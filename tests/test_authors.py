@@ -37,6 +37,7 @@ AUTHORS = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.slow
 @AUTHORS
 def test_students_of_the_authors_are_read_folded_and_exported(script, depth, blocks, said):
     network, state = authors_student(blocks)

@@ -236,6 +236,7 @@ def test_networks_of_no_known_kind_are_refused_with_what_is_read(tmp_path):
         assert str(error.value).endswith(networks.supported())
 
 
+@pytest.mark.slow
 def test_a_wide_resnet_of_torchvision_is_read_and_named(script, tmp_path):
     torch.manual_seed(0)
     network, images = torchvision.models.wide_resnet50_2(num_classes=3).eval(), torch.randn(1, 3, 32, 32)

@@ -21,6 +21,7 @@ HALF = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('words', HALF)
 def test_a_weight_that_float32_bears_is_borne_by_float16(words):
     """Its gradients are infinite at first, and those steps are left out."""

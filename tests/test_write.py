@@ -34,6 +34,7 @@ def exported(script, run, to, out='out', *flags):
     return out
 
 
+@pytest.mark.slow
 def test_an_imagenet_resnet_goes_to_each_format_and_is_the_same_there(script, run, torchvision_net, images):
     net, depth = torchvision_net
     expected = net(images)
@@ -67,6 +68,7 @@ def onnx_logits(path, images):
     return torch.from_numpy(logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('torchvision_net', [18], indirect=True)
 def test_onnx_gives_the_logits_of_an_imagenet_resnet_for_any_batch(script, run, torchvision_net, images):
     net, _ = torchvision_net
