@@ -72,7 +72,7 @@ def parse():
     if not set(numbers) <= {str(i + 1) for i in range(len(rows))}:
         raise ValueError(f'--rows {opt.rows}: {opt.table} has rows 1 to {len(rows)}')
     opt.rows = [rows[int(i) - 1] for i in dict.fromkeys(numbers)]
-    opt.epochs = opt.epochs or (opt.show and epochs_there(opt)) or table['epochs']
+    opt.epochs = opt.epochs or (opt.show and longest_schedule(opt)) or table['epochs']
     if opt.markdown:
         around(opt.markdown, opt.table)  # a file without the markers is reported before training
     return opt
@@ -88,7 +88,7 @@ def finished(opt, name):
     return ended and (not os.path.exists(path) or load(path).get('epoch') == opt.epochs)
 
 
-def epochs_there(opt):
+def longest_schedule(opt):
     """The table's own number of epochs if one of its runs is finished, else the largest in logs/ with one; or None.
 
     Raises what `results` raises.
@@ -103,7 +103,7 @@ def epochs_there(opt):
     return None
 
 
-def draw(opt):
+def initial_network(opt):
     """The initialised network for flags of cifar.py: (f, params)."""
     return initialise(NETWORKS[opt.net].network(opt), opt, 10, device())
 
@@ -122,14 +122,14 @@ def seconds(opt, missing, runs):
             images = torch.randn(flags.batch_size, 3, 32, 32, device=device())
             images = images.contiguous(memory_format=torch.channels_last)
             teacher = _untrained(runs[flags.teacher_id]) if flags.teacher_id else None
-            measured[kind] = seconds_a_step(flags, draw(flags), teacher, images)
+            measured[kind] = seconds_a_step(flags, initial_network(flags), teacher, images)
         total += (opt.epochs - len(results(name))) * math.ceil(images_per_epoch / flags.batch_size) * measured[kind]
     return total
 
 
 def _untrained(arguments):
     flags = parse_cifar('', arguments)
-    f, params = draw(flags)
+    f, params = initial_network(flags)
     return partial(f, params=freeze(fold(params), flags.dtype, device()), mode=False)
 
 

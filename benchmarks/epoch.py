@@ -84,7 +84,7 @@ def plain_epoch(dataroot, count, nthread):
     train = loader(Pictures(dataset.train, transforms.Compose(augment + tensor)), shuffle=True)
     test = loader(Pictures(dataset.test, transforms.Compose(tensor)))
     step = benchmark.plain_step(flags, benchmark.CASES['at'], device)
-    f, params = benchmark.draw(benchmark.WRN_16_1, device)
+    f, params = benchmark.initialise(benchmark.WRN_16_1, device)
 
     def run():
         start = time.perf_counter()
@@ -110,7 +110,7 @@ def fast_epoch(flags, dataset, device):
     train_batches = partial(memory.TrainBatches, train, flags.batch_size, 4, True, flags.seed, 0, 1)
     test_batches = partial(memory.TestBatches, test, flags.batch_size)
     teacher = frozen_teacher(flags, dataset, device)
-    f, params = benchmark.draw(benchmark.WRN_16_1, device)
+    f, params = benchmark.initialise(benchmark.WRN_16_1, device)
     step = make_step(flags, partial(f, params=params, mode=True), teacher, device)
     source = Data(train_batches, test_batches, count(dataset), next(iter(test_batches()))[0][:1])
 
@@ -124,7 +124,7 @@ def fast_epoch(flags, dataset, device):
 
 
 def frozen_teacher(flags, dataset, device):
-    g, fixed = benchmark.draw(benchmark.WRN_16_2, device)
+    g, fixed = benchmark.initialise(benchmark.WRN_16_2, device)
     fixed = {k: v.detach() for k, v in fixed.items()}
     sample = partial(memory.sample, dataset.train)
     return partial(g, params=frozen(flags, Network(g, fixed), sample, device), mode=False)
@@ -132,7 +132,7 @@ def frozen_teacher(flags, dataset, device):
 
 def parts(flags, dataset, device):
     """Seconds of ours by part, over an epoch but for its first step; on a GPU, those of the host."""
-    f, params = benchmark.draw(benchmark.WRN_16_1, device)
+    f, params = benchmark.initialise(benchmark.WRN_16_1, device)
     updates = Updates(flags, [v for v in params.values() if v.requires_grad], device)
     step = make_step(flags, partial(f, params=params, mode=True), frozen_teacher(flags, dataset, device), device)
     meters, times, since = Meters(device, (1,)), {}, time.perf_counter()

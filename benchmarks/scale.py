@@ -57,7 +57,7 @@ def call(command, folder):
     return int(done.stdout) * unit / 1e6
 
 
-def draw(found, path):
+def plot(found, path):
     """Speed and memory against each axis, as one picture."""
     figure, axes = plt.subplots(1, len(AXES), figsize=(11, 3.2), layout='constrained')
     for axis, (name, rows) in zip(axes, found.items()):
@@ -97,7 +97,7 @@ def main():
                 found[name].append((value, record['images_per_second'], megabytes))
     print(f'\n{record["device"]}, torch {record["torch"]}, {opt.dtype}, commit {record["commit"]}')
     if opt.out:
-        draw(found, opt.out)
+        plot(found, opt.out)
 
 
 if __name__ == '__main__':

@@ -73,7 +73,7 @@ CASES = {
 }
 
 
-def draw(network, device):
+def initialise(network, device):
     """A network from a fixed seed, whose batch norm has seen some images: (f, params)."""
     torch.manual_seed(0)
     f, params = network()
@@ -86,9 +86,9 @@ def draw(network, device):
 
 def plain_step(opt, case, device):
     """The step as it is usually written: step(images, labels)."""
-    f, params = draw(case.student, device)
+    f, params = initialise(case.student, device)
     if case.teacher:
-        g, fixed = draw(case.teacher, device)
+        g, fixed = initialise(case.teacher, device)
         fixed = {k: v.detach() for k, v in fixed.items()}
     optimizer = torch.optim.SGD(
         [v for v in params.values() if v.requires_grad], opt.lr, momentum=0.9, weight_decay=opt.weight_decay
@@ -128,10 +128,10 @@ def plain_step(opt, case, device):
 
 def fast_step(opt, case, device):
     """The step that cifar.py and imagenet.py take: step(images, labels)."""
-    f, params = draw(case.student, device)
+    f, params = initialise(case.student, device)
     teacher = None
     if case.teacher:
-        g, fixed = draw(case.teacher, device)
+        g, fixed = initialise(case.teacher, device)
         sample = partial(torch.randn, case.batch, 3, case.size, case.size)
         teacher = partial(g, params=frozen(opt, Network(g, fixed), sample, device), mode=False)
     image = torch.zeros(1, 3, case.size, case.size, device=device)

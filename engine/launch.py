@@ -16,7 +16,7 @@ import torch
 from engine.stopping import STATUS
 
 LOST_PEER = 3  # exit status of a worker that stops because another one has ended
-TOLD = 'told'  # a file in the folder of a start: the exit status, and whether a restart would end likewise
+VERDICT = 'verdict'  # a file in the folder of a start: the exit status, and whether a restart would end likewise
 OPENED = 'opened'  # a file beside these folders: --save holds this run, not an older one
 
 
@@ -36,7 +36,7 @@ def claim(status, final):
         return True
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the launcher terminates the others once one has ended
     try:
-        with open(os.path.join(attempt(), TOLD), 'x', encoding='utf-8') as file:
+        with open(os.path.join(attempt(), VERDICT), 'x', encoding='utf-8') as file:
             file.write(f'{status} {int(final)}')
     except FileExistsError:
         return False
@@ -45,18 +45,18 @@ def claim(status, final):
     return True
 
 
-def told(folder):
+def verdict(folder):
     """The (exit status, final) that a worker wrote into the folder of a start; None if none did."""
-    with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, TOLD), encoding='utf-8') as file:
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(folder, VERDICT), encoding='utf-8') as file:
         status, final = map(int, file.read().split())
         return status, bool(final)
 
 
-def end_again():
+def end_as_before():
     """End a restarted worker if the reason that ended the workers before would end them again."""
     if attempt():
         base, _, number = attempt().rpartition('_')
-        previous = told(f'{base}_{int(number) - 1}') if number.isdigit() else None
+        previous = verdict(f'{base}_{int(number) - 1}') if number.isdigit() else None
         if previous and previous[1]:
             claim(*previous)
             sys.exit(previous[0])
@@ -110,7 +110,7 @@ def launch(opt):
 def _explain(failures, folder, opt):
     """The exit status for failed workers {rank: ProcessFailure}; prints the reason unless a worker has."""
     starts = glob.glob(os.path.join(folder, '*', 'attempt_*'))
-    written = told(max(starts, key=lambda path: int(path.rpartition('_')[2])))
+    written = verdict(max(starts, key=lambda path: int(path.rpartition('_')[2])))
     if written:
         return written[0]
     by_others = LOST_PEER, -signal.SIGTERM  # stopped because another one ended, or by the launcher

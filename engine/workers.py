@@ -151,7 +151,7 @@ def join(opt):
     if 'TORCHELASTIC_RUN_ID' in os.environ or 'AT_PARENT' in os.environ:
         parent = int(os.environ.get('AT_PARENT') or children.PARENT)
         children.end_with_parent(parent, '' if rank() else 'the process that started this run has died, so it ends')
-    launch.end_again()
+    launch.end_as_before()
     if world() > 1:
         _meet('nccl' if cuda else 'gloo')
     elif launches(opt):

@@ -42,13 +42,13 @@ def steps(monkeypatch):
     """The plain and the fast step of a case, each with the params that it trains."""
 
     def make(opt, case):
-        made, draw = [], benchmark.draw
+        made, initialise = [], benchmark.initialise
 
         def remember(*arguments):
-            made.append(draw(*arguments))
+            made.append(initialise(*arguments))
             return made[-1]
 
-        monkeypatch.setattr(benchmark, 'draw', remember)
+        monkeypatch.setattr(benchmark, 'initialise', remember)
         plain = benchmark.plain_step(opt, case, CPU), made[0][1]
         made.clear()
         return plain, (benchmark.fast_step(opt, case, CPU), made[0][1])
@@ -159,8 +159,8 @@ def test_a_compiled_step_equals_the_eager_one():
     for more in ('', ' --compile'):
         opt, small = case(TAUGHT[2] + more, 8, widths=(0.25, 0.5))
         assert opt.compile == bool(more)
-        f, params = benchmark.draw(small.student, CPU)
-        g, fixed = benchmark.draw(small.teacher, CPU)
+        f, params = benchmark.initialise(small.student, CPU)
+        g, fixed = benchmark.initialise(small.teacher, CPU)
         step = make_step(opt, partial(f, params=params, mode=True), partial(g, params=fixed, mode=False), CPU)
         torch.manual_seed(0)
         batch = torch.randn(8, 3, 16, 16), torch.arange(8)
@@ -185,8 +185,8 @@ def test_steps_of_cuda_graphs_equal_the_eager_ones():
     for more in ('', ' --compile --cuda_graphs'):
         opt, small = case(f'{TAUGHT[2]} --lr 0.001{more}', 8)
         device = torch.device('cuda')
-        f, params = benchmark.draw(small.student, device)
-        g, fixed = benchmark.draw(small.teacher, device)
+        f, params = benchmark.initialise(small.student, device)
+        g, fixed = benchmark.initialise(small.teacher, device)
         torch.manual_seed(0)
         images, labels = torch.randn(8, 3, 16, 16, device=device), torch.arange(8, device=device)
         update = make_update(opt, Network(f, params), partial(g, params=fixed, mode=False), images[:1])
