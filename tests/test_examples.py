@@ -9,11 +9,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import refused
+from conftest import SMALL, refused
 from torchvision.models import mobilenet_v3_large, resnet50
 from torchvision.models.feature_extraction import get_graph_node_names
 
-from examples import own_networks
+from engine.log import read_log
+from examples import controls, own_networks
 from examples.own_networks import STUDENT, TEACHER, extractors, losses
 
 PAIRS = ['at0', 'at1', 'at2', 'at3']
@@ -141,3 +142,24 @@ def test_wrong_use_is_refused_in_one_line(script, networks, tmp_path, flags, wor
 def test_the_script_itself_refuses_missing_weights(tmp_path):
     result = run_script(tmp_path, '--teacher_weights', 'missing.pth')
     assert refused(result, 'own_networks.py: error: ', 'missing.pth', 'no such')
+
+
+def test_controls_train_as_cifar_does_with_another_teacher(script, train, photos):
+    assert train('--epochs 2 --lr 0.05 --width 0.5 --save logs/teacher')[0] == 0
+    words = '--epochs 1 --lr 0.01 --teacher_id teacher --beta 100'
+    assert train(words, '--save logs/at')[0] == 0
+    first = {'at': read_log('logs/at/log.txt')[0]}
+    for control in controls.CONTROLS:
+        flags = f'{control} {SMALL} {words} --save logs/{control}'
+        status, out, err = script(controls, flags, '--dataroot', [photos])
+        assert status == 0 and 'at0: beta 100' in out, err
+        first[control] = read_log(f'logs/{control}/log.txt')[0]
+    assert len({record['at2'] for record in first.values()}) == 3
+    settings = [{k: v for k, v in r.items() if k in ('seed', 'beta', 'lr', 'teacher_id')} for r in first.values()]
+    assert settings[0] == settings[1] == settings[2]
+
+
+def test_what_is_no_control_is_refused(script):
+    assert refused(script(controls, 'other'), "'other' is not a control: expected shifted or untrained")
+    assert refused(script(controls, 'shifted --teacher_id x --beta 1 --alpha 0.5'), 'takes --beta, and no --alpha')
+    assert 'CIFAR10' in script(controls, '--help')[1]
