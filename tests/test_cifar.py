@@ -1,4 +1,4 @@
-"""Whole runs of cifar.py on real image files: what they log, keep, refuse and go on from."""
+"""Whole runs of cifar.py on real image files: what they log, save, refuse and resume from."""
 
 import os
 import re
@@ -22,7 +22,7 @@ TIMES = {'train_time', 'test_time', 'images_per_second', 'save', 'save_every', '
 
 
 def logged(run):
-    """The lines of a run's log, without what differs between two runs of the same."""
+    """The lines of a run's log, without values that differ between two equal runs."""
     return [{k: v for k, v in r.items() if k not in TIMES} for r in read_log(f'logs/{run}/log.txt')]
 
 
@@ -159,7 +159,7 @@ def test_dtypes_agree_on_the_first_epoch(train):
     assert losses['bfloat16'] == pytest.approx(losses['double'], rel=2e-2)
 
 
-# ----------------------------------------------------------------------------------------------- going on
+# ----------------------------------------------------------------------------------------------- resuming
 
 
 @pytest.mark.parametrize('dtype', ['float', 'bfloat16'])
@@ -180,7 +180,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(train, teacher, monkey
         status, _, err = train(flags, f'--save logs/part{stop} --resume auto')
         assert status == 130 and err == 'cifar.py: error: interrupted\n'
         monkeypatch.setattr(Run, 'keep_epoch', keep)
-        with open(f'logs/part{stop}/log.txt', 'a') as log:  # what a kill between log and checkpoint leaves
+        with open(f'logs/part{stop}/log.txt', 'a') as log:  # as after a kill between log and checkpoint
             log.write(line_of({**logged('whole')[-1], 'epoch': stop + 1}) + 'json_stats: {"dep')
         status, out, _ = train(flags, f'--save logs/part{stop} --resume auto')
         assert status == 0 and f'after epoch {stop}' in out
@@ -320,7 +320,7 @@ def test_unusable_checkpoints_are_refused(train, script, teacher):
     assert script(checkpoint, 'slim logs/teacher')[0] == 0
     assert refused(train(again, 'logs/teacher/model.pt7'), 'it can teach, but not be resumed')
     assert not os.path.exists('logs/run')
-    assert train('--epochs 1 --beta 1 --teacher_id teacher')[0] == 0  # it does teach
+    assert train('--epochs 1 --beta 1 --teacher_id teacher')[0] == 0  # it can teach
 
 
 def test_a_group_that_is_not_there_is_refused(train, teacher):
@@ -344,7 +344,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_terms(train)
     ],
 )
 def test_a_run_that_the_last_update_of_an_epoch_spoils_fails_and_replaces_nothing(train, teacher, flags, where):
-    """No loss after that update shows it: the epoch is one step long."""
+    """No loss after that update shows it, since the epoch has a single step."""
     one_step = '--batch_size 60 --lr 1e20 --epochs 7 --epoch_step [4] --save logs/run --resume auto'
     shutil.copytree('logs/teacher', 'logs/run')
     before = {name: open(f'logs/run/{name}', 'rb').read() for name in ('model.pt7', 'log.txt')}
@@ -362,7 +362,7 @@ def test_float16_gradients_that_are_infinite_at_every_scale_end_a_run_of_short_e
 def test_no_space_left_stops_the_run_and_leaves_its_last_checkpoint_whole(train, teacher):
     before = open('logs/teacher/model.pt7', 'rb').read()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # the system refuses longer files from here on
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # from here on the system refuses longer files
     try:
         status, _, err = train('--epochs 8 --epoch_step [4] --lr 0.05 --save logs/teacher --resume auto')
     finally:
@@ -410,7 +410,7 @@ def test_more_workers_than_the_machine_has_are_refused(script):
 
 
 def test_a_checkpoint_of_before_with_momentum_by_name_is_resumed_bit_for_bit(train):
-    """Older ones have {name: momentum} where the optimizer's state_dict stands today, and no scaler."""
+    """Older checkpoints have {name: momentum} instead of the optimizer's state_dict, and no scaler."""
     flags = '--epochs 2 --epoch_step [] --lr 0.05 --save'
     assert train(flags, 'logs/whole')[0] == 0
     assert train('--epochs 1 --epoch_step [] --lr 0.05 --save logs/old')[0] == 0

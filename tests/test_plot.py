@@ -1,4 +1,4 @@
-"""Curves are what the logs say, attention maps what the networks compute, and both are legible."""
+"""Curves show what the logs say, attention maps what the networks compute, and both are legible."""
 
 import json
 import math
@@ -24,14 +24,14 @@ NAN = math.nan
 
 
 def ours(epoch, **more):
-    """A line of a log of ours: AT and KD, a rate that drops at the start of epochs 3 and 5."""
+    """A line of one of our logs: AT and KD, with a rate that drops at the start of epochs 3 and 5."""
     settings = {'epoch': epoch, 'epoch_step': '[3,5,60]', 'lr': 0.1, 'beta_now': 1000.0, 'at_losses': [[9.0, 0.1]]}
     results = {'train_loss': 2.0, 'test_loss': 1.0, 'train_acc': 50.0 + epoch, 'test_acc': 60.0 + epoch}
     return {**settings, **results, 'ce': 1.0 / epoch, 'kd': 2.0 / epoch, 'at1': 1e-4 / epoch, **more}
 
 
 def authors(epoch, **more):
-    """A line of a log of the authors' imagenet.py: accuracies in pairs, no named terms."""
+    """A line of a log of the authors' imagenet.py: accuracies are pairs, terms have no names."""
     return {
         'epoch': epoch, 'epoch_step': '[3]', 'lr': 0.1, 'train_loss': 2.0, 'test_loss': 1.0,
         'train_acc': [40.0 + epoch, 80.0], 'test_acc': [45.0 + epoch, 85.0],
@@ -100,14 +100,14 @@ def test_each_named_term_has_a_logarithmic_panel_in_order(log):
 
 def test_the_terms_of_an_authors_log_are_the_means_of_its_at_losses_where_they_are_numbers(log):
     shown = panels(plot.draw_curves([log('a', [authors(e) for e in (1, 2, 3)])]))
-    assert list(shown) == ['error', 'loss term at0']  # the others are NaN, or 0, which a logarithm has no place for
+    assert list(shown) == ['error', 'loss term at0']  # the others are NaN, or 0, which a logarithmic axis cannot show
     assert list(lines(shown['loss term at0'], '-')[0].get_ydata()) == [1e-5 * e for e in (1, 2, 3)]
     alone = [authors(e, at_losses=[[NAN, NAN]] * 3) for e in (1, 2)]
     assert list(panels(plot.draw_curves([log('b', alone)]))) == ['error']
 
 
 def test_the_lowest_panel_of_each_column_names_its_axis_and_no_tick_covers_another(log):
-    """Of five terms the second column has one less; a term that falls far has a tick a decade."""
+    """With five terms the second column has one panel less; a term that falls far has one tick per decade."""
     more = {'at0': 0.2, 'at2': 0.3}
     figure = plot.draw_curves([log('a', [ours(e, **more, kd=10.0 ** (1 - e)) for e in range(1, 7)])])
     named = {title for title, axes in panels(figure).items() if axes.get_xlabel()}
@@ -338,7 +338,7 @@ def test_a_folder_gives_the_first_images_of_each_of_its_folders(photos):
     assert all(np.array_equal(shown, crops.test_crop(path, 16)) for shown, path in zip(pixels, first))
     pixels = plot.load_images(str(photos / 'test' / 'ant'), '.', 9, None, imagenet=False)
     assert pixels.shape == (7, 32, 32, 3)
-    assert np.array_equal(pixels[0], crops.resize(decode.read_image(first[0]), 32, 32))  # whole, not its centre
+    assert np.array_equal(pixels[0], crops.resize(decode.read_image(first[0]), 32, 32))  # all of it, not its centre
 
 
 def test_hidden_files_are_not_looked_at(photos, tmp_path):
@@ -368,7 +368,7 @@ def test_both_commands_write_both_kinds_of_picture_and_the_same_svg_twice(script
         content = (tmp_path / 'a.SVG').read_bytes()
         assert content.startswith(b'<?xml') and len(content) > 10_000
         assert content == (tmp_path / 'b.SVG').read_bytes()
-    layers = content.count(b'<image')  # joined to one image, matplotlib would apply the transparency of the map twice
+    layers = content.count(b'<image')  # in a joined image, matplotlib would apply the transparency of the map twice
     assert layers == 1 + 3 * 2 * 2 + 1
 
 
@@ -446,7 +446,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_one_before(script, log, tmp
     run = log('run', [ours(1)])
     (tmp_path / 'curves.png').write_bytes(b'before')
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # the system refuses longer files from here on
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # from here on the system refuses longer files
     try:
         status, _, err = script(plot, ['curves', run])
     finally:

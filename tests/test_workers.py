@@ -1,4 +1,4 @@
-"""One worker and several compute the same; dead ones are told of, and a run begins again where it was."""
+"""One worker and several compute the same; dead workers are reported, and a run resumes where it was."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def finished(process):
 
 @pytest.fixture(scope='module')
 def twenty_steps(tmp_path_factory):
-    """What one worker and two come to in each mode of twenty_steps.py: [{mode: result} of one, of two]."""
+    """The results of one worker and of two in each mode of twenty_steps.py: [{mode: result} of one, of two]."""
     folder, script = tmp_path_factory.mktemp('steps'), os.path.join(HERE, 'twenty_steps.py')
     both = torchrun('--standalone', '--nproc-per-node', 2, script, folder / 'two.pt')
     subprocess.run([sys.executable, script, folder / 'one.pt'], env=ENVIRONMENT, check=True)
@@ -49,7 +49,7 @@ def twenty_steps(tmp_path_factory):
 
 @pytest.mark.parametrize('mode', ['fixed', 'sync', 'full', 'gradient'])
 def test_losses_gradients_and_weights_do_not_depend_on_the_number_of_workers(twenty_steps, mode):
-    """Over 20 steps of KD and a transfer with uneven last batches; statistics of batch norm fixed, or joined."""
+    """Over 20 steps of KD and a transfer with uneven last batches; batch norm is fixed or synchronised."""
     one, two = (found[mode] for found in twenty_steps)
     assert len(one['losses']) == 20 and one['losses'][-1] < one['losses'][0]
     torch.testing.assert_close(two['losses'], one['losses'], rtol=1e-6, atol=0)
@@ -58,11 +58,11 @@ def test_losses_gradients_and_weights_do_not_depend_on_the_number_of_workers(twe
 
 
 def test_each_of_several_workers_normalises_by_the_statistics_of_its_own_share(twenty_steps):
-    """Over 20 steps of AT and KD they do what one does that takes each batch in two shares, and not in one."""
+    """Over 20 steps of AT and KD, two equal one worker that takes each batch in two shares, and not in one."""
     one, two = (found['own'] for found in twenty_steps)
     torch.testing.assert_close(two['losses'], one['losses'], rtol=1e-6, atol=0)
     for key, value in one['params'].items():
-        if 'running' not in key:  # which do not bear on training
+        if 'running' not in key:  # these do not affect training
             torch.testing.assert_close(two['params'][key], value, rtol=1e-6, atol=1e-9)
     assert not torch.allclose(two['losses'], twenty_steps[0]['sync']['losses'], rtol=1e-3)
 
@@ -74,7 +74,7 @@ def free_port():
 
 
 def test_two_machines_train_together(photos, tmp_path):
-    """Two launchers meet over the network on this machine, as two nodes of one worker each."""
+    """Two launchers connect over the network on this machine, as two nodes of one worker each."""
     words = [*SMALL.split(), '--dataroot', str(photos), '--epochs', '1', '--save', 'logs/run']
     port = free_port()
     nodes = [
@@ -92,7 +92,7 @@ def test_two_machines_train_together(photos, tmp_path):
 
 
 def alone(photos, folder, **environment):
-    """Train an epoch with these variables in the environment, as a job operator or a shell may leave them there."""
+    """Start one epoch with these environment variables, as a job operator or a shell may set them."""
     words = [*SMALL.split(), '--dataroot', str(photos), '--epochs', '1', '--save', 'logs/run']
     command, environment = [sys.executable, cifar.__file__, *words], {**ENVIRONMENT, **environment}
     pipes = dict.fromkeys(('stdout', 'stderr'), subprocess.PIPE)
@@ -100,7 +100,7 @@ def alone(photos, folder, **environment):
 
 
 def test_containers_that_know_rank_and_address_train_together(photos, tmp_path):
-    """Without LOCAL_RANK, as operators start one process a container."""
+    """Without LOCAL_RANK, since operators start one process per container."""
     address = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
     processes = [alone(photos, tmp_path, RANK=str(rank), **address) for rank in (0, 1)]
     out = [finished(process) for process in processes]
@@ -191,14 +191,14 @@ def test_gpus_are_chosen_among_those_that_are_visible(gpu_id, visible, expected)
 
 
 def test_workers_see_the_gpus_that_their_command_names(photos, tmp_path):
-    """Once, and not again among those that the launcher has chosen."""
+    """The choice is made once, and not again among the launcher's GPUs."""
     process = start(photos, tmp_path, '--ngpu', '2', '--gpu_id', '1,2', CUDA_VISIBLE_DEVICES='4,5,6')
     status, out, err = ended(process)
     assert status == 0 and 'CUDA_VISIBLE_DEVICES=5,6' in out, err
 
 
 def start(photos, folder, *more, launcher=(), **environment):
-    """Start cifar.py on epochs of a tiny network, under a launcher or by itself; it waits at the end of each epoch."""
+    """Start cifar.py on a tiny network, under a launcher or by itself; it waits at the end of each epoch."""
     words = [*SMALL.split(), '--dataroot', str(photos), '--epochs', '5', '--lr', '0.01', '--save', 'logs/run', *more]
     command = [sys.executable, *launcher, paced.__file__, *words]
     pipes = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.PIPE)
@@ -214,7 +214,7 @@ def workers_of(launcher):
 
 
 def kill_second_worker(process, epoch):
-    """Kill worker 1 while the first waits at the end of an epoch."""
+    """Kill worker 1 while worker 0 waits at the end of an epoch."""
     wait_for_epoch(process, epoch)
     os.kill(workers_of(process)[1], signal.SIGKILL)
 
@@ -224,12 +224,12 @@ needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/environ'), reason
 
 @pytest.fixture
 def bad_image(tmp_path):
-    """A folder of images of which one that only the second of two workers reads is damaged."""
+    """A folder of images with a damaged one that only the second of two workers reads."""
     for part in ('train', 'val'):
         for i in range(8):
             (tmp_path / part / 'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
             cv2.imwrite(str(tmp_path / part / 'ab'[i % 2] / f'{i}.png'), np.full((40, 40, 3), 9 * i, np.uint8))
-    (tmp_path / 'val' / 'a' / '2.png').write_text('no image')  # the second test image in the order of names
+    (tmp_path / 'val' / 'a' / '2.png').write_text('no image')  # the second test image by name
     return tmp_path
 
 
@@ -239,7 +239,7 @@ TORCHRUN = ['-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '
 
 @pytest.mark.parametrize('launcher, seconds', [([], 0), ([], 3), (TORCHRUN, 3)], ids=['at once', 'slowly', 'torchrun'])
 def test_what_the_second_worker_alone_meets_is_told_in_one_line(bad_image, launcher, seconds):
-    """However long that worker takes to end."""
+    """No matter how long that worker takes to end."""
     command = [sys.executable, *launcher, paced.__file__, *IMAGES.split(), *([] if launcher else ['--ngpu', '2'])]
     environment = {**ENVIRONMENT, 'PACED': 'imagenet', 'SLOW_END': str(seconds)}
     pipes = {'stdin': subprocess.DEVNULL, 'capture_output': True, 'text': True}
@@ -294,7 +294,7 @@ def test_one_worker_that_is_asked_to_stop_stops_all_and_none_begins_again(photos
 
 @pytest.mark.parametrize('ngpu', ['1', '2'])
 def test_what_one_worker_knows_to_be_spoilt_none_saves_or_logs(photos, tmp_path, ngpu):
-    """The last worker's running variance is infinite at the end of epoch 3, after the test."""
+    """The last worker's running variance becomes infinite at the end of epoch 3, after the test."""
     status, _, err = ended(start(photos, tmp_path, '--ngpu', ngpu, SPOIL='3'))
     assert status == 1 and err.count('\n') == 1 and 'epoch 3, step 4: bn.running_var became infinite or NaN' in err, err
     assert [r['epoch'] for r in read_log(tmp_path / 'logs' / 'run' / 'log.txt')] == [1, 2]
