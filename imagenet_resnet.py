@@ -35,7 +35,7 @@ def imagenet_resnet(depth, width, num_classes):
 
     Returns (f, params). f takes images (N, 3, H, W) and gives logits (N, num_classes) and the outputs of the four
     groups, (N, 64wk, H/4, W/4) to (N, 512wk, H/32, W/32), halves rounded up; k is 4 for bottlenecks (50 and deeper), 1
-    otherwise. It takes folded params too (`fold_batch_norm`). `base` is a prefix of the keys of `params`.
+    otherwise. It also takes folded params (`fold_batch_norm`). `base` is a prefix of the keys of `params`.
     Raises ValueError for another depth or a width below 1/64.
     """
     if depth not in IMAGENET_DEPTHS:
@@ -108,14 +108,14 @@ def _conv_bn(x, params, base, conv, bn, mode, stride, padding):
     return conv2d(x, params[conv + '.weight'], params[conv + '.bias'], stride, padding)
 
 
-FOLDED_NAMES = {'convdim': 'conv_dim'}  # what the authors' exports call a convolution otherwise
+FOLDED_NAMES = {'convdim': 'conv_dim'}  # convolutions that the authors' exports name differently
 
 
 def fold_batch_norm(params):
     """Fold batch norm into the convolutions of an ImageNet ResNet, in the layout of the authors' exports.
 
     `conv0` and `bn0.*` become `conv0.weight` and `conv0.bias`, `convdim` and `bndim.*` become `conv_dim.weight` and
-    `conv_dim.bias`, zero for a shortcut without batch norm; computed in float64, returned in the dtype that there was.
+    `conv_dim.bias`, zero for a shortcut without batch norm; computed in float64, returned in the dtype of `params`.
     For evaluation only.
     """
     if not any(key.endswith(STATISTICS) for key in params):
@@ -136,7 +136,7 @@ def fold_batch_norm(params):
 
 
 def is_imagenet_resnet(params):
-    """Whether a flat dictionary is of an ImageNet ResNet: four groups of blocks, or a stem with batch norm."""
+    """Whether a flat dictionary belongs to an ImageNet ResNet: four groups of blocks, or a stem with batch norm."""
     if 'group0.conv0' in params or not any(k.startswith('group') for k in params):
         return False
     return 'conv0.weight' in params or 'bn0.weight' in params or any(k.startswith('group3.') for k in params)
@@ -150,8 +150,8 @@ def imagenet_resnet_depth(params):
 def imagenet_resnet_shape(params):
     """The depth of an ImageNet ResNet, its blocks in each group and the convolutions of a block: (34, (3, 4, 6, 3), 2).
 
-    They are read from the flat dictionary that belongs to it, folded or not. Raises ValueError where they are those of
-    neither `IMAGENET_DEPTHS` nor `AUTHORS_34`.
+    They are read from its flat params, folded or not. Raises ValueError if they are those of neither `IMAGENET_DEPTHS`
+    nor `AUTHORS_34`.
     """
     pattern = re.compile(r'group(\d)\.block(\d{1,2})\.conv(\d)(\.weight)?')
     found = [match.groups() for match in map(pattern.fullmatch, params) if match]
@@ -164,9 +164,9 @@ def imagenet_resnet_shape(params):
 
 
 def imagenet_resnet_expected(loaded):
-    """The function, {name: shape} and (depth, width) of the ImageNet ResNet that params should be those of.
+    """The function, {name: shape} and (depth, width) of the ImageNet ResNet that params should fit.
 
-    Channels are those of the stem's, each group's and the last layer's first array; everything else follows.
+    Channels are read from the stem, the first block of each group and the last layer; all other shapes follow.
     Raises ValueError as `imagenet_resnet_shape` does, and for a ResNeXt.
     """
     depth, counts, convs = imagenet_resnet_shape(loaded)
@@ -205,7 +205,7 @@ def imagenet_resnet_expected(loaded):
 
 
 def _check_groups(loaded, depth):
-    """Refuse a ResNeXt by name: its 3x3 convolutions are of groups of channels."""
+    """Refuse a ResNeXt by name: its 3x3 convolutions are grouped."""
     weight = loaded.get('group0.block0.conv1')
     if weight is not None and weight.dim() == 4 and 1 <= weight.shape[1] < weight.shape[0] and weight.shape[2] == 3:
         groups, width = weight.shape[0] // weight.shape[1], weight.shape[1]
@@ -213,7 +213,7 @@ def _check_groups(loaded, depth):
 
 
 def describe_imagenet_resnet(params):
-    """The network in words: its depth, what is unusual of it, the number of classes and the channels of its groups."""
+    """The network in words: its depth, what is unusual about it, its number of classes and its groups' channels."""
     depth, counts, convs = imagenet_resnet_shape(params)
     folded = 'conv0.weight' in params
 

@@ -9,7 +9,7 @@ _synchronised = False
 
 
 def synchronise(on):
-    """Have batch norm in training take the statistics of the batches of all workers, or again of its own alone."""
+    """Make batch norm in training use the statistics of all workers' batches, or, if not `on`, of its own worker's."""
     global _synchronised
     _synchronised = on
 
@@ -35,7 +35,7 @@ def batch_norm(x, params, base, mode):
 
 
 def compiled_batch_norm(x, running_mean, running_var, weight, bias, momentum=0.1, eps=1e-5):
-    """What F.batch_norm does in training, written so that torch.compile makes few and short passes of it on a CPU."""
+    """F.batch_norm in training, written so that torch.compile turns it into few and short passes on a CPU."""
     n = x.numel() // x.shape[1]
     if n == 1:
         raise ValueError(f'batch norm of {tuple(x.shape)}: a single value of a channel has no variance')
@@ -46,7 +46,7 @@ def compiled_batch_norm(x, running_mean, running_var, weight, bias, momentum=0.1
     return y
 
 
-@torch.compiler.allow_in_graph  # traced by Dynamo, the gradient of x would be laid out anew, contiguous
+@torch.compiler.allow_in_graph  # if Dynamo traced it, it would make the gradient of x contiguous
 def _normalize_batch(x, weight, bias, eps):
     return _BatchNorm.apply(x, weight, bias, eps)
 
@@ -54,8 +54,8 @@ def _normalize_batch(x, weight, bias, eps):
 class _BatchNorm(torch.autograd.Function):
     """Batch norm of x (N, C, H, W) with the statistics of the batch: (y, mean (C,), biased variance (C,)).
 
-    Sums over positions come before those over samples: short ones, which the compiler keeps in registers. What is
-    one number a channel is `_stored`. Not differentiable twice.
+    Sums over positions come before those over samples: they are short, and the compiler keeps them in registers.
+    Values per channel are `_stored`. Not differentiable twice.
     """
 
     @staticmethod
@@ -87,19 +87,18 @@ def _channel_mean(x):
 
 
 def _stored(x):
-    """x itself, which the compiler must keep in memory, and not compute again for each element of a batch."""
+    """x itself, in a form that the compiler keeps in memory and does not recompute for each element of a batch."""
     return x.as_strided(x.shape, x.stride())
 
 
 def conv2d(x, weight, bias=None, stride=1, padding=0):
     """F.conv2d, computed in another way on a CPU where the stride is 2 and oneDNN is slow or wrong.
 
-    1x1 convolutions are taken of every second position instead where there are fewer than 16 channels, since oneDNN's
-    gradient of them writes beyond its memory (seen with 8 channels and 56x56 positions, PyTorch 2.14, AVX-512).
-    In bfloat16 with torch.compile they always are, and 3x3 ones are `_StridedConv`: oneDNN's gradients gain little by a
-    second thread.
+    1x1 convolutions of fewer than 16 channels get stride 1 and every second position of x, since oneDNN's gradient of
+    them writes out of bounds (seen with 8 channels and 56x56 positions, PyTorch 2.14, AVX-512). In bfloat16 with
+    torch.compile all 1x1 ones do, and 3x3 ones are `_StridedConv`: oneDNN's gradients gain little from a second thread.
     """
-    if stride == 2 and x.device.type == 'cpu' and isinstance(weight, torch.Tensor):  # or it stands for one: see int8
+    if stride == 2 and x.device.type == 'cpu' and isinstance(weight, torch.Tensor):  # else a stand-in: see int8
         compiled = x.dtype == torch.bfloat16 and torch.compiler.is_compiling()
         if (weight.shape[2], padding) == (1, 0) and (compiled or weight.shape[1] < 16):
             return F.conv2d(x[:, :, ::2, ::2], weight, bias)
@@ -108,7 +107,7 @@ def conv2d(x, weight, bias=None, stride=1, padding=0):
     return F.conv2d(x, weight, bias, stride, padding)
 
 
-@torch.compiler.allow_in_graph  # as _normalize_batch
+@torch.compiler.allow_in_graph  # for the same reason as _normalize_batch
 def strided_conv(x, weight):
     return _StridedConv.apply(x, weight)
 
@@ -116,8 +115,8 @@ def strided_conv(x, weight):
 class _StridedConv(torch.autograd.Function):
     """The 3x3 convolution with stride 2 and padding 1 of x (N, C, H, W) by weight (C', C, 3, 3), without a bias.
 
-    The gradient of the weight's middle column is that of a convolution of the even columns of x, and its outer
-    columns' that of the odd ones, both with stride (2, 1). Not differentiable twice.
+    The gradient of the weight's middle column is that of a convolution of the even columns of x, the gradient of its
+    outer columns that of a convolution of the odd ones, both with stride (2, 1). Not differentiable twice.
     """
 
     @staticmethod
@@ -171,7 +170,7 @@ class _SumOverWorkers(torch.autograd.Function):
 
 
 def folded_conv(weight, params, bn):
-    """A convolution weight (C', C, k, k) with the batch norm `bn` behind it folded in: (weight, bias (C',)).
+    """A convolution weight (C', C, k, k) with the batch norm `bn` after it folded in: (weight, bias (C',)).
 
     For evaluation, with the running statistics; computed in float64, returned in the dtype of `weight`.
     """

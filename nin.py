@@ -21,10 +21,10 @@ KERNELS = ((5, 1, 1), (5, 1, 1), (3, 1, 1))
 
 
 def nin(width, num_classes, no_bn=False):
-    """Three blocks of convolution, batch norm and ReLU: a spatial one and two of 1x1.
+    """Three blocks of a spatial and two 1x1 convolutions, each with batch norm and ReLU.
 
     Returns (f, params). f takes images (N, 3, H, W) and gives logits (N, num_classes) and the outputs of the blocks,
-    (N, 3u, H, W), (N, 6u, H/2, W/2) and (N, 6u, H/4, W/4), where u is 32 * width rounded down. Width 1 is 192-160-96 |
+    (N, 3u, H, W), (N, 6u, H/2, W/2) and (N, 6u, H/4, W/4), where u is 32 * width rounded down. Width 1 has 192-160-96 |
     192-192-192 | 192-192-192 channels with 1.0 million parameters, width 0.4375 has 0.2 million. With `no_bn` the
     convolutions have biases instead of batch norm. Raises ValueError for a width below 1/32.
     """
@@ -46,7 +46,7 @@ def nin(width, num_classes, no_bn=False):
 
 
 def nin_forward(x, params, mode, base=''):
-    """The function of every Network-in-Network, which reads from its params whether it has batch norm."""
+    """The function of every Network-in-Network, with batch norm where its params have it."""
     x, groups = x.to(params[base + 'fc.weight'].dtype), []
     for g in range(3):
         for i in range(3):
@@ -64,7 +64,7 @@ def nin_forward(x, params, mode, base=''):
 
 
 def fold_nin(params):
-    """Fold a Network-in-Network's batch norm into its convolutions: the params of one without. For evaluation only."""
+    """Fold a Network-in-Network's batch norm into its convolutions, as params of `no_bn`. For evaluation only."""
     if not any('.bn' in key for key in params):
         return params
     folded = {k: v.detach() for k, v in params.items() if '.bn' not in k}
@@ -77,7 +77,7 @@ def fold_nin(params):
 def nin_shape(params):
     """The (width, num_classes, no_bn) of the Network-in-Network that a flat dictionary of parameters belongs to.
 
-    Raises ValueError where they belong to none. Width is exact to 1/32.
+    Raises ValueError if they belong to none. Width is exact to 1/32.
     """
     first, fc = params.get('group0.conv0'), params.get('fc.weight')
     if first is None or fc is None or not first.dim() or not fc.dim():
@@ -86,19 +86,19 @@ def nin_shape(params):
 
 
 def is_nin(params):
-    """Whether a flat dictionary is of a Network-in-Network: of convolutions in groups, without blocks."""
+    """Whether a flat dictionary belongs to a Network-in-Network: convolutions in groups, without blocks."""
     return 'group0.conv0' in params
 
 
 def nin_expected(params):
-    """The function, {name: shape} and (None, width) of the Network-in-Network that params should be those of."""
+    """The function, {name: shape} and (None, width) of the Network-in-Network that params should fit."""
     width, num_classes, no_bn = nin_shape(params)
-    with torch.device('meta'):  # shapes without memory, since those that the file names may be of any size
+    with torch.device('meta'):  # nothing is allocated, since the file may declare any size
         f, params = nin(width, num_classes, no_bn)
     return f, {k: v.shape for k, v in params.items()}, (None, width)
 
 
 def describe_nin(params):
-    """The network in words, like NIN-0.4375, 10 classes."""
+    """The network in words, like "NIN-0.4375, 10 classes"."""
     width, num_classes, no_bn = nin_shape(params)
     return f'NIN-{width:g}, {"no batch norm, " if no_bn else ""}{num_classes:,} classes'

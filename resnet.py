@@ -1,7 +1,7 @@
 """Functional wide residual networks: `f, params = wide_resnet(depth, width, num_classes)`.
 
 `params` is a flat dictionary of tensors and `f(x, params, mode, base='') -> (logits, groups)` a pure function of it,
-but for batch norm's running statistics, which it updates when `mode` is True (training).
+except for batch norm's running statistics, which it updates when `mode` is True (training).
 """
 
 import torch
@@ -21,8 +21,8 @@ def wide_resnet(depth, width, num_classes):
     """The wide ResNet of Zagoruyko & Komodakis 2016 for small images: three groups of (depth - 4) / 6 basic blocks.
 
     Returns (f, params). f takes images (N, 3, H, W) and gives logits (N, num_classes) and the raw outputs of the
-    groups, (N, 16w, H, W), (N, 32w, H/2, W/2) and (N, 64w, H/4, W/4), halves rounded up. It takes folded params
-    (`fold_wide_resnet`) too. `base` is a prefix of the keys of `params`. Raises ValueError for a depth that is not
+    groups, (N, 16w, H, W), (N, 32w, H/2, W/2) and (N, 64w, H/4, W/4), halves rounded up. It also takes folded
+    params (`fold_wide_resnet`). `base` is a prefix of the keys of `params`. Raises ValueError for a depth that is not
     6n + 4 or a width below 1/16.
     """
     if depth < 10 or (depth - 4) % 6:
@@ -85,16 +85,16 @@ def _wide_block(x, params, base, mode, stride):
 
 
 def _norm_relu(x, params, bn, mode):
-    if bn + '.weight' in params:  # or it is folded into the convolution before
+    if bn + '.weight' in params:  # otherwise it is folded into the convolution before it
         x = batch_norm(x, params, bn, mode)
     return F.relu(x, inplace=True)
 
 
 def fold_wide_resnet(params):
-    """Fold a wide ResNet's batch norm into the convolution before it wherever nothing else sees that one's output.
+    """Fold a wide ResNet's batch norm into the convolution before it wherever nothing else uses its output.
 
-    These are `bn1` of each block, and `bn0` of the first where its shortcut is a convolution; `conv0` gets a bias,
-    `bias0`, in their stead. For evaluation only.
+    These are `bn1` of each block, and `bn0` of the first block if its shortcut is a convolution; `conv0` gets a bias,
+    `bias0`, instead. For evaluation only.
     """
     pairs = {f'{k.removesuffix("conv0")}bn1': k for k in params if k.endswith('.conv0')}
     if 'group0.block0.convdim' in params:
@@ -108,7 +108,7 @@ def fold_wide_resnet(params):
 def wide_resnet_shape(params):
     """The (depth, width, num_classes) of the wide ResNet that a flat dictionary of parameters belongs to.
 
-    Raises ValueError where they belong to none. Width is exact to 1/64.
+    Raises ValueError if they belong to none. Width is exact to 1/64.
     """
     blocks = {key.split('.')[1] for key in params if key.startswith('group0.block')}
     last, fc = params.get('bn.weight'), params.get('fc.weight')
@@ -118,19 +118,19 @@ def wide_resnet_shape(params):
 
 
 def is_wide_resnet(params):
-    """Whether a flat dictionary has groups, as a wide ResNet's; the other families are asked first."""
+    """Whether a flat dictionary has groups, like a wide ResNet's; the other families are tried first."""
     return any(k.startswith('group') for k in params)
 
 
 def wide_resnet_expected(params):
-    """The function, {name: shape} and (depth, width) of the wide ResNet that params should be those of."""
+    """The function, {name: shape} and (depth, width) of the wide ResNet that params should fit."""
     depth, width, num_classes = wide_resnet_shape(params)
-    with torch.device('meta'):  # shapes without memory, since those that the file names may be of any size
+    with torch.device('meta'):  # nothing is allocated, since the file may declare any size
         f, params = wide_resnet(depth, width, num_classes)
     return f, {k: v.shape for k, v in params.items()}, (depth, width)
 
 
 def describe_wide_resnet(params):
-    """The network in words, like WRN-16-1, 10 classes."""
+    """The network in words, like "WRN-16-1, 10 classes"."""
     depth, width, num_classes = wide_resnet_shape(params)
     return f'WRN-{depth}-{width:g}, {num_classes:,} classes'

@@ -1,7 +1,7 @@
-"""The vocabulary that every network and every loss of this repository is written in.
+"""The parameters and losses that every network and script of this repository is built from.
 
 Parameters are flat dictionaries of tensors (`conv0`, `group0.block0.bn0.weight`, ...) and networks are functions of
-them. Below the parameters stand the losses of the paper, each two lines that one can check against its equation.
+them. The losses of the paper come after them, each two lines that one can check against its equation.
 """
 
 import torch
@@ -44,7 +44,7 @@ def bnparams(n):
 
 
 def flatten(params, base=''):
-    """Turn nested dictionaries into a flat one with dotted keys, leaving out what is None."""
+    """Turn nested dictionaries into a flat one with dotted keys, leaving out None."""
     flat = {}
     for key, value in params.items():
         if isinstance(value, dict):
@@ -76,14 +76,14 @@ def num_trained(params):
 def adapter_params(groups, teacher_groups, numbers):
     """The 1x1 convolutions of full-activation transfer: {'adapter.0': (C_T, C_S, 1, 1), ...}, where channels differ.
 
-    `numbers` are those of the groups, (N, C, H, W) each, that are compared.
+    `numbers` are the indices of the groups, (N, C, H, W) each, that are compared.
     """
     channels = {i: (groups[i].shape[1], teacher_groups[i].shape[1]) for i in numbers}
     return {f'adapter.{i}': conv_params(ni, no) for i, (ni, no) in channels.items() if ni != no}
 
 
 def adapt(groups, params):
-    """Student activations with the teacher's numbers of channels, where `params` has an adapter for them."""
+    """Student activations, with the teacher's number of channels where `params` has an adapter for a group."""
     named = ((group, params.get(f'adapter.{i}')) for i, group in enumerate(groups))
     return tuple(group if weight is None else F.conv2d(group, weight) for group, weight in named)
 
@@ -109,9 +109,9 @@ def attention_map(x, p=2, mapping='sum', relative=False):
     """Collapse activations to one map over positions (eq. 1 and section 3.1).
 
     x is (N, C, H, W); the result is (N, H, W) in at least float32: sum_c |x_c|^p, or max_c |x_c|^p for
-    mapping='max'. With `relative`, |x| may be taken relative to its largest value in each sample, so that no power
-    over- or underflows; normalised maps and their gradients are the same. The gradient of |x|^p for p < 1, infinite at
-    zero, is zero there. Raises ValueError for another mapping or p <= 0.
+    mapping='max'. With `relative`, |x| may be divided by its largest value in each sample, so that no power over- or
+    underflows; normalised maps and their gradients stay the same. The gradient of |x|^p for p < 1, infinite at zero, is
+    set to zero there. Raises ValueError for another mapping or p <= 0.
     """
     if mapping not in ('sum', 'max') or not p > 0:
         raise ValueError(f"attention map: mapping is 'sum' or 'max' and p > 0, not {mapping!r} and {p}")
@@ -130,15 +130,15 @@ def attention_map(x, p=2, mapping='sum', relative=False):
 
 
 def _root(x, p):
-    """x^p of x >= 0 for p < 1, with a gradient of zero where it would be without bounds."""
+    """x^p for x >= 0 and p < 1, with a gradient of zero where it would be unbounded."""
     flat = x < 1e-12
     return torch.where(flat, x.detach().pow(p), torch.where(flat, 1, x).pow(p))
 
 
 class _SumOfSquares(torch.autograd.Function):
-    """sum_c x_c^2 in at least float32, (N, C, H, W) -> (N, H, W), keeping x alone for the backward.
+    """sum_c x_c^2 in at least float32, (N, C, H, W) -> (N, H, W), keeping only x for the backward.
 
-    By itself, autograd would also keep x in float32, and write squares of the whole batch to memory.
+    Plain autograd would also keep x in float32, and write squares of the whole batch to memory.
     """
 
     @staticmethod
@@ -146,7 +146,7 @@ class _SumOfSquares(torch.autograd.Function):
         ctx.save_for_backward(x)
         if x.device.type != 'cpu' or torch.compiler.is_compiling():
             return full(x).square().sum(1)
-        return torch.cat([full(part).square().sum(1) for part in x.split(32)])  # parts that a cache holds
+        return torch.cat([full(part).square().sum(1) for part in x.split(32)])  # parts that fit a cache
 
     @staticmethod
     def backward(ctx, g):
@@ -162,10 +162,10 @@ def at(x, p=2, mapping='sum'):
 def at_loss(x, y, p=2, mapping='sum', form='code'):
     """The distance of the attention maps of two activations x (N, C, H, W) and y (N, C', H', W'); a scalar.
 
-    y may also be a map already, (N, H', W') as of `attention_map`, which is all that has to be kept of a teacher.
+    y may also be a map from `attention_map`, (N, H', W'), which is all that has to be kept of a teacher.
     form='code' is what the authors' code computes, mean((Q_x - Q_y)^2) over samples and positions. form='paper' is
-    eq. 2, 1/2 mean_n ||Q_x - Q_y||_2. Both are to be multiplied by beta, and they are not proportional to each other.
-    Where the maps differ in size, the larger is average-pooled to the smaller before it is normalised.
+    eq. 2, 1/2 mean_n ||Q_x - Q_y||_2. Both are to be multiplied by beta; they are not proportional to each other.
+    If the maps differ in size, the larger is average-pooled to the smaller before it is normalised.
     Raises ValueError for an unknown form, and what `attention_map` raises.
     """
     x, y = (a if a.dim() == 3 else attention_map(a, p, mapping, relative=True) for a in (x, y))
@@ -186,10 +186,10 @@ def _normalized(x, y):
 
 
 def full_activation_loss(x, y):
-    """Full-activation transfer (F-ActT, section 4.1): how far activations, not only their maps, lie apart; a scalar.
+    """Full-activation transfer (F-ActT, section 4.1): the distance of activations, not of their maps; a scalar.
 
     The mean squared difference of x and y (N, C, H, W), each L2-normalised per sample, in at least float32. The larger
-    is average-pooled to the size of the smaller before. Raises ValueError where the channels differ: see `adapt`.
+    is first average-pooled to the size of the smaller. Raises ValueError if the channels differ: see `adapt`.
     """
     if x.shape[1] != y.shape[1]:
         raise ValueError(f'full-activation transfer: {x.shape[1]} channels are not {y.shape[1]}')
@@ -198,10 +198,10 @@ def full_activation_loss(x, y):
 
 
 def input_gradient(logits, images, labels, create_graph=False):
-    """Gradient-based attention (eq. 4): the derivative of each sample's cross entropy by its image, (N, 3, H, W).
+    """Gradient-based attention (eq. 4): the gradient of each sample's cross entropy by its image, (N, 3, H, W).
 
-    `logits` are of `images`, which require gradients. With `create_graph` it can be differentiated again. Batch norm in
-    training mode couples the samples of a batch; then the derivative is that of the batch's sum.
+    `logits` are those of `images`, which require gradients. With `create_graph` the result can be differentiated. Batch
+    norm in training mode couples the samples of a batch; then it is the gradient of the batch's sum.
     """
     loss = F.cross_entropy(logits, labels, reduction='sum')
     return torch.autograd.grad(loss, images, create_graph=create_graph)[0]
@@ -210,8 +210,8 @@ def input_gradient(logits, images, labels, create_graph=False):
 def gradient_loss(j, teacher_j=0.0):
     """Gradient-based attention transfer (eq. 5): 1/2 mean_n ||J_S - J_T||_2 of two input gradients; a scalar.
 
-    With the gradient of the mirrored images, mirrored back, in place of the teacher's it is the symmetry norm (eq. 6),
-    with zero the min-l2 penalty of Drucker & LeCun 1992. To be multiplied by beta.
+    If `teacher_j` is the student's gradient of the mirrored images, mirrored back, it is the symmetry norm (eq. 6); if
+    it is zero, the min-l2 penalty of Drucker & LeCun 1992. To be multiplied by beta.
     """
     return torch.linalg.vector_norm((j - teacher_j).flatten(1), dim=1).mean() / 2  # (N, 3, H, W) -> (N, 3*H*W)
 

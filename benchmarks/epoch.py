@@ -1,13 +1,13 @@
-"""How long an epoch and an evaluation of cifar.py take beside the plain loop, and where the time goes.
+"""Time of an epoch and an evaluation of cifar.py, compared with the plain loop, and where it goes.
 
     python benchmarks/epoch.py                        # 10,000 random images to train on and as many to test on
-    python benchmarks/epoch.py --dataroot data        # of CIFAR-10
+    python benchmarks/epoch.py --dataroot data        # CIFAR-10
     python benchmarks/epoch.py --eager --teacher_dtype same --json
 
-WRN-16-1 learns from WRN-16-2 by attention transfer. Ours goes through `fit` and `data`, with the switches that
-the fast step of step.py has. The other reads PIL images from a torchvision dataset through its transforms and a
-DataLoader, takes the plain step of step.py and evaluates in float32, in a process of its own. They run in turns; each
-ratio is that of a pair. The first pair, in which ours is compiled, does not count.
+WRN-16-1 learns from WRN-16-2 by attention transfer. Ours is `fit` on `images.memory`, with the flags of the fast step
+of step.py. The plain loop reads PIL images from a torchvision dataset through its transforms and a DataLoader, takes
+the plain step of step.py and evaluates in float32, in its own process. They run in turns, and each pair gives a ratio.
+The first pair, in which ours is compiled, does not count.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ AT = '--teacher_id X --beta 1e+3'
 
 
 class Pictures(torchvision.datasets.VisionDataset):
-    """Images as torchvision's CIFAR-10 gives them."""
+    """A dataset that returns images as torchvision's CIFAR-10 does."""
 
     def __init__(self, images, transform):
         super().__init__('', transform=transform)
@@ -63,7 +63,7 @@ class Pictures(torchvision.datasets.VisionDataset):
 
 
 def load(dataroot, count):
-    """`count` images to train on and up to 10,000 to test on: of CIFAR-10 if `dataroot` names it, or random."""
+    """A data set of `count` training images: CIFAR-10 from `dataroot`, or random images that are also the test set."""
     if dataroot:
         dataset = memory.load('CIFAR10', dataroot, note=lambda text: None)
     else:
@@ -157,7 +157,7 @@ def parts(flags, dataset, device):
             meters.flush(1)
         lap('host')
         if i == 0:
-            times.clear()  # of what is compiled
+            times.clear()  # the first step compiles
     return times
 
 

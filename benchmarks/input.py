@@ -1,11 +1,11 @@
-"""How fast one core makes training images of JPEGs, and how close they are to PIL's.
+"""How fast one core makes training images from JPEGs, and how close they are to PIL's.
 
     python benchmarks/input.py
     python benchmarks/input.py --imagenetpath ~/ILSVRC2012
 
 Ours (OpenCV decodes, PyTorch resizes, a batch of uint8) and torchvision's usual pipeline on PIL (RandomResizedCrop,
-RandomHorizontalFlip, ToTensor, Normalize) read the same files in turns, each on one thread, timed in CPU seconds so
-that other work on the machine disturbs little. Without --imagenetpath the files are 500x375 photograph-like noise of
+RandomHorizontalFlip, ToTensor, Normalize) read the same files in turns, each on one thread, timed in CPU seconds,
+which other work on the machine disturbs little. Without --imagenetpath the files are 500x375 photograph-like noise of
 ImageNet's usual file size, about 110 KB.
 """
 
@@ -69,7 +69,7 @@ def torchvision_pipeline(files, image_size):
 
 
 def pixel_differences(files, image_size, indices):
-    """Mean absolute difference from PIL's resize of the same random box, in levels of 255, one an image."""
+    """Mean absolute difference from PIL's resize of the same random box, in levels of 255, one per image."""
     found = []
     for i in indices:
         _, trials = crops.augmentation(0, 1, i)
@@ -83,7 +83,7 @@ def pixel_differences(files, image_size, indices):
 
 
 def speeds(pipelines, batches):
-    """Images per CPU second of each pipeline over batches of indices, in turns batch by batch."""
+    """Images per CPU second of each pipeline over batches of indices; pipelines take turns after each batch."""
     seconds = np.zeros(len(pipelines))
     for batch in batches:
         for i, pipeline in enumerate(pipelines):
@@ -94,7 +94,7 @@ def speeds(pipelines, batches):
 
 
 def compare(files, image_size, repeats):
-    """Print the table."""
+    """Print the table of speeds and the pixel differences."""
     indices = order(len(files.paths), seed=0, epoch=0)[:200]
     batches = [indices[i : i + BATCH] for i in range(0, len(indices), BATCH)]
     ours = partial(photographs.read_batch, files, image_size, (0, 1))
@@ -117,7 +117,7 @@ def compare(files, image_size, repeats):
 
 
 def main():
-    """Read the flags, make images where none are named, and compare."""
+    """Read the flags, make images if none are given, and compare."""
     parser = Parser(__doc__)
     flag = parser.add_argument
     flag('--imagenetpath', type=path, help='folder with train/<class>/*; without it, images are made')

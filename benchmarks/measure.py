@@ -1,4 +1,4 @@
-"""What a step takes: seconds, memory and floating-point operations."""
+"""The cost of a step: seconds, memory and floating-point operations."""
 
 import time
 
@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 def seconds(step, *batch):
-    """How long a step on a batch takes, with what it leaves a GPU to do."""
+    """Seconds that a step on a batch takes, including its work on a GPU."""
     start = time.perf_counter()
     step(*batch)
     if batch[0].device.type == 'cuda':
@@ -22,7 +22,7 @@ def matrix_rate(dtype, device, n=2048):
 
 
 def peak_memory(step, *batch):
-    """Bytes that a step allocates at most at once, beyond what there was before it."""
+    """The peak memory of a step: bytes beyond those allocated before it."""
     device = batch[0].device
     if device.type == 'cuda':
         before = torch.cuda.memory_allocated()
@@ -47,7 +47,7 @@ def flops(step, *batch):
 
 
 def settled_seconds(step, *batch, steps=2):
-    """The mean `seconds` of steps one after the other, when threads and caches have settled from the other step."""
+    """The mean `seconds` of consecutive steps, after threads and caches have settled from the other step."""
     time.sleep(0.02)
     step(*batch)
     return sum(seconds(step, *batch) for _ in range(steps)) / steps

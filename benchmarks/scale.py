@@ -3,7 +3,7 @@
     python benchmarks/scale.py --out benchmarks/scale.svg
 
 WRN-16 learns from one of twice its width by attention transfer, on 1,000 images of 32x32 (handwritten digits). Each row
-is a run of its own; its speed is that of the last epoch, and its memory the most that its largest process held.
+is a separate run; its speed is that of the last epoch, and its memory the peak of its largest process.
 """
 
 import os
@@ -31,7 +31,7 @@ AXES = {'batch size': ('batch_size', BATCHES), 'width': ('width', WIDTHS), 'proc
 
 
 def run(folder, dtype, batch_size=128, width=1, ngpu=1):
-    """Train a run in a folder: its last log line and the megabytes that its largest process held."""
+    """Train a run in a folder; returns its last log line and the peak megabytes of its largest process."""
     common = [sys.executable, os.path.join(ROOT, 'cifar.py'), '--dataset', 'digits', '--dtype', dtype]
     teacher, student = f't{width}', f's{batch_size}-{width}-{ngpu}'
     if not os.path.exists(os.path.join(folder, 'logs', teacher)):
@@ -42,7 +42,7 @@ def run(folder, dtype, batch_size=128, width=1, ngpu=1):
 
 
 def call(command, folder):
-    """Run a command in a process that waits for it alone; the megabytes of its largest process."""
+    """Run a command under a process that only waits for it; returns the peak megabytes of its largest process."""
     watch = (
         'import resource, subprocess, sys\n'
         'done = subprocess.run(sys.argv[1:], stdout=sys.stderr)\n'
@@ -53,7 +53,7 @@ def call(command, folder):
     done = subprocess.run(watched, cwd=folder, capture_output=True, encoding='utf-8', errors='replace')
     if done.returncode:
         raise ValueError(f'{" ".join(command)} failed: {done.stderr.strip().splitlines()[-1]}')
-    unit = 1 if sys.platform == 'darwin' else 1024  # bytes there, kilobytes elsewhere
+    unit = 1 if sys.platform == 'darwin' else 1024  # bytes on macOS, kilobytes elsewhere
     return int(done.stdout) * unit / 1e6
 
 
@@ -73,7 +73,7 @@ def plot(found, path):
 
 
 def main():
-    """Train a run for each row, print the table and draw it."""
+    """Train a run for each row, print the table and plot it."""
     parser = Parser(__doc__)
     parser.add_argument('--dtype', default='bfloat16', choices=list(DTYPES), help='default: bfloat16')
     parser.add_argument('--out', type=path, metavar='FILE', help='also draw a picture, .svg or .png')

@@ -1,4 +1,4 @@
-"""How fast a training step is beside the plain one that distillation repositories run.
+"""How fast a training step is, compared with the plain one of distillation repositories.
 
     python benchmarks/step.py                                      # every case, with every switch that makes it fast
     python benchmarks/step.py --only at,student --eager --teacher_dtype same     # with --dtype bfloat16 alone
@@ -6,9 +6,9 @@
 
 The plain step is float32, contiguous and eager, with the whole teacher under no_grad, losses as the authors write them
 and .item() on every term. The fast one is the step of cifar.py and imagenet.py with --dtype bfloat16, --compile, and on
-CPUs --teacher_dtype int8. Both take the same random images in turns, and the ratio is that of each pair. The plain step
-has a process to itself, a new one for each case, since ours changes the memory allocator of its whole process.
-Arithmetic is what FlopCounterMode counts of the plain step; its rate is given as part of that of a product of two
+CPUs --teacher_dtype int8. They run in turns on the same random images, and each pair gives a ratio. The plain step
+has its own process, a new one for each case, since the fast step changes the memory allocator of its whole process.
+FlopCounterMode counts the operations of the plain step; their rate is given as a fraction of that of a product of two
 2048x2048 matrices in the fast step's dtype.
 """
 
@@ -154,7 +154,7 @@ def fast(name, opt):
     """The fast step of a case, and its batch."""
     case = CASES[name]
     words = [*case.flags.split(), '--batch_size', str(case.batch), '--dtype', opt.dtype]
-    twice = name == 'gradient_at'  # what is differentiated twice can be neither compiled nor in integers
+    twice = name == 'gradient_at'  # a step that is differentiated twice can neither be compiled nor use integers
     words += ['--teacher_dtype', opt.teacher_dtype] if case.teacher and not twice else []
     if not (opt.eager or twice):
         words += ['--compile', '--cuda_graphs'] if opt.cuda_graphs else ['--compile']
@@ -170,7 +170,7 @@ def plain(name):
 
 
 def of_plain(measured, name):
-    """A measure of the plain step, as a process of its own takes it."""
+    """Apply a measure to the plain step of a case, for a separate process to call."""
     return measured(*plain(name))
 
 
@@ -179,13 +179,13 @@ def default_teacher_dtype(dtype):
 
 
 def own_process():
-    """A new process for what is plain, with the memory allocator that every process begins with."""
+    """A new process for the plain step, with the default memory allocator."""
     spawn = multiprocessing.get_context('spawn')
     return ProcessPoolExecutor(1, spawn, initializer=children.end_with_parent, initargs=(os.getpid(),))
 
 
 def measure(name, opt, rates):
-    """Measure a case: what the JSON holds of it."""
+    """Measure a case; returns its entry in the JSON."""
     case, step = CASES[name], fast(name, opt)
     first = seconds(*step)
     with own_process() as process:
@@ -224,7 +224,7 @@ def profile(name, opt):
 
 
 def main():
-    """Measure the cases one after the other and print a row of each."""
+    """Measure the cases one after another and print a row for each."""
     parser = Parser(__doc__)
     flag = parser.add_argument
     flag('--only', default=','.join(CASES), help=f'some of {",".join(CASES)} (default: all)')

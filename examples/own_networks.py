@@ -26,8 +26,8 @@ from formats.torchvision import download
 from images import memory, photographs
 from utils import at_loss
 
-# Layers of one name are compared: here the last of strides 4, 8, 16, 32. `get_graph_node_names(network)` lists layers;
-# take none that is followed by one that works in place, like ReLU(inplace=True), which overwrites its activation.
+# Layers of the same name are compared: here the last at strides 4, 8, 16, 32. `get_graph_node_names(network)` lists
+# layers; take none before an in-place layer such as ReLU(inplace=True), which overwrites its activation.
 TEACHER = {'layer1': 'at0', 'layer2': 'at1', 'layer3': 'at2', 'layer4': 'at3'}
 STUDENT = {'features.3': 'at0', 'features.6': 'at1', 'features.12': 'at2', 'features.16': 'at3', 'classifier': 'logits'}
 
@@ -47,7 +47,7 @@ def losses(student, teacher, images, labels):
 
 
 def load_teacher(weights):
-    """A torchvision ResNet-50: of random weights for '', torchvision's own for 'DEFAULT', or those of a state_dict."""
+    """A torchvision ResNet-50 with random weights for '', torchvision's for 'DEFAULT', or those of a state_dict."""
     if not weights:
         print('the teacher has random weights (see --teacher_weights): it teaches nothing, this shows that it runs')
         return resnet50()

@@ -1,4 +1,4 @@
-"""HDF5 files as hickle writes them, read as data: hickle itself would run code in them."""
+"""Read HDF5 files that hickle wrote, as data: hickle itself would run code in them."""
 
 import math
 import os
@@ -11,16 +11,16 @@ import torch
 
 MAX_NODES = 10_000  # in one group of an HDF5 file; a ResNet-152 has fewer than 1,000 arrays
 MAX_CHUNKS = 100_000  # of one HDF5 dataset
-DEFLATE_RATIO = 1032  # no deflate stream unpacks to more bytes for each of its own (zlib.net/zlib_tech.html)
+DEFLATE_RATIO = 1032  # a byte of a deflate stream unpacks to at most so many (zlib.net/zlib_tech.html)
 
 
 def read_hdf5(path, max_bytes):
     """The dictionary of float arrays that hickle 1 to 5 wrote: {name: tensor}. hickle itself would run code in it.
 
-    A dictionary is a group `data` (hickle 1, 4, 5) or `data_0` (2, 3). In it stands each array under its key, which
-    hickle 3 to 5 put in quotes: as a dataset (1, 5), or alone in a group, named as the outer one is (2, 3, 4).
-    Raises ValueError for anything else: other links than hard ones, an object reached twice, values in other files,
-    other dtypes, other filters than gzip (HDF5 loads the rest as plug-ins), arrays of more than `max_bytes` together.
+    The dictionary is a group `data` (hickle 1, 4, 5) or `data_0` (2, 3). It holds each array under its key, which
+    hickle 3 to 5 put in quotes: as a dataset (1, 5), or alone in a group and named like the outer group (2, 3, 4).
+    Raises ValueError for anything else: links other than hard links, an object reached twice, values in other files,
+    other dtypes, filters other than gzip (HDF5 loads the rest as plug-ins), arrays of more than `max_bytes` in total.
     """
     size = os.path.getsize(path)
     with h5py.File(path, 'r', locking=False) as file:
@@ -50,7 +50,7 @@ def _names(group):
 
 
 def _follow(group, name, seen):
-    """The object under a name: a dataset or group that a hard link leads to, and none before led to."""
+    """The dataset or group under a name, which must be a hard link to an object that was not reached before."""
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
         raise ValueError(f'{name!r} is a link to elsewhere')
     node = group[name]
@@ -70,7 +70,7 @@ def _dictionary(group, seen):
     there = set(names)
     for name in names:
         if name.startswith('_') and name[1:] in there:
-            continue  # hickle 1: the name of the type
+            continue  # hickle 1 stores the type's name there
         node = _follow(group, name, seen)
         if isinstance(node, h5py.Group):
             inner = _names(node)
@@ -87,7 +87,7 @@ def _filters(dataset):
 
 
 def _declared_bytes(key, dataset, file_size):
-    """The size of an array that may be read; ValueError says why another may not. Nothing is allocated here."""
+    """The bytes of an array, without allocating any; raises ValueError if the array must not be read."""
     plist = dataset.id.get_create_plist()
     if plist.get_layout() == h5py.h5d.VIRTUAL or plist.get_external_count():
         raise ValueError(f'{key!r} keeps its values in other files')
@@ -117,7 +117,7 @@ def _read_dataset(key, dataset, file_size):
 
 
 def _check_deflated_chunks(key, dataset, file_size):
-    """Refuse a chunk that unpacks to more than its share of the array: HDF5 would unpack all of it to memory."""
+    """Refuse a chunk that unpacks to more than its share of the array: HDF5 would unpack all of it into memory."""
     filters, chunks = _filters(dataset), []
     if h5py.h5z.FILTER_DEFLATE not in filters:
         return
@@ -128,6 +128,6 @@ def _check_deflated_chunks(key, dataset, file_size):
             raise ValueError(f'{key!r} has a chunk that is longer than the file')
         skipped, content = dataset.id.read_direct_chunk(chunk.chunk_offset)
         if skipped >> len(filters) - 1 & 1:
-            continue  # not compressed, since that made it no shorter
+            continue  # stored uncompressed, since compression did not make it shorter
         if len(zlib.decompressobj().decompress(content, limit + 1)) > limit:
             raise ValueError(f'{key!r} has a chunk that unpacks to more than its {limit:,} bytes')

@@ -1,6 +1,6 @@
-"""The table of the families of networks, and a network of any of them from a file: (f, params).
+"""The table of network families, and a network of any family from a file: (f, params).
 
-A new family is a file with its functions, as `nin` is one, and a line of `NETWORKS`; nothing else knows its name.
+A new family is a file with its functions, like `nin`, and a line of `NETWORKS`; nothing else knows its name.
 """
 
 import os
@@ -20,19 +20,19 @@ from utils import without_adapters
 
 
 class Family(NamedTuple):
-    """What the rest asks of a family of networks."""
+    """What the rest of the code needs from a family of networks."""
 
     title: str  # before depth and width, as in WRN-16-1
-    plural: str  # for --help and refusals
-    script: str  # that trains it: the flag --net of cifar.py offers those of cifar.py
-    flags: tuple  # of --depth, --width and --no_bn, those that it has
-    network: Callable  # of the flags: what builds one, num_classes -> (f, params)
-    first: str  # a pattern of names of which each network has one, in its first block
-    owns: Callable  # of flat params: whether they are those of such a network
-    expected: Callable  # of flat params: (f, {name: shape}, (depth, width)) of the one that they should be; ValueError
-    unit: int  # what width is exact to: 1 / unit
-    fold: Callable  # of params: those with batch norm folded where a convolution is before it
-    describe: Callable  # of params: the network in words
+    plural: str  # for --help and error messages
+    script: str  # that trains it; --net of cifar.py offers the families of cifar.py
+    flags: tuple  # those of --depth, --width and --no_bn that it has
+    network: Callable  # flags -> a function num_classes -> (f, params)
+    first: str  # a pattern that matches one name of each network, in its first block
+    owns: Callable  # flat params -> whether they belong to the family
+    expected: Callable  # flat params -> (f, {name: shape}, (depth, width)) of the network they should fit; ValueError
+    unit: int  # width is exact to 1 / unit
+    fold: Callable  # params -> params with batch norm folded into the convolution before it, where there is one
+    describe: Callable  # params -> the network in words
 
 
 NETWORKS = {
@@ -79,21 +79,21 @@ NETWORKS = {
 
 
 def family_of(params):
-    """The family that flat params belong to, or None. The last line of the table is asked first: it is the newest."""
+    """The family that flat params belong to, or None. The last line of the table is tried first: it is the newest."""
     return next((family for family in reversed(NETWORKS.values()) if family.owns(params)), None)
 
 
 def supported():
-    """What networks can be read, in words."""
+    """The networks that can be read, in words."""
     *others, last = (family.plural for family in NETWORKS.values())
     return f'read are {", ".join(others)} and {last}; examples/own_networks.py pairs any two networks'
 
 
 def load(path, note=print):
-    """Read a checkpoint, ours or one of the authors' (`student.` prefixes, or running statistics apart).
+    """Read a checkpoint, ours or one of the authors' (`student.` prefixes, or separate running statistics).
 
-    Returns a dictionary with `params`, flat and without prefix, and whatever else the file holds. Raises OSError
-    where there is none and ValueError where the file is not a checkpoint. `note` takes a line for the user.
+    Returns a dictionary with `params`, flat and without prefix, and everything else in the file. Raises OSError if
+    there is no file and ValueError if it is not a checkpoint. `note` takes a line for the user.
     """
     state = read(path)
     if not isinstance(state, dict) or not isinstance(state.get('params'), dict):
@@ -108,9 +108,9 @@ def _first():
 
 
 def load_params(path, note=print):
-    """Read the flat params, in the names that are used here, from a file of any kind that `load_teacher` takes.
+    """Read flat params, under the names used here, from any file that `load_teacher` takes.
 
-    Raises OSError and ValueError as `read` and `download` do, and ValueError where the file holds no named tensors.
+    Raises OSError and ValueError as `read` and `download` do, and ValueError if the file holds no named tensors.
     """
     if str(path).startswith('torchvision:'):
         return from_torchvision(download(str(path).removeprefix('torchvision:')))
@@ -122,19 +122,19 @@ def load_params(path, note=print):
 
 
 def load_teacher(path, shape=None, note=print):
-    """Read a trained network whatever its shape: (f, params), as of `resnet`, with params that need no gradient.
+    """Read a trained network of any shape: (f, params), as in `resnet`, with params that need no gradient.
 
-    `path` names a checkpoint of ours or of the authors', their folded export, a torchvision ResNet's state_dict, a
-    .safetensors or .hkl of any of these, told apart by content, or is `torchvision:resnet34`. Depth, widths and number
-    of classes are read from the parameters; `shape` is the (depth, width) that they must have, if any. Params are
-    float32. Raises as `load_params` does, and ValueError for parameters of no known network, or that do not fit it or
-    are not finite.
+    `path` is a checkpoint of ours or of the authors', their folded export, a torchvision ResNet's state_dict, a
+    .safetensors or .hkl of any of these, recognised by content, or `torchvision:resnet34`. Depth, widths and number of
+    classes are read from the params; `shape` is the (depth, width) that they must have, if any. Params are float32.
+    Raises as `load_params` does, and ValueError for params that belong to no known network, do not fit it or are not
+    finite.
     """
     return build(load_params(path, note), path, shape)
 
 
 def build(loaded, path, shape=None):
-    """The network (f, params) that flat params belong to; `path` is what errors call them. See `load_teacher`."""
+    """The network (f, params) that flat params belong to; errors call them `path`. See `load_teacher`."""
     loaded = without_adapters(loaded)
     try:
         family = family_of(loaded)
@@ -158,12 +158,12 @@ def build(loaded, path, shape=None):
 
 
 def fold(params):
-    """A network's params, as `build` returns them, with batch norm folded where a convolution is before it."""
+    """Params from `build` with batch norm folded into the convolution before it, where there is one."""
     return family_of(params).fold(params)
 
 
 def describe(params):
-    """What network params are those of, in words; they are as `build` returns them."""
+    """The network that params from `build` belong to, in words."""
     return family_of(params).describe(params)
 
 
@@ -173,12 +173,12 @@ def _name(*title_depth_width):
 
 
 def _has_shape(shape, depth, width, unit):
-    """Whether a shape is (depth, width), to the channel."""
+    """Whether a shape is (depth, width), up to rounding to whole channels."""
     return shape[0] == depth and isinstance(shape[1], int | float) and 0 <= unit * shape[1] - int(unit * width) < 1
 
 
 def restore_(params, loaded, path):
-    """Copy loaded parameters into a network's, in place; ValueError names what is missing, left over or misshapen."""
+    """Copy loaded params into a network's, in place; raises ValueError naming missing, unknown or misshapen ones."""
     check_fit({k: v.shape for k, v in params.items()}, loaded, path)
     with torch.no_grad():
         for key, value in params.items():
@@ -186,7 +186,7 @@ def restore_(params, loaded, path):
 
 
 def check_fit(shapes, loaded, path):
-    """Refuse arrays {name: tensor} of other names or shapes than {name: shape}, or that are no floats."""
+    """Refuse tensors {name: tensor} whose names or shapes differ from {name: shape}, or that are not floats."""
     wrong = [f'no {k}' for k in shapes if k not in loaded] + [f'unknown {k}' for k in loaded if k not in shapes]
     for key in shapes:
         if key in loaded and loaded[key].shape != shapes[key]:
@@ -198,5 +198,5 @@ def check_fit(shapes, loaded, path):
 
 
 def checkpoint_of(run):
-    """The checkpoint that a run's folder holds, or the file itself where a file is named."""
+    """The path of the checkpoint in a run's folder; a file's path is returned as it is."""
     return os.path.join(run, 'model.pt7') if os.path.isdir(run) else run

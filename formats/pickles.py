@@ -1,4 +1,4 @@
-"""Torch files as data: an archive and its pickles are looked at before torch reads them, and nothing in them runs."""
+"""Read torch files as data: archives and pickles are checked before torch reads them, and nothing in them runs."""
 
 import collections
 import io
@@ -12,29 +12,29 @@ import torch
 
 from formats.unwrap import AVERAGED, PARTS
 
-MAX_UNFOLDED = 10_000_000  # objects of a pickle, each counted as often as others hold it
-PICKLED = re.compile(  # all that the pickle of a checkpoint has to name; bytearray(2**34) is short, but not small
+MAX_UNFOLDED = 10_000_000  # objects of a pickle, each counted once for each reference to it
+PICKLED = re.compile(  # all that a checkpoint's pickle needs to name; bytearray(2**34) would be short, but not small
     r'collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch\.nn\.parameter Parameter'
     r'|torch (\w+Storage|Size|device|bool|[a-z]+\d+)'
 )
-SETTINGS = re.compile(  # names of what training scripts save beside the weights
+SETTINGS = re.compile(  # names of what training scripts save besides the weights
     r'(argparse|collections|datetime|easydict|lightning\w*|numpy|omegaconf|pathlib|pytorch_lightning|torch\.optim|yacs)'
     r'[. ].*|_codecs encode|(__builtin__|builtins) (dict|list|object|set)|copy_reg _reconstructor'
 )
-ADVISED = {name: (1, name) for name in (*AVERAGED, *PARTS, 'stats')}  # one object of a pickle, with its text
-ONE = (1, None)  # the same without a text that matters
-MAX_REFUSED = 1000  # names in one pickle; advice looks at them all
-MAX_NAME = 200  # characters of a module or a class that a pickle names
-MAX_GROWTH = 8  # times, of a pickle that is rewritten
+ADVISED = {name: (1, name) for name in (*AVERAGED, *PARTS, 'stats')}  # the size and text of an object on the stack
+ONE = (1, None)  # an object whose text does not matter
+MAX_REFUSED = 1000  # refused names in one pickle; the advice depends on all of them
+MAX_NAME = 200  # characters of a module's or class's name in a pickle
+MAX_GROWTH = 8  # of a pickle by rewriting, as a factor
 
 
 def read_torch(path):
-    """What torch.save wrote, read with weights_only=True, after a look at its zip archive and its pickles."""
+    """What torch.save wrote, read with weights_only=True after a check of its zip archive and pickles."""
     with open(path, 'rb') as file:
         content = io.BytesIO(file.read())
-    if content.getbuffer()[:2] == b'PK':  # as torch does, which takes for an archive what zipfile may not
+    if content.getbuffer()[:2] == b'PK':  # torch's own test of an archive, which differs from zipfile's
         content = _plain_archive(content, path)
-    else:  # before there were archives: magic number, version, system, objects, names of storages, then their values
+    else:  # the format before archives: magic number, version, system, objects, names of storages, then their values
         pickles = b''.join(_checked_pickle(content, path) for _ in range(5))
         if pickles != content.getbuffer()[: content.tell()]:
             content = io.BytesIO(pickles + content.read())
@@ -43,7 +43,7 @@ def read_torch(path):
 
 
 def _plain_archive(content, path):
-    """A zip archive written again as zipfile understands it: torch could find another directory in the same bytes."""
+    """A zip archive rewritten as zipfile reads it: torch could find another directory in the same bytes."""
     plain, archive = io.BytesIO(), zipfile.ZipFile(content)
     unpacked = sum(entry.file_size for entry in archive.infolist())
     if unpacked > len(content.getbuffer()):  # torch.save does not compress
@@ -58,7 +58,7 @@ def _plain_archive(content, path):
 
 
 def _checked_pickle(stream, path):
-    """The bytes of the next pickle of a stream, in protocol 2 and checked; `path` is what advice calls the file."""
+    """The bytes of the next pickle of a stream, in protocol 2 and checked; advice calls the file `path`."""
     start = stream.tell()
     if stream.getbuffer()[start : start + 2] in (b'\x80\4', b'\x80\5'):
         content = _as_protocol_2(stream)
@@ -69,14 +69,14 @@ def _checked_pickle(stream, path):
 
 
 def _as_protocol_2(stream):
-    """The next pickle of a stream with the operations of protocol 4 as those of protocol 2, which alone torch reads.
+    """The next pickle of a stream, rewritten from protocol 4 to protocol 2, the only one that torch reads.
 
-    A class is named by two strings on the stack there, here by an operation that takes their place. What protocol 2
-    has no words for stays as it is, for torch to refuse.
+    Protocol 4 names a class by two strings on the stack; protocol 2 has one operation, which replaces them. Operations
+    that protocol 2 does not have are kept, for torch to refuse.
     """
     content, start, out = stream.getbuffer(), stream.tell(), bytearray()
-    memo = {}  # strings by number, others None
-    pushed = collections.deque(maxlen=2)  # strings on top of the stack, and where they are in `out`
+    memo = {}  # number -> string, or None for other objects
+    pushed = collections.deque(maxlen=2)  # (position in `out`, string) of the strings on top of the stack
     for code, value, at in pickletools.genops(stream):
         operation, name = bytes(content[at : stream.tell()]), code.name
         if name == 'FRAME':
@@ -92,7 +92,7 @@ def _as_protocol_2(stream):
                 raise ValueError(f'{module[:MAX_NAME]!r} {attribute[:MAX_NAME]!r} in it is no name')
             del out[at:]
             operation = f'c{module}\n{attribute}\n'.encode()
-        elif name.endswith('GET') and memo.get(value) is not None:  # the place where it was first may have gone
+        elif name.endswith('GET') and memo.get(value) is not None:  # its first copy may have been deleted from `out`
             name, value = 'BINUNICODE', memo[value]
         if name.endswith('PUT') or name == 'MEMOIZE':
             memo[value] = pushed[-1][1] if pushed and len(pushed[-1][1]) <= MAX_NAME else None
@@ -109,10 +109,10 @@ def _as_protocol_2(stream):
 
 
 def _check_pickle(stream, path):
-    """Refuse a pickle of other things than tensors in containers, or of tuples in tuples that take for ever to hash.
+    """Refuse a pickle of anything but tensors in containers, or of nested tuples that take forever to hash.
 
-    Nothing is unpickled: kept instead is the size of what would be on the stack, and its text if that may tell where
-    the weights are; None for a mark.
+    Nothing is unpickled: the stack holds (size, text) of each object, with text only if it may tell where the weights
+    are, and None for a mark.
     """
     stack, memo, unfolded, marks, refused, keys = [], {}, 0, 0, [], set()
     for code, value, _ in pickletools.genops(stream):
@@ -136,7 +136,7 @@ def _check_pickle(stream, path):
             item = memo[value]
         elif taken > 1:
             item = (taken, None)
-        # A key of the outermost dictionary comes right after that, or after a mark and pairs of key and value.
+        # A key of the outermost dictionary follows the dictionary itself, or a mark and pairs of key and value.
         outermost = len(stack) == 1 or (marks == 1 and stack[1:2] == [None] and len(stack) % 2 == 0)
         if outermost and item and item[1]:
             keys.add(item[1])
@@ -156,7 +156,7 @@ def _check_pickle(stream, path):
 
 
 def _advice(names, keys, path):
-    """What helps where a checkpoint names what is not read; keys: those of `ADVISED` in its outermost dictionary."""
+    """Advice for a checkpoint with refused names, or None; keys: those of `ADVISED` in its outermost dictionary."""
     if any(name.startswith('torch.nn.modules.') for name in names):
         return (
             'it is a whole network, which the code that made it alone can read; save its parameters there instead: '

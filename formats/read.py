@@ -1,4 +1,4 @@
-"""Files read as data and never as code: torch, safetensors and HDF5, told apart by their content.
+"""Read torch, safetensors and HDF5 files, recognised by their content, as data and never as code.
 
 Nothing in a file runs, opens another file, or takes more memory than `MAX_BYTES` and the file's own size allow.
 """
@@ -16,9 +16,9 @@ MAX_BYTES = 4 * 2**30  # of a file, and of all arrays in it
 
 
 def read(path):
-    """What a torch, safetensors or HDF5 file holds, told apart by its first bytes; usually a dictionary of tensors.
+    """The content of a torch, safetensors or HDF5 file, recognised by its first bytes; usually a dictionary of tensors.
 
-    Raises OSError where there is no such file and ValueError where it is none of these, damaged or hostile.
+    Raises OSError if there is no such file, and ValueError if it is none of these, damaged or hostile.
     """
     if not os.path.isfile(path):
         raise OSError(f'{path}: no such checkpoint')
@@ -35,7 +35,7 @@ def read(path):
         with warnings.catch_warnings():  # about unusual pickles; what matters becomes an error
             warnings.simplefilter('ignore')
             return reader(path)
-    except Exception as error:  # whatever a damaged or hostile file makes a reader raise, it is not a checkpoint
+    except Exception as error:  # a damaged or hostile file can make a reader raise anything
         advice = ''.join(f': {note}' for note in getattr(error, '__notes__', ()))
         damaged = ' of tensors alone' if advice else ', or is damaged'
         raise ValueError(f'{path} is not a checkpoint{damaged} ({first_line(error)}){advice}') from None

@@ -1,4 +1,4 @@
-"""torchvision's ResNets: their names for ours, ours for theirs, and the weights that torchvision offers."""
+"""torchvision's ResNets: conversion to our names and back, and download of torchvision's weights."""
 
 import re
 import warnings
@@ -13,7 +13,7 @@ def from_torchvision(state):
     """A torchvision ResNet's state_dict under the names of `imagenet_resnet`, without num_batches_tracked.
 
     conv1.weight -> conv0, bn1.* -> bn0.*, layer1.0.conv1.weight -> group0.block0.conv0, downsample.0.weight ->
-    convdim, downsample.1.* -> bndim.*. Other names stay. Raises ValueError where two names become one.
+    convdim, downsample.1.* -> bndim.*. Other names stay. Raises ValueError if two names become one.
     """
     params = {}
     for key, value in state.items():
@@ -40,8 +40,8 @@ def _our_name(key):
 def to_torchvision(params):
     """The params of an ImageNet ResNet, folded or not, as the state_dict of a torchvision ResNet.
 
-    Folded params get a batch norm that does nothing but add their bias, shortcuts without batch norm one that does
-    nothing. Names go as in `from_torchvision`. Raises ValueError for numbers of blocks that torchvision does not have.
+    Folded params get a batch norm that only adds their bias, shortcuts without batch norm one that does nothing. Names
+    are converted as in `from_torchvision`. Raises ValueError for numbers of blocks that torchvision does not have.
     """
     depth, counts, _ = imagenet_resnet_shape(params)
     if counts != IMAGENET_DEPTHS[depth][0]:
@@ -66,10 +66,10 @@ def _torchvision_name(key):
 
 
 def unfold_batch_norm(params):
-    """Undo the layout of `fold_batch_norm`, though not its arithmetic; what is not folded stays as it is.
+    """Undo the layout of `fold_batch_norm`, though not its arithmetic; params that are not folded stay as they are.
 
-    Each convolution's bias becomes a batch norm of weight 1, mean 0 and variance 1 - eps with that bias, and behind a
-    shortcut without batch norm comes one with bias 0.
+    Each convolution's bias becomes a batch norm of weight 1, mean 0 and variance 1 - eps with that bias, and a
+    shortcut without batch norm gets one with bias 0.
     """
     if 'conv0.weight' not in params:
         plain = {k: v for k, v in params.items() if k.endswith('convdim') and f'{k[:-7]}bndim.weight' not in params}
@@ -88,14 +88,14 @@ def unfold_batch_norm(params):
 
 
 def _norm_of(conv, bias):
-    """The batch norm of a convolution that does nothing but add a bias (C,)."""
+    """A batch norm after convolution `conv` that only adds a bias (C,)."""
     ones = torch.ones_like(bias)
     norm = ones, bias, torch.zeros_like(bias), ones - 1e-5
     return {f'{conv.replace("conv", "bn")}.{name}': tensor for name, tensor in zip(NORM, norm)}
 
 
 def check_name(name):
-    """Refuse a name that is none of the networks that `download` fetches."""
+    """Refuse a name of no network that `download` fetches."""
     names = [f'resnet{depth}' for depth in IMAGENET_DEPTHS]
     if name not in names:
         raise ValueError(f'torchvision:{name}: there are {", ".join(f"torchvision:{n}" for n in names)}')
@@ -104,10 +104,10 @@ def check_name(name):
 def download(name):
     """The state_dict of torchvision's own trained network of that name (resnet18, 34, 50, 101 or 152).
 
-    torchvision keeps what it has fetched in ~/.cache/torch/hub. Raises ValueError for another name, OSError where it
+    torchvision caches downloads in ~/.cache/torch/hub. Raises ValueError for another name, OSError if the weights
     cannot be fetched or read.
     """
-    import torchvision  # slow to import, and needed by no training script
+    import torchvision  # slow to import, and no training script needs it
 
     check_name(name)
     weights = torchvision.models.get_model_weights(name).DEFAULT

@@ -1,20 +1,20 @@
-"""The params of one network in what a file holds: in dictionaries, behind prefixes, beside other networks."""
+"""The params of one network in a file's content: in dictionaries, behind prefixes, beside other networks."""
 
 import re
 
 import torch
 
-# Under these names files hold the params of a network: averaged over training first, as timm takes them.
+# Names under which files hold a network's params; those averaged over training are preferred, as in timm.
 PARTS = ('params', 'state_dict', 'model_state_dict', 'model', 'net', 'network', 'module', 'student')
 AVERAGED = ('ema', *(f'{part}_ema' for part in PARTS))
 MAX_NETWORKS = 10  # in one file
 
 
 def flat_params(state, path, first, note):
-    """The params of the network in what a file holds, in whatever dictionaries and behind whatever prefixes.
+    """The params of the network in a file's content, in any dictionaries and behind any prefixes.
 
-    first: patterns of the names of which each network has one, in its first block. note: takes a line for the user.
-    Raises ValueError where something else than named tensors is there, or several networks.
+    `first` are patterns, one of which matches a name in each network's first block. `note` takes a line for the user.
+    Raises ValueError for anything but named tensors, and for several networks.
     """
     if not isinstance(state, dict):
         raise ValueError(f'{path} is not a checkpoint: it holds a {type(state).__name__}, not a dictionary')
@@ -26,11 +26,11 @@ def flat_params(state, path, first, note):
 
 
 def _unwrapped(state, path, note):
-    """The innermost dictionary under the names that files hold params under, with the statistics beside it.
+    """The innermost dictionary under names that files use for params, with the statistics beside it.
 
-    Weights that are averaged over training are taken before plain ones, as timm does, which is said where both are.
+    Weights averaged over training are preferred to plain ones, as in timm; `note` says so if a file has both.
     """
-    for _ in range(MAX_NETWORKS):  # of a dictionary that holds itself, there is no innermost
+    for _ in range(MAX_NETWORKS):  # a dictionary that holds itself has no innermost one
         parts = [k for k in PARTS if isinstance(state.get(k), dict)]
         averaged = [k for k in AVERAGED if isinstance(state.get(k), dict) and state[k]]
         if averaged and parts:
@@ -45,9 +45,9 @@ def _unwrapped(state, path, note):
 def _without_prefix(params, path, first, note):
     """The network among flat params, by its own names.
 
-    Wrappers put words before them (DataParallel `module.`, torch.compile `_orig_mod.`, Lightning those of the user's
-    attributes), and may hold other things beside it: losses, a teacher, an average of the network. Raises ValueError
-    where several networks are left.
+    Wrappers add prefixes (DataParallel `module.`, torch.compile `_orig_mod.`, Lightning the user's attribute names),
+    and may hold other things besides the network: losses, a teacher, an average of it. Raises ValueError if several
+    networks remain.
     """
     named = re.compile(rf'(.*\.|)(?:{"|".join(first)})', re.DOTALL)
     found = {match[1] for match in map(named.fullmatch, params) if match}
@@ -72,7 +72,7 @@ def _note_averaged(note, path, averaged, plain):
 
 
 def _is_plain(value):
-    """Whether a value is a tensor on the CPU with a byte in the file for each of its own."""
+    """Whether a value is a dense CPU tensor whose storage holds each of its bytes."""
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != 'cpu':
         return False
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and networks in the formats of others."""
+"""Write files whole or not at all, and networks in other formats."""
 
 import io
 import os
@@ -14,7 +14,7 @@ from imagenet_resnet import fold_batch_norm, imagenet_forward
 def save(path, state):
     """Write a checkpoint whole or not at all: to a file beside it, flushed to the disk, then renamed over it.
 
-    Raises OSError (no space, no permission) and leaves the checkpoint that was there as it was.
+    Raises OSError (no space, no permission) and leaves the old checkpoint unchanged.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -22,11 +22,11 @@ def save(path, state):
 
 
 def write_whole(path, content):
-    """Replace a file's content (bytes) so that a reader, or a crash, sees the old or the new, never a part."""
+    """Replace a file's content (bytes) so that readers see the old or the new one, even after a crash, never a part."""
     temporary = f'{path}.tmp'
     try:
         if os.path.lexists(temporary):
-            os.unlink(temporary)  # of a killed run, or a link that somebody laid there to be written through
+            os.unlink(temporary)  # left by a killed run, or a link planted to redirect the writing
         with open(temporary, 'xb') as file:
             file.write(content)
             file.flush()
@@ -39,7 +39,7 @@ def write_whole(path, content):
 
 
 def not_written(path, error, more=''):
-    """The OSError that says so for the user, with the errno of `error`."""
+    """An OSError with a message for the user and the errno of `error`."""
     told = OSError(f'{path} could not be written: {error.strerror}{more}')
     told.errno = error.errno
     return told
@@ -48,9 +48,9 @@ def not_written(path, error, more=''):
 def write(f, params, kind, image_size):
     """The bytes of a file that holds a network in another format; see `WRITERS`.
 
-    ImageNet ResNets are folded for upstream, hkl and onnx; wide ResNets, which have no convolution before every batch
-    norm, keep theirs: for them upstream and hkl hold the flat params as they are.
-    Raises ValueError for what the format cannot hold, and where a package is missing.
+    ImageNet ResNets are folded for upstream, hkl and onnx. Wide ResNets are not, since some of their batch norms have
+    no convolution before them: for them upstream and hkl hold the flat params as they are.
+    Raises ValueError if the format cannot hold the network or a package is missing.
     """
     imagenet = f is imagenet_forward
     if kind == 'torchvision' and not imagenet:
@@ -68,7 +68,7 @@ def _torch(state, *_):
 
 
 def _hickle(params, *_):
-    import hickle  # slow to import, and only ever a writer
+    import hickle  # slow to import, and only used to write
 
     buffer = io.BytesIO()
     with h5py.File(buffer, 'w') as file:
@@ -77,7 +77,7 @@ def _hickle(params, *_):
 
 
 def _onnx(params, f, size):
-    """Logits (N, classes) of float32 images (N, 3, size, size), N at will, as an ONNX model."""
+    """An ONNX model: float32 images (N, 3, size, size), for any N, -> logits (N, classes)."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -105,7 +105,7 @@ def _onnx(params, f, size):
 WRITERS = {
     'torchvision': lambda params, *_: _torch(to_torchvision(params)),  # a state_dict
     'upstream': _torch,  # the authors' export: a bare dictionary of tensors
-    'hkl': _hickle,  # the same as hickle writes it
+    'hkl': _hickle,  # the same, written by hickle
     'safetensors': lambda params, *_: safetensors.torch.save(params),  # the params as they are
     'onnx': _onnx,
 }

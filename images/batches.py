@@ -17,10 +17,10 @@ def order(n, seed, epoch):
 
 
 def global_batches(n, batch_size, seed, epoch, least):
-    """The batches of an epoch for all workers together: [indices (B,), ...] of n samples in their order.
+    """The batches of an epoch, of all workers together: [indices (B,), ...] of n shuffled samples.
 
-    A last batch of fewer than `least` is left out: every worker needs an image, and batch norm more than one value.
-    Raises ValueError where no batch is left.
+    A last batch of fewer than `least` is dropped: every worker needs an image, and batch norm more than one value.
+    Raises ValueError if no batch is left.
     """
     shuffled = order(n, seed, epoch)
     batches = [shuffled[i : i + batch_size] for i in range(0, n, batch_size)]
@@ -33,7 +33,7 @@ def global_batches(n, batch_size, seed, epoch, least):
 def augmentation(n, pad, flip, seed, epoch):
     """Where to crop each of n samples and whether to mirror it: an int64 array (n, 3) of row, column, mirrored.
 
-    Rows and columns are 0 to 2 * pad. Line i depends on seed, epoch and i alone.
+    Rows and columns are 0 to 2 * pad. Entry i depends only on seed, epoch and i.
     """
     draws = np.random.default_rng([seed, epoch, 1]).integers(0, 2**32, size=(n, 3))
     return (draws * np.array([2 * pad + 1, 2 * pad + 1, 2 if flip else 1])) >> 32
@@ -42,7 +42,7 @@ def augmentation(n, pad, flip, seed, epoch):
 def crop(pixels, index, where, pad):
     """Reflect-pad (edge not repeated), crop back to size and mirror, all in one indexing operation.
 
-    pixels (N, H, W, 3), index (B,), where (B, 3) as of `augmentation` -> (B, H, W, 3) of the same dtype.
+    pixels (N, H, W, 3), index (B,), where (B, 3) from `augmentation` -> (B, H, W, 3) of the same dtype.
     """
     height, width = pixels.shape[1:3]
 
@@ -56,20 +56,20 @@ def crop(pixels, index, where, pad):
 
 
 def share(indices, rank, world):
-    """What one of `world` workers takes of a global batch of indices."""
+    """The part of a global batch of indices that worker `rank` of `world` takes."""
     return indices[rank::world]
 
 
 def spread(n, count):
-    """Up to `count` of the indices 0 to n - 1, evenly spread, as an array."""
+    """Up to `count` evenly spaced indices from 0 to n - 1, as an array."""
     return np.linspace(0, n - 1, min(n, count)).astype(int)
 
 
 def hold_out(labels, count):
-    """Divide training images into those to train on and `count` to test on: two sorted lists of indices.
+    """Split training images into those to train on and `count` to test on: two sorted lists of indices.
 
-    Each class gives at least one and about the same part of its images, evenly spread over their order, and keeps at
-    least one. The choice depends on the labels (N,) alone. Raises ValueError where there are too few images.
+    About the same fraction of each class is held out, evenly spaced in its order; at least one image of each class is
+    held out and at least one kept. The split depends only on labels (N,). Raises ValueError for too few images.
     """
     sizes = np.bincount(labels)
     most = len(labels) - len(sizes)
@@ -79,7 +79,7 @@ def hold_out(labels, count):
         )
     if count < len(sizes):
         raise ValueError(f'--holdout {count}: at least {len(sizes)}, an image of each class')
-    # The next image comes from the class of which the least part is held out, at first from one after the other.
+    # The next image is taken from the class with the smallest fraction held out, and from the first of equal ones.
     parts = [(taken / size, label) for label, size in enumerate(sizes.tolist()) for taken in range(size - 1)]
     counts = Counter(label for _, label in sorted(parts)[:count])
     of_class = [np.flatnonzero(np.asarray(labels) == label) for label in range(len(sizes))]
@@ -88,12 +88,12 @@ def hold_out(labels, count):
 
 
 def normalize(pixels, mean, std):
-    """Normalise (B, H, W, 3) uint8 to float32 (B, 3, H, W) in channels-last memory format; mean and std are of (3,)."""
+    """Normalise (B, H, W, 3) uint8 to float32 (B, 3, H, W) in channels-last memory format; mean and std are (3,)."""
     mean, std = (_rows(v, pixels.shape[2], pixels.device) for v in (mean, std))
     rows = pixels.flatten(2).float()  # (B, H, W * 3): rows of three numbers would be five times slower on a CPU
     return rows.sub_(mean).div_(std).view(pixels.shape).permute(0, 3, 1, 2)
 
 
-@functools.cache  # or each batch would make the host wait for the device
+@functools.cache  # otherwise each batch makes the host wait for the device
 def _rows(channels, width, device):
     return torch.tensor(channels, device=device).repeat(width)  # (3,) -> (W * 3,)

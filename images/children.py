@@ -1,4 +1,4 @@
-"""What the processes of a run have in common: where they import from, what stops them, and that they end together."""
+"""What all processes of a run share: where they import from, which signals stop them, and that they end together."""
 
 import os
 import signal
@@ -6,14 +6,14 @@ import sys
 import threading
 import time
 
-STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}  # what a run that each has stopped exits with
-PARENT = os.getppid()  # when this module is imported
+STATUS = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 0}  # the exit status of a run that each stops
+PARENT = os.getppid()  # at the time of import
 
 
 def import_safely():
-    """Let every Python that this process starts import from where this one does, and never from the current folder.
+    """Make every Python that this process starts import from where this one does, never from the current folder.
 
-    Raises ValueError where a variable of the environment cannot tell them.
+    Raises ValueError if environment variables cannot say so.
     """
     if sys.flags.ignore_environment and not sys.flags.safe_path:
         raise ValueError('python -E: what it starts would import from the current folder; leave -E out, or add -P')
@@ -25,7 +25,7 @@ def import_safely():
 
 
 def end_with_parent(parent, message=''):
-    """End this process within seconds once `parent`, which started it, has died in whatever way, with a message."""
+    """Print a message and end this process within seconds after `parent`, which started it, dies for any reason."""
 
     def watch():
         while os.getppid() == parent:

@@ -1,4 +1,4 @@
-"""Crops of photographs, to train on and to test on."""
+"""Crops of photographs for training and testing."""
 
 import functools
 import math
@@ -7,9 +7,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from images.decode import cv2, read_image  # its cv2 refuses images of too many pixels
+from images.decode import cv2, read_image  # its cv2 refuses images with too many pixels
 
-MAX_RATIO = 100  # of the sides of an image: scaled by the shorter one, a thinner one would fill the memory
+MAX_RATIO = 100  # of an image's sides: a thinner one, scaled by its shorter side, would fill the memory
 
 
 def resize(image, height, width):
@@ -23,16 +23,16 @@ def resize(image, height, width):
 
 
 def augmentation(seed, epoch, index):
-    """An image's random numbers: whether it is mirrored, and ten trials of where to crop, each four of [0, 1)."""
+    """An image's random numbers: whether it is mirrored, and ten trial crops of four numbers in [0, 1) each."""
     draws = np.random.default_rng([seed, epoch, 1, index]).random(41).tolist()
     return draws[0] < 0.5, [draws[i : i + 4] for i in range(1, 41, 4)]
 
 
 def random_box(height, width, trials):
-    """Where to crop an image: (top, left, height, width), of 0.08 to 1 of its area and aspect ratio 3/4 to 4/3.
+    """Where to crop an image: (top, left, height, width), with 0.08 to 1 of its area and aspect ratio 3/4 to 4/3.
 
-    The first of `trials` that fits, as of `augmentation`, or else the centre: the "Inception" crop (Szegedy et al.
-    2015) in the form of fb.resnet.torch and torchvision's RandomResizedCrop.
+    The first of `trials` (from `augmentation`) that fits, or else the centre: the "Inception" crop (Szegedy et al.
+    2015) as in fb.resnet.torch and torchvision's RandomResizedCrop.
     """
     least, most = 3 / 4, 4 / 3
     for area, ratio, down, right in trials:
@@ -46,20 +46,20 @@ def random_box(height, width, trials):
 
 
 def train_crop(path, size, mirrored, trials):
-    """A random box of an image file resized to (size, size, 3), mirrored or not; the draws are of `augmentation`."""
+    """A random box of an image file resized to (size, size, 3); `mirrored` and `trials` are from `augmentation`."""
     small = resize(read_image(path, functools.partial(random_box, trials=trials)), size, size)
     return cv2.flip(small, 1) if mirrored else small
 
 
 def test_crop(path, size, box=None):
-    """The shorter side of an image file, or of a box, resized to size * 256 / 224, then the central (size, size, 3)."""
+    """The central (size, size, 3) of an image file, or of a box, whose shorter side is resized to size * 256 / 224."""
     image = _scaled(path, size, box)
     top, left = (round((side - size) / 2) for side in image.shape[:2])
     return image[top : top + size, left : left + size]
 
 
 def scaled_crop(path, size, mirrored, trials, box=None):
-    """As `test_crop`, but of a random place, and mirrored or not; the draws are of `augmentation`."""
+    """As `test_crop`, but at a random place; `mirrored` and `trials` are from `augmentation`."""
     image = _scaled(path, size, box)
     top, left = (int(at * (side - size + 1)) for at, side in zip(trials[0][2:], image.shape[:2]))
     crop = image[top : top + size, left : left + size]
@@ -67,7 +67,7 @@ def scaled_crop(path, size, mirrored, trials, box=None):
 
 
 def _scaled(path, size, box):
-    """An image file, or a box of it, with a shorter side of size * 256 / 224."""
+    """An image file, or a box of it, resized to a shorter side of size * 256 / 224."""
     image = read_image(path, box and functools.partial(_within, path, box))
     short, shortest = round(size * 256 / 224), min(image.shape[:2])
     if max(image.shape[:2]) > MAX_RATIO * shortest:
@@ -77,7 +77,7 @@ def _scaled(path, size, box):
 
 
 def _within(path, box, height, width):
-    """What of a box (left, top, width, height) lies in an image of that size: (top, left, height, width), in pixels."""
+    """The part of a box (left, top, width, height) inside an image of that size: (top, left, height, width), pixels."""
     left, top = (int(at) for at in box[:2])
     bottom, right = min(height, round(box[1] + box[3])), min(width, round(box[0] + box[2]))
     if top >= bottom or left >= right:

@@ -1,19 +1,19 @@
-"""Image files to pixels, with OpenCV: unrotated and with the plain colours that PIL gives; cut files are refused."""
+"""Decode image files with OpenCV: unrotated, with the colours that PIL gives; truncated files are refused."""
 
 import os
 import stat
 
-os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', str(2**27))  # memory for what a header of some bytes declares
+os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', str(2**27))  # a header of a few bytes can declare any size
 
 import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 
 cv2.setNumThreads(0)
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # files that cannot be read are named here
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # `read_image` names the bad file
 
 MAX_BYTES = 2**28  # of an image file
 TIFF_ALPHA, TIFF_BITS, TIFF_PLANES = 338, 258, 284  # tags: ExtraSamples, BitsPerSample, PlanarConfiguration
-PREMULTIPLIED, PLAIN_ALPHA, SEPARATE = 1, 2, 2  # values of the first and of the last
+PREMULTIPLIED, PLAIN_ALPHA, SEPARATE = 1, 2, 2  # two values of ExtraSamples and one of PlanarConfiguration
 MAX_TAGS = 2**16
 MAX_GIF_HEADER = 2**20  # bytes
 
@@ -21,9 +21,8 @@ MAX_GIF_HEADER = 2**20  # bytes
 def read_image(path, box=None):
     """Decode an image file to (H, W, 3) uint8, red, green, blue, unrotated as PIL gives it.
 
-    With box, a function (height, width) -> (top, left, height, width), that part alone; the rows of a JPEG below it are
-    not decoded. Raises ValueError naming the file when it is unreadable or cut short (which OpenCV alone would pass
-    over).
+    With `box`, a function (height, width) -> (top, left, height, width), only that part; the rows of a JPEG below it
+    are not decoded. Raises ValueError naming the file if it is unreadable or truncated (which OpenCV alone accepts).
     """
     with open(path, 'rb', buffering=0, opener=_open_at_once) as file:  # a buffer would only be one more copy
         found = os.fstat(file.fileno())
@@ -44,20 +43,20 @@ def read_image(path, box=None):
 
 
 def _open_at_once(path, flags):
-    return os.open(path, flags | os.O_NONBLOCK)  # or a named pipe would wait for a writer
+    return os.open(path, flags | os.O_NONBLOCK)  # otherwise a named pipe waits for a writer
 
 
 def _decode(content, flags=cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION):
     try:
         return cv2.imdecode(np.frombuffer(content, np.uint8), flags)
-    except cv2.error:  # more pixels than OpenCV's limit, for one
+    except cv2.error:  # for example, more pixels than OpenCV's limit
         return None
 
 
 def _decode_opaque(content):
-    """Decode to the plain colours whatever the alpha, as PIL's convert('RGB') gives them.
+    """Decode to colours without applying alpha, as PIL's convert('RGB') does.
 
-    OpenCV does so by itself but for GIF and TIFF, which it darkens: their headers are changed to some without alpha.
+    OpenCV does so too, except for GIF and TIFF, which it darkens: their headers are changed to declare no alpha.
     """
     if content.startswith((b'GIF87a', b'GIF89a')):
         return _decode(_opaque_gif(content))
@@ -66,18 +65,18 @@ def _decode_opaque(content):
     (alpha, where), (bits, _) = (_tiff_tag(content, tag) for tag in (TIFF_ALPHA, TIFF_BITS))
     if alpha == PREMULTIPLIED and bits in (8, 16):
         image = _decode(content, cv2.IMREAD_UNCHANGED)
-        if image is not None and image.ndim == 3 and image.shape[2] == 4:  # OpenCV drops the alpha of grey
+        if image is not None and image.ndim == 3 and image.shape[2] == 4:  # OpenCV drops the alpha of grey images
             if bits == 16 and _tiff_tag(content, TIFF_PLANES)[0] == SEPARATE:
-                return None  # OpenCV mixes such planes up
+                return None  # OpenCV mixes up such planes
             return _unmultiplied(image >> 8 if image.dtype == np.uint16 else image)
     return _decode(content[:where] + b'\0\0' + content[where + 2 :] if alpha == PLAIN_ALPHA else content)
 
 
 def _opaque_gif(content):
-    """A GIF of whose first picture no colour is transparent; extensions of more than a MiB are not looked through."""
-    at = 13 + (3 << (content[10] & 7) + 1 if content[10:11] >= b'\x80' else 0)  # behind the header and its palette
+    """A GIF whose first picture has no transparent colour; only the first MiB of extensions is searched."""
+    at = 13 + (3 << (content[10] & 7) + 1 if content[10:11] >= b'\x80' else 0)  # after the header and its palette
     while content[at : at + 1] == b'!' and at < MAX_GIF_HEADER:
-        if content[at + 1 : at + 3] == b'\xf9\x04':  # the first bit of what follows says that there is such a colour
+        if content[at + 1 : at + 3] == b'\xf9\x04':  # the lowest bit of the next byte marks such a colour
             flags = int.from_bytes(content[at + 3 : at + 4])
             return content[: at + 3] + bytes([flags & ~1]) + content[at + 4 :]
         at += 2
@@ -88,26 +87,26 @@ def _opaque_gif(content):
 
 
 def _tiff_tag(content, tag):
-    """The first number of a tag, if it is of 16 bits, in the first directory of a TIFF, and its position; or (0, 0)."""
+    """The first number of a 16-bit tag in the first directory of a TIFF, and its position; (0, 0) if there is none."""
     order = 'little' if content.startswith(b'II') else 'big'
 
     def number(at, size):
         return int.from_bytes(content[at : at + size], order)
 
-    size, entry = (8, 20) if number(2, 2) == 43 else (4, 12)  # of an offset, and of an entry; 43: BigTIFF
+    size, entry = (8, 20) if number(2, 2) == 43 else (4, 12)  # bytes of an offset and of an entry; 43: BigTIFF
     directory = number(size, size)
     first = directory + (8 if size == 8 else 2)
     count = min(number(directory, first - directory), MAX_TAGS)
     at = next((at for at in range(first, first + entry * count, entry) if number(at, 2) == tag), None)
-    if at is None or number(at + 2, 2) != 3:  # another type than 16 bits
+    if at is None or number(at + 2, 2) != 3:  # not a 16-bit type
         return 0, 0
-    where = at + 4 + size  # of the value, or of what tells where more than fits is
+    where = at + 4 + size  # of the value, or of the offset to values that do not fit
     where = where if 2 * number(at + 4, size) <= size else number(where, size)
     return number(where, 2), where
 
 
 def _unmultiplied(image):
-    """The colours (H, W, 3), red, green, blue, of an image (H, W, 4), blue first, that was multiplied by its alpha."""
+    """Undo multiplication by alpha: (H, W, 4) blue, green, red, alpha -> (H, W, 3) red, green, blue."""
     alpha, colours = image[..., 3:], image[..., 2::-1].astype(np.uint16)
     colours *= np.where(alpha, 255, 0).astype(np.uint16)
     colours //= np.maximum(alpha, 1)
@@ -120,9 +119,9 @@ def _part(image, box):
 
 
 def _scan_jpeg(content):
-    """Whether a JPEG has its end marker behind its first scan (one inside a thumbnail does not count), and its frame.
+    """Whether a JPEG has an end marker after its first scan (one inside a thumbnail does not count), and its frame.
 
-    The frame is where the header of a baseline image without restart markers is, None for the other kinds of JPEG.
+    The frame is the position of the frame header of a baseline image without restart markers, None for other JPEGs.
     """
     at, segments = 2, {}
     while content[at : at + 1] == b'\xff' and at + 4 <= len(content):
@@ -136,19 +135,19 @@ def _scan_jpeg(content):
 
 
 def _decode_box(content, frame, box):
-    """A box of a baseline JPEG, decoding the rows down to its end; None where that is not possible or does not pay.
+    """A box of a baseline JPEG, without decoding the rows below it; None if that is impossible or saves too little.
 
-    The decoder is shown a header with fewer rows, and no end marker, for which it would search and complain.
+    The decoder gets a header with fewer rows, and no end marker, which it would search for and warn about.
     """
     # frame: FF C0, length (2 bytes), precision, height (2), width (2), components, 3 bytes for each component
     height, width = (int.from_bytes(content[frame + i : frame + i + 2], 'big') for i in (5, 7))
     components = int.from_bytes(content[frame + 9 : frame + 10], 'big')
     sampling = content[frame + 11 : frame + 10 + 3 * components : 3]
-    unit = 8 * max((s & 15 for s in sampling), default=0)  # rows that are coded together
+    unit = 8 * max((s & 15 for s in sampling), default=0)  # rows that are encoded together
     if not (unit and height and width):
         return None
     top, left, box_height, box_width = box(height, width)
-    rows = top + box_height + unit  # one unit more, since colour is interpolated from the rows around
+    rows = top + box_height + unit  # one unit more, since colour is interpolated from neighbouring rows
     if rows > height - 2 * unit:
         return None
     shorter = content[: frame + 5] + rows.to_bytes(2, 'big') + content[frame + 7 : content.rfind(b'\xff\xd9')]

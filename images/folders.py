@@ -1,4 +1,4 @@
-"""Folders of images, and lists of such: which files are images, of which classes."""
+"""Folders and lists of images: which files are images, and of which class."""
 
 import codecs
 import os
@@ -6,15 +6,15 @@ import re
 import unicodedata
 
 IMAGE_SUFFIXES = tuple('.png .jpg .jpeg .jfif .bmp .gif .webp .tif .tiff .ppm .pgm'.split())
-# What systems leave in folders, besides names that begin with a dot.
+# What operating systems create in folders, besides names that begin with a dot.
 SYSTEM_NAMES = {*'__macosx @eadir thumbs.db desktop.ini lost+found $recycle.bin'.split(), 'system volume information'}
 MAX_LIST = 2**26  # bytes of a list of images
 
 
 def find_parts(root, parts, follow_links=False, note=print):
-    """The number of classes, and the images of each of two parts, as of `find_images`, whose classes are the same.
+    """The number of classes and the images (see `find_images`) of each of two parts that have the same classes.
 
-    Raises what that raises, and ValueError where there are other classes in one part than in the other.
+    Raises what `find_images` raises, and ValueError if the parts have different classes.
     """
     (classes, found), (others, found_too) = (find_images(root, part, follow_links, note) for part in parts)
     odd = sorted(set(classes) ^ set(others))
@@ -37,16 +37,16 @@ def find_parts(root, parts, follow_links=False, note=print):
 
 
 def is_hidden(name):
-    """Whether a file or folder is one of the system's, or hidden from the user by a dot before its name."""
+    """Whether a file or folder belongs to the operating system, or is hidden by a dot before its name."""
     return name.startswith('.') or name.lower() in SYSTEM_NAMES
 
 
 def find_images(root, part, follow_links=False, note=print):
-    """The files root/part/<class>/...: (names of the classes, [(path, number of the class), ...]), in order of names.
+    """The images root/part/<class>/...: (class names, [(path, class number), ...]), sorted by name.
 
-    What is hidden is no class and no image. `note` is told how many other files are passed over. Raises OSError and
-    ValueError, with a message for the user, where there are no images, and ValueError for a link that leads out of
-    `root`, unless `follow_links` allows it. No link to a folder inside a class is followed: it may loop.
+    Hidden files and folders are ignored. `note` takes a line on how many other files are skipped. Raises OSError or
+    ValueError, with a message for the user, if there are no images, and ValueError for a link that leads out of
+    `root`, unless `follow_links` is set, and for any link to a folder inside a class, which may loop.
     """
     folder = os.path.join(root, part)
     if not os.path.isdir(folder):
@@ -77,7 +77,7 @@ def find_images(root, part, follow_links=False, note=print):
 
 
 def files_below(folder, allowed):
-    """Yield the paths of all files below a folder, but for hidden ones, in order of names; `find_images` says what of.
+    """Yield the paths of all files below a folder, except hidden ones, sorted by name.
 
     Raises ValueError for a link that leads out of the folder `allowed`, if one is given, or to a folder.
     """
@@ -85,7 +85,7 @@ def files_below(folder, allowed):
     while left:
         entries = sorted((e for e in os.scandir(left.pop()) if not is_hidden(e.name)), key=lambda entry: entry.name)
         for entry in entries:
-            if entry.is_symlink():  # known from the listing: no look at each of a million files
+            if entry.is_symlink():  # known from the listing, without a stat of each of a million files
                 check_link(entry.path, allowed)
                 if entry.is_dir():
                     raise ValueError(f'{entry.path} is a link to a folder inside a class: it is not followed')
@@ -103,7 +103,7 @@ def check_link(path, allowed):
 
 
 def read_list(root, name, pattern):
-    """The groups of a pattern in each line of a list of images."""
+    """The groups that a pattern matches in each line of a list of images."""
     path = os.path.join(root, name)
     if not os.path.isfile(path):
         raise OSError(f'--dataroot {root} has no {name}')
@@ -113,7 +113,7 @@ def read_list(root, name, pattern):
         content = file.read().removeprefix(codecs.BOM_UTF8)
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError(f'{path} is a text in UTF-16: save it in UTF-8')
-    # Names are bytes to the system, in whatever encoding.
+    # To the system, names are bytes in any encoding.
     lines = [os.fsdecode(line.strip()) for line in content.splitlines() if line and not line.isspace()]
     found = [re.fullmatch(pattern, line) for line in lines]
     if not all(found):
@@ -123,9 +123,9 @@ def read_list(root, name, pattern):
 
 
 def find_listed(root, folder, train, test, follow_links):
-    """What `find_parts` returns, of two lists ['<class>/<file>' in a folder of `root`, ...], classes in order of names.
+    """What `find_parts` returns, for two lists ['<class>/<file>' in a folder of `root`, ...]; classes sorted by name.
 
-    Raises ValueError or OSError where a list names what is no image of a class to train on, or is not there.
+    Raises ValueError if a list names something other than an image of a training class, OSError if a file is missing.
     """
     top, allowed, parts = os.path.join(root, folder), None if follow_links else root, []
     classes = sorted({name.partition('/')[0] for name in train})

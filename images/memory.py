@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from images import batches
-from images.decode import cv2, read_image  # its cv2 refuses images of too many pixels
+from images.decode import cv2, read_image  # its cv2 refuses images with too many pixels
 from images.folders import find_parts
 
 MEAN = (125.3, 123.0, 113.9)  # of CIFAR-10's training images, red, green, blue; used for every data set here
@@ -41,7 +41,7 @@ class Dataset(NamedTuple):
     test: Images
     num_classes: int
     flip: bool  # whether a mirrored image is still of its class
-    by_class: bool = False  # whether training images stand class by class, so that the last are of the last class alone
+    by_class: bool = False  # whether training images are sorted by class, so that the last ones are all of one class
 
 
 # ------------------------------------------------------------------------------------------------------ data sets
@@ -50,9 +50,9 @@ class Dataset(NamedTuple):
 def load(dataset, root='.', image_size=32, holdout=0, nthread=4, note=print, follow_links=False):
     """Load a data set of DATASETS.
 
-    With `holdout`, that many training images take the place of the test set: the last, or of a folder, where they stand
-    class by class, those of `batches.hold_out`. `note` is told what the reader should know; `follow_links` is as of
-    `folders.find_images`. Raises ValueError or OSError, with a message for the user, where data is missing or damaged.
+    With `holdout`, that many training images replace the test set: the last ones or, where images are sorted by class,
+    those that `batches.hold_out` picks. `note` takes lines for the user; `follow_links` is as in `folders.find_images`.
+    Raises ValueError or OSError, with a message for the user, if data is missing or damaged.
     """
     if dataset not in DATASETS:
         *names, last = DATASETS
@@ -80,7 +80,7 @@ def _images(pixels, labels):
 
 
 def _cifar(dataset, root, note, **_):
-    import torchvision  # slow to import: only where it is asked for
+    import torchvision  # slow to import, so only where it is needed
 
     source = getattr(torchvision.datasets, dataset)
     if not os.path.isdir(os.path.join(root, source.base_folder)):
@@ -131,7 +131,7 @@ def _cifar10_binary(folder, note):
 
 def _digits(image_size, **_):
     """scikit-learn's 1,797 handwritten digits of 8x8, enlarged: the first 1,000 to train on, the others to test."""
-    from sklearn.datasets import load_digits  # a second to import: only where it is asked for
+    from sklearn.datasets import load_digits  # takes a second to import, so only where it is needed
 
     pixels, labels = load_digits(return_X_y=True)
     small = (pixels.reshape(-1, 8, 8) * 255 / 16).round().astype(np.uint8)
@@ -157,20 +157,20 @@ def _square(image, size):
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)
 
 
-# What --dataset of cifar.py takes; each is called with root, image_size, nthread, follow_links and note, as of `load`.
+# Values of --dataset of cifar.py; each is called with root, image_size, nthread, follow_links and note, as in `load`.
 DATASETS = {'CIFAR10': _cifar10, 'CIFAR100': partial(_cifar, 'CIFAR100'), 'folder': _folder, 'digits': _digits}
 normalize = partial(batches.normalize, mean=MEAN, std=STD)
 
 
 def sample(images, count=512):
-    """Images spread evenly over a part of a data set, unaugmented: (up to count, 3, H, W)."""
+    """Evenly spaced images of a part of a data set, unaugmented: (up to count, 3, H, W)."""
     return normalize(images.pixels[batches.spread(len(images.labels), count)])
 
 
 class TrainBatches:
     """One epoch of augmented batches: (images (B, 3, H, W), labels (B,), size of the global batch).
 
-    `start` is the number of batches of the epoch to pass over.
+    `start` is the number of batches of the epoch to skip.
     """
 
     def __init__(self, images, batch_size, pad, flip, seed, rank, world, epoch, start=0):

@@ -24,10 +24,10 @@ STD = (58.395, 57.12, 57.375)  # 255 * (0.229, 0.224, 0.225)
 class Files(NamedTuple):
     """Image files with their labels."""
 
-    paths: list  # N names
+    paths: list  # N paths
     labels: torch.Tensor  # (N,) int64
-    boxes: list | None = None  # of each file, what is looked at: (left, top, width, height) in pixels, or None for all
-    scaled: bool = False  # crops to train on are of one scale, that of the test, and not random_box
+    boxes: list | None = None  # the used part of each file: (left, top, width, height) in pixels, or None for all
+    scaled: bool = False  # training crops have the scale of test crops, and are not a random_box
 
 
 class Dataset(NamedTuple):
@@ -44,7 +44,7 @@ class Dataset(NamedTuple):
 def load(root, follow_links=False, note=print):
     """List the images root/train/<class>/* and root/val/<class>/*; classes are numbered in the order of their names.
 
-    Raises ValueError or OSError, with a message for the user, where folders or images are missing or links lead out of
+    Raises ValueError or OSError, with a message for the user, if folders or images are missing or links lead out of
     `root`: see `folders.find_parts`.
     """
     if not os.path.isdir(root):
@@ -54,7 +54,7 @@ def load(root, follow_links=False, note=print):
 
 
 def hold_out(dataset, count):
-    """A data set with `count` training files, as of `batches.hold_out`, in place of the test; with 0 as it is."""
+    """A data set whose test files are `count` of its training files, by `batches.hold_out`; with 0, unchanged."""
     if not count:
         return dataset
     files = dataset.train
@@ -73,9 +73,9 @@ def _files(found, **more):
 
 
 def load_cub(root, follow_links=False, note=print):
-    """Caltech-UCSD Birds-200-2011 (Wah et al. 2011): the folder CUB_200_2011 as it is published, cropped to its boxes.
+    """Caltech-UCSD Birds-200-2011 (Wah et al. 2011): the folder CUB_200_2011 as published, cropped to its boxes.
 
-    Raises ValueError or OSError, with a message for the user, where a list or an image is missing, lists do not agree
+    Raises ValueError or OSError, with a message for the user, if a list or an image is missing, lists do not agree
     or links lead out of `root`.
     """
     lines = {
@@ -103,7 +103,7 @@ def load_scenes(root, follow_links=False, note=print):
 
 
 def _listed(root, folder, train, test, follow_links):
-    """A data set of lists [('<class>/<file>' in a folder of `root`, box or None), ...], classes in order of names."""
+    """A data set from lists [('<class>/<file>' in a folder of `root`, box or None), ...]; classes sorted by name."""
     names = ([name for name, _ in part] for part in (train, test))
     num_classes, *found = folders.find_listed(root, folder, *names, follow_links)
     boxes = ([box for _, box in part] for part in (train, test))
@@ -112,7 +112,7 @@ def _listed(root, folder, train, test, follow_links):
 
 
 def load_folder(root, follow_links=False, note=print):
-    """One's own images, cropped as those of the other data sets of DATASETS are."""
+    """The user's own images (see `load`), cropped like those of the other data sets of DATASETS."""
     dataset = load(root, follow_links, note)
     return dataset._replace(train=dataset.train._replace(scaled=True))
 
@@ -124,16 +124,16 @@ DATASETS = {'cub': load_cub, 'scenes': load_scenes, 'folder': load_folder}  # wh
 
 
 def read_batch(files, size, augment, indices, pixels=None):
-    """Decode and crop images: (pixels (B, size, size, 3) uint8, labels [B numbers], what is wrong with bad ones).
+    """Decode and crop images: (pixels (B, size, size, 3) uint8, labels [B numbers], error messages of bad files).
 
-    augment: (seed, epoch) to train, None to test. pixels: an array for the crops, with room for all indices. Bad are
-    files that cannot be read; to train, the next good one takes the place of each, to test they are left out. Each bad
-    file is named by its own index alone: once in an epoch.
+    `augment` is (seed, epoch) for training, None for testing. `pixels` is an array for the crops, with room for all
+    indices. Bad files cannot be read: in training the next good one replaces each, in testing they are left out. A bad
+    file is reported only for its own index: once in an epoch.
     """
     n = len(files.paths)
     pixels = np.empty((len(indices), size, size, 3), np.uint8) if pixels is None else pixels
     taken, bad = [], []
-    # All draws first: between two images, with the processor's caches full of pixels, they would cost ten times more.
+    # All draws come first: between two images, with the caches full of pixels, they would cost ten times more.
     drawn = {i: crops.augmentation(*augment, i) for i in indices} if augment else {}
     for i in indices:
         for j in itertools.chain(range(i, n), range(i)) if augment else [i]:
@@ -161,9 +161,9 @@ normalize = functools.partial(batches.normalize, mean=MEAN, std=STD)
 
 
 def sample(files, size, count=64):
-    """Images spread evenly over a part of a data set, unaugmented: (up to count, 3, size, size).
+    """Evenly spaced images of a part of a data set, unaugmented: (up to count, 3, size, size).
 
-    Raises ValueError where none of them can be read.
+    Raises ValueError if none of them can be read.
     """
     pixels, labels, bad = read_batch(files, size, None, batches.spread(len(files.paths), count))
     if not len(labels):
@@ -172,11 +172,11 @@ def sample(files, size, count=64):
 
 
 def _read(files, batches, size, augment, nthread):
-    """Yield `read_batch` of each batch of indices, read by `nthread` processes, by this one if there are none."""
+    """Yield `read_batch` of each batch of indices, read by `nthread` processes, or by this one if that is 0."""
     if not nthread:
         yield from (read_batch(files, size, augment, batch) for batch in batches)
     elif batches:
-        files = files._replace(labels=files.labels.numpy())  # tensors would travel through /dev/shm
+        files = files._replace(labels=files.labels.numpy())  # tensors would be sent through /dev/shm
         read = functools.partial(read_batch, files, size, augment)
         yield from readers.read_ahead(read, batches, (max(map(len, batches)), size, size, 3), nthread)
 
@@ -197,10 +197,9 @@ def _warn_once(message):
 class TrainBatches:
     """One epoch of augmented batches: (images (B, 3, H, W), labels (B,), size of the global batch).
 
-    files: the training part of what `load` returns. `start` batches are passed over, and a last one of fewer than
-    `least` images, over all workers, is left out. `bad` counts the images of this
-    worker's share that could not be read; the next good one takes the place of each. Raises ValueError where no image
-    at all can be read.
+    `files` is the training part of what `load` returns. The first `start` batches are skipped, and a last one of fewer
+    than `least` images, over all workers, is dropped. `bad` counts the images of this worker's share that could not be
+    read; the next good one replaces each. Raises ValueError if no image at all can be read.
     """
 
     def __init__(self, files, batch_size, image_size, seed, rank, world, nthread, device, epoch, start=0, least=1):
@@ -224,7 +223,7 @@ class TrainBatches:
 
 
 class TestBatches:
-    """Every image once, in order, its centre alone: (images (B, 3, H, W), labels (B,), B).
+    """The centre of every image once, in order: (images (B, 3, H, W), labels (B,), B).
 
     Raises ValueError naming an image that cannot be read, unless `skip_bad_images` leaves it out; `bad` counts them.
     """

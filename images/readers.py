@@ -1,7 +1,7 @@
-"""Processes that read batches of images for the one that trains.
+"""Processes that read batches of images for the training process.
 
-They share memory that is no file (of /dev/shm a container may have little), and no lock: each has a connection of its
-own, so that its death is seen at once and stops no other one.
+They share memory outside /dev/shm, of which a container may have little, and no lock: each has its own connection, so
+that its death is noticed at once and blocks no other process.
 """
 
 import atexit
@@ -27,23 +27,23 @@ import torch
 from images import children
 from images.children import STATUS
 
-SLOTS = 2  # batches that a process has room for: it reads one while another waits to be taken
-ENDING = 2  # seconds that a process is given to end
+SLOTS = 2  # batches that a process has memory for: it reads one while another waits to be used
+ENDING = 2  # seconds that a process has to end by itself
 
 
 @functools.cache
 def context():
     """The multiprocessing context of loader processes: they are forked from a server without threads.
 
-    Forked from this process, one sooner or later inherits a lock held by a thread (of autograd, of gloo) that it does
-    not have, and waits for ever. Raises ValueError where TMPDIR is too long for the server's socket.
+    A fork of this process sooner or later inherits a lock held by a thread (of autograd or gloo) that it does not have,
+    and waits forever. Raises ValueError if TMPDIR is too long for the server's socket.
     """
     forkserver = multiprocessing.get_context('forkserver')
     forkserver.set_forkserver_preload(['__main__', 'images.photographs'])
     children.import_safely()
-    warnings.filterwarnings('ignore', 'resource_tracker: process died')  # it is started again
-    multiprocessing.resource_tracker.ensure_running()  # first, since it lets signals through again
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STATUS)  # Ctrl-C, while the server imports, is for this process
+    warnings.filterwarnings('ignore', 'resource_tracker: process died')  # it is restarted
+    multiprocessing.resource_tracker.ensure_running()  # first, since it unblocks signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STATUS)  # Ctrl-C must not stop the server while it imports
     try:
         multiprocessing.forkserver.ensure_running()
     except OSError as error:
@@ -57,7 +57,7 @@ def context():
 
 
 class Reader:
-    """A process that fills its slots of memory: arrays of a shape, uint8, one task after the other."""
+    """A process that fills its slots of memory, uint8 arrays of `shape`, one task after another."""
 
     def __init__(self, read, shape):
         self.connection, theirs = context().Pipe()
@@ -72,7 +72,7 @@ class Reader:
         self.slots = torch.from_numpy(_slots(file, shape))
 
     def close(self):
-        """End the process; one that does not end by itself is killed."""
+        """End the process; kill it if it does not end by itself."""
         self.connection.close()
         self.process.join(ENDING)
         if self.process.exitcode is None:
@@ -81,10 +81,10 @@ class Reader:
 
 
 def read_ahead(read, tasks, shape, number):
-    """Yield what read(task, out) returns for each task in order, read by a number of processes some batches ahead.
+    """Yield what read(task, out) returns for each task in order, computed by `number` processes some batches ahead.
 
-    read fills the first rows of out, a uint8 array of `shape`, and returns these rows as a tensor, and more that can be
-    pickled. The rows are good until the next are asked for. Raises ChildProcessError where a process dies.
+    read fills the first rows of out, a uint8 array of `shape`, and returns them as a tensor, then values that can be
+    pickled. The rows are valid until the next ones are requested. Raises ChildProcessError if a process dies.
     """
     with contextlib.ExitStack() as stack:
         readers = []
@@ -92,7 +92,7 @@ def read_ahead(read, tasks, shape, number):
             readers.append(Reader(read, shape))
             stack.callback(readers[-1].close)
         close = stack.pop_all().close
-        atexit.register(close)  # where the program ends while this generator waits, and its processes wait for tasks
+        atexit.register(close)  # the program may end while this generator is suspended and its processes wait for tasks
         try:
             ahead = SLOTS * len(readers)
             for task, reader in zip(tasks[:ahead], itertools.cycle(readers)):
@@ -108,12 +108,12 @@ def read_ahead(read, tasks, shape, number):
 
 
 def _send(reader, task):
-    with contextlib.suppress(ConnectionError):  # `_receive` says that it has died
+    with contextlib.suppress(ConnectionError):  # `_receive` reports its death
         reader.connection.send(task)
 
 
 def _receive(reader, readers):
-    """What a process answers; ChildProcessError as soon as any has died."""
+    """A process's answer; raises ChildProcessError as soon as any process has died."""
     processes = {r.process.sentinel: r.process for r in readers}
     ended = [processes[ready] for ready in wait([reader.connection, *processes]) if ready in processes]
     try:
@@ -134,7 +134,7 @@ def _receive(reader, readers):
 
 
 def _memory(size):
-    """A file without a name that processes can map, of so many bytes."""
+    """An unnamed file of `size` bytes that processes can map."""
     if hasattr(os, 'memfd_create'):
         file = os.memfd_create('images')
     else:
@@ -154,9 +154,9 @@ def _slots(file, shape):
 def _serve(connection, read, shape):
     children.end_with_parent(os.getppid())
     torch.set_num_threads(1)
-    for signum in STATUS:  # the process that trains decides when to stop
+    for signum in STATUS:  # the training process decides when to stop
         signal.signal(signum, signal.SIG_IGN)
-    with contextlib.suppress(EOFError, ConnectionError):  # it has ended, or wants no more
+    with contextlib.suppress(EOFError, ConnectionError):  # the training process has ended, or needs no more
         slots = _slots(recv_handle(connection), shape)
         for i in itertools.count():
             task = connection.recv()

@@ -1,4 +1,4 @@
-"""Small real data and real runs that several test files share."""
+"""Small real data and real runs that several test files use."""
 
 import os
 import subprocess
@@ -18,12 +18,12 @@ from engine import ending
 from images import memory, photographs
 
 torch.set_num_threads(1)
-HANGS = 600  # seconds after which a process that tests wait for is taken to hang
+HANGS = 600  # seconds after which a process that tests wait for counts as hung
 TRAINING, TESTING = 25, 9  # images that `write_photographs` writes
 
 
 def draw(rng, label, size):
-    """A noisy image with a bright square whose corner tells the class: (H, W, 3) uint8."""
+    """A noisy image with a bright square in the corner of its class: (H, W, 3) uint8."""
     height, width = size
     image = rng.integers(0, 100, (height, width, 3), dtype=np.uint8)
     half_h, half_w = height // 2, width // 2
@@ -33,19 +33,19 @@ def draw(rng, label, size):
 
 
 def smooth(rng, height, width, channels=3):
-    """A picture without hard edges, as photographs are: (height, width, channels) uint8."""
+    """A picture without hard edges, like a photograph: (height, width, channels) uint8."""
     coarse = rng.integers(0, 256, (height // 8 + 2, width // 8 + 2, channels)).astype(np.float32)
     return np.clip(cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC), 0, 255).astype(np.uint8)
 
 
 def random_images(n=23, size=8):
-    """Images in memory, each of a class of its own."""
+    """Images in memory, each of its own class."""
     pixels = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (n, size, size, 3), dtype=np.uint8))
     return memory.Images(pixels, torch.arange(n))
 
 
 def write_folder(root, train=('a', 'b'), test=('a', 'b'), count=1):
-    """`count` images of 9x9 of each class, to train and to test on; returns root."""
+    """Write `count` 9x9 images of each class for training and testing; returns root."""
     rng = np.random.default_rng(0)
     for part, classes in (('train', train), ('test', test)):
         (root / part).mkdir(parents=True)
@@ -57,7 +57,7 @@ def write_folder(root, train=('a', 'b'), test=('a', 'b'), count=1):
 
 
 def write_photographs(root, train=TRAINING, test=TESTING):
-    """Images of two classes, in turns, of many sizes and two kinds of file."""
+    """Write images of two classes in turns, of many sizes and two file types; returns root."""
     rng = np.random.default_rng(0)
     for part, count in (('train', train), ('val', test)):
         for i in range(count):
@@ -77,7 +77,7 @@ def difference(ours, theirs):
 
 @pytest.fixture(autouse=True)
 def environment():
-    """What a script changes in the environment ends with its test."""
+    """Undo a script's changes to the environment after its test."""
     before = dict(os.environ)
     yield
     os.environ.clear()
@@ -91,7 +91,7 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(scope='session', autouse=True)
 def quick():
-    """With AT_QUICK_TESTS, leave out what starts a process (a training asks git for its commit) or compiles."""
+    """With AT_QUICK_TESTS, skip tests that start a process (training asks git for its commit) or compile."""
     with pytest.MonkeyPatch.context() as patch:
         if os.environ.get('AT_QUICK_TESTS'):
             for owner, name in ((subprocess.Popen, '__init__'), (BaseProcess, 'start'), (torch, 'compile')):
@@ -101,7 +101,7 @@ def quick():
 
 @pytest.fixture(scope='session')
 def photos(tmp_path_factory):
-    """A folder of 3 classes with 20 training and 7 test images each, of several sizes and kinds of file."""
+    """A folder of 3 classes with 20 training and 7 test images each, of several sizes and file types."""
     root, rng = tmp_path_factory.mktemp('photos'), np.random.default_rng(0)
     for part, count in (('train', 20), ('test', 7)):
         for label, name in enumerate(('ant', 'bee', 'cat')):
@@ -115,7 +115,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def folder(tmp_path_factory):
-    """What `write_photographs` writes, loaded."""
+    """The images that `write_photographs` writes, loaded."""
     return photographs.load(write_photographs(tmp_path_factory.mktemp('folder')))
 
 
@@ -148,7 +148,7 @@ def train(script, photos):
 
 
 def refused(result, *words):
-    """Whether a script ended with status 2 and one line of error that has all these words; says why not."""
+    """Whether a script ended with status 2 and one line of error with all these words; an assertion says why not."""
     status, _, err = result
     assert status == 2, (status, err)
     assert err.count('\n') == 1 and 'error: ' in err, err
@@ -159,7 +159,7 @@ def refused(result, *words):
 
 
 def proc(pid, name):
-    """What /proc has in a file on a process, '' if that has ended."""
+    """The content of a process's file in /proc, '' if the process has ended."""
     try:
         with open(f'/proc/{pid}/{name}', encoding='utf8', errors='replace') as file:
             return file.read()
@@ -168,19 +168,19 @@ def proc(pid, name):
 
 
 def state(pid):
-    """The state of a process and its parent, as /proc has them; of one that has ended, None and None."""
+    """The (state, parent) of a process from /proc; (None, None) if it has ended."""
     letter, parent, *_ = proc(pid, 'stat').rpartition(')')[2].split() or 'Z0'
     return (None, None) if letter in 'ZX' else (letter, int(parent))
 
 
 def started_by(pid):
-    """The processes that a process has started, those that end soon too: {pid: environment}."""
+    """The processes that a process has started, including short-lived ones: {pid: environment}."""
     pids = subprocess.run(['pgrep', '-P', str(pid)], capture_output=True, text=True).stdout.split()
     return {int(child): proc(child, 'environ').split('\0') for child in pids}
 
 
 def ends(pids):
-    """Whether processes end, within a time that does not depend on how long they would train."""
+    """Whether processes end within a time that does not depend on how long they would train."""
     for _ in range(10 * HANGS):
         if not any(state(pid)[0] for pid in pids):
             return True
@@ -190,7 +190,7 @@ def ends(pids):
 
 @pytest.fixture
 def trace(tmp_path):
-    """A path that must not exist after the test: code that ran would have made it."""
+    """A path that must not exist after the test: code that runs creates it."""
     path = tmp_path / 'trace'
     yield path
     assert not path.exists()

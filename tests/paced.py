@@ -2,11 +2,12 @@
 
     PACED=cifar python paced.py FLAGS
 
-The end of the stdin lets it go on freely.
+After the end of stdin it no longer waits.
 
-SLOW_START, SLOW_END: seconds that each worker, or worker 1, takes for it. DIES_ONCE: a file; worker 1 is killed at its
-first start, and leaves it. PAUSED: TrainBatches or TestBatches; each worker waits after its first batch of photographs
-until the folder has a file GO. SPOIL: an epoch, after whose test a running variance of the last worker is infinite.
+SLOW_START: seconds that each worker waits before it starts. SLOW_END: seconds that worker 1 waits before it exits.
+DIES_ONCE: a file that worker 1 creates at its first start, in which it kills itself. PAUSED: TrainBatches or
+TestBatches; each worker waits after its first batch of photographs until the folder has a file GO. SPOIL: an epoch;
+after its test the last worker sets a running variance to infinity.
 """
 
 import atexit
@@ -29,14 +30,14 @@ def say_and_wait(*words):
 
 
 def pause(batches):
-    """Let a class of batches wait after the first."""
+    """Make a class of batches wait after the first one."""
     iterate = batches.__iter__
 
     def waiting(self):
         for i, batch in enumerate(iterate(self)):
             yield batch
             if i == 0:
-                os.write(1, b'paused\n')  # at once, or those of two workers mix
+                os.write(1, b'paused\n')  # in one write, so that lines of two workers do not mix
                 while not os.path.exists('GO'):
                     time.sleep(0.01)
 
@@ -44,7 +45,7 @@ def pause(batches):
 
 
 def spoil(evaluate, epoch):
-    """Evaluation that spoils the network the `epoch`-th time."""
+    """An `evaluate` that spoils the network at its `epoch`-th call."""
     times = []
 
     def spoiling(network, *more):

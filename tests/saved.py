@@ -1,4 +1,4 @@
-"""Small networks, files of them as others write them, and what is found there."""
+"""Small networks, files of them in the layouts of others, and what is read from them."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from formats import networks
 
 
 class Touch:
-    """What leaves a trace where it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -19,7 +19,7 @@ class Touch:
 
 
 def reason(path):
-    """Why a file is refused as a teacher: one line, and never anything but a ValueError."""
+    """The error of a file that is refused as a teacher: a ValueError of one line."""
     with pytest.raises(ValueError) as error:
         networks.load_teacher(path)
     assert '\n' not in str(error.value) and str(error.value).startswith(str(path))
@@ -27,7 +27,7 @@ def reason(path):
 
 
 def small_export(widths=(2, 3, 4, 5), classes=10):
-    """The folded export of a ResNet-34 as the authors wrote it, of odd widths: {name: float32 array}."""
+    """The folded export of a ResNet-34 in the authors' layout, with odd widths: {name: float32 array}."""
     rng, arrays, ni = np.random.default_rng(0), {}, widths[0]
 
     def conv(name, ni, no, k):
@@ -63,7 +63,7 @@ def logits_of(path, images):
 
 
 def assert_near(logits, expected):
-    """Equal to 1e-5 of the largest logit."""
+    """Assert that logits are equal to 1e-5 of the largest one."""
     assert logits.shape == expected.shape
     assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
 

@@ -1,4 +1,4 @@
-"""Which images make up a batch, and how each is augmented: pure functions of (seed, epoch, sample index)."""
+"""The images of a batch and their augmentation are pure functions of (seed, epoch, sample index)."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, data and never code, ours and the authors'."""
+"""Checkpoints: written whole or not at all, read as data and never as code, ours and the authors'."""
 
 import os
 import pickle
@@ -32,7 +32,7 @@ def test_no_space_left_leaves_the_previous_checkpoint_whole(tmp_path):
     write.save(path, STATE)
     before = path.read_bytes()
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # the system refuses longer files from here on
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # from here on the system refuses longer files
     try:
         with pytest.raises(OSError, match='model.pt7 could not be written: .*; what was there before is whole'):
             write.save(path, {**STATE, 'params': {'a': torch.zeros(100_000)}})
@@ -130,7 +130,7 @@ def test_the_authors_layouts_are_read(tmp_path):
 
 
 class Lightning(torch.nn.Module):
-    """What a Lightning module's state_dict is like: a network under a name of its author's, and more."""
+    """A module whose state_dict is like Lightning's: a network under a name that its author chose, and more."""
 
     def __init__(self, name, network, **more):
         super().__init__()
@@ -141,13 +141,13 @@ class Lightning(torch.nn.Module):
 
 @pytest.fixture(scope='module')
 def resnets():
-    """Two ResNet-18 of torchvision and of other weights: (network, another)."""
+    """Two torchvision ResNet-18 with different weights."""
     torch.manual_seed(0)
     return tuple(torchvision.models.resnet18(num_classes=5).eval() for _ in range(2))
 
 
 def holds(path, network):
-    """Whether a file is read as a network of torchvision, to the bit."""
+    """Whether a file is read bit for bit as a torchvision network."""
     _, params = networks.load_teacher(path)
     expected = from_torchvision(network.state_dict())
     return params.keys() == expected.keys() and all(torch.equal(params[k], v) for k, v in expected.items())
@@ -188,7 +188,7 @@ def test_the_dictionaries_that_people_save_params_in_are_opened(tmp_path, resnet
 
 def test_of_plain_and_averaged_weights_the_averaged_are_taken_and_that_is_said(tmp_path, resnets, capfd):
     plain, averaged = (network.state_dict() for network in resnets)
-    ema = torch.optim.swa_utils.AveragedModel(resnets[1]).state_dict()  # it counts, too: n_averaged
+    ema = torch.optim.swa_utils.AveragedModel(resnets[1]).state_dict()  # with a counter, n_averaged
     path = tmp_path / 'a'
     for i, (state, names) in enumerate(
         [

@@ -1,4 +1,4 @@
-"""What a run starts imports nothing from the current folder."""
+"""The processes that a run starts import nothing from the current folder."""
 
 import importlib.metadata
 import os
@@ -21,7 +21,7 @@ raise SystemExit('a file of the current folder was executed')
 
 
 def plant(folder, marks):
-    """Put a Python file under every name that a process could import into a folder; executed, it leaves a mark."""
+    """Write a Python file for every name that a process could import; if executed, it leaves a mark."""
     marks.mkdir()
     installed = importlib.metadata.packages_distributions()
     ours = {path.stem for path in pathlib.Path(ROOT).glob('*.py')}
@@ -42,7 +42,7 @@ def plant(folder, marks):
     ],
 )
 def test_nothing_in_the_current_folder_is_executed(folder, tmp_path, command):
-    """By none of the processes that are started: launcher, workers, loaders, runs of a table, benchmarks."""
+    """Not by any process: launcher, workers, loaders, runs of a table, benchmarks."""
     here = tmp_path / 'here'
     shutil.copytree(os.path.dirname(os.path.dirname(os.path.dirname(folder.train.paths[0]))), here)
     plant(here, tmp_path / 'marks')
@@ -58,7 +58,7 @@ def test_nothing_in_the_current_folder_is_executed(folder, tmp_path, command):
 
 
 def test_an_environment_that_cannot_keep_the_current_folder_out_is_refused(monkeypatch):
-    """With -E, Python passes the variables over; a colon in a name ends it."""
+    """With -E, Python ignores environment variables; a colon in a folder's name would split it."""
     script = os.path.join(ROOT, 'cifar.py')
     done = subprocess.run([sys.executable, '-E', script, '--epochs', '1'], capture_output=True, text=True)
     assert refused((done.returncode, done.stdout, done.stderr), 'python -E', 'leave -E out')

@@ -1,4 +1,4 @@
-"""Whole runs of cifar.py on real image files: what they log, keep, refuse and go on from."""
+"""Whole runs of cifar.py on real image files: what they log, save, refuse and resume from."""
 
 import os
 import re
@@ -21,7 +21,7 @@ TIMES = {'train_time', 'test_time', 'images_per_second', 'save', 'save_every', '
 
 
 def logged(run):
-    """The lines of a run's log, without what differs between two runs of the same."""
+    """The lines of a run's log, without values that differ between two equal runs."""
     return [{k: v for k, v in r.items() if k not in TIMES} for r in read_log(f'logs/{run}/log.txt')]
 
 
@@ -158,7 +158,7 @@ def test_dtypes_agree_on_the_first_epoch(train):
     assert losses['bfloat16'] == pytest.approx(losses['double'], rel=2e-2)
 
 
-# ----------------------------------------------------------------------------------------------- going on
+# ----------------------------------------------------------------------------------------------- resuming
 
 
 @pytest.mark.parametrize('dtype', ['float', 'bfloat16'])
@@ -179,7 +179,7 @@ def test_resumed_run_equals_uninterrupted_run_bit_for_bit(train, teacher, monkey
         status, _, err = train(flags, f'--save logs/part{stop} --resume auto')
         assert status == 130 and err == 'cifar.py: error: interrupted\n'
         monkeypatch.setattr(Run, 'keep_epoch', keep)
-        with open(f'logs/part{stop}/log.txt', 'a') as log:  # what a kill between log and checkpoint leaves
+        with open(f'logs/part{stop}/log.txt', 'a') as log:  # as after a kill between log and checkpoint
             log.write(line_of({**logged('whole')[-1], 'epoch': stop + 1}) + 'json_stats: {"dep')
         status, out, _ = train(flags, f'--save logs/part{stop} --resume auto')
         assert status == 0 and f'after epoch {stop}' in out
@@ -254,7 +254,7 @@ def test_more_workers_than_the_machine_has_are_refused(script):
 
 
 def test_a_checkpoint_of_before_with_momentum_by_name_is_resumed_bit_for_bit(train):
-    """Older ones have {name: momentum} where the optimizer's state_dict stands today, and no scaler."""
+    """Older checkpoints have {name: momentum} instead of the optimizer's state_dict, and no scaler."""
     flags = '--epochs 2 --epoch_step [] --lr 0.05 --save'
     assert train(flags, 'logs/whole')[0] == 0
     assert train('--epochs 1 --epoch_step [] --lr 0.05 --save logs/old')[0] == 0

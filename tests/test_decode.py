@@ -1,4 +1,4 @@
-"""Image files of every kind have the pixels that PIL gives, and what is no whole image is refused."""
+"""Image files of every kind have the pixels that PIL gives, and files without a whole image are refused."""
 
 import os
 import struct
@@ -15,8 +15,8 @@ from images import decode, folders
 
 
 def test_what_is_no_file_is_not_read(tmp_path):
-    os.mkfifo(tmp_path / 'pipe.png')  # nobody writes to it
-    (tmp_path / 'zero.png').symlink_to('/dev/zero')  # has no size, and no end
+    os.mkfifo(tmp_path / 'pipe.png')  # no process writes to it
+    (tmp_path / 'zero.png').symlink_to('/dev/zero')  # has no size and no end
     for name in ('pipe.png', 'zero.png'):
         with pytest.raises(ValueError, match=f'{name} is no file of at most'):
             decode.read_image(tmp_path / name)
@@ -32,12 +32,12 @@ def test_grey_alpha_and_turned_images_are_read_as_they_are_stored(tmp_path):
     plain = cv2.imencode('.jpg', picture)[1].tobytes()
     turned = plain[:2] + b'\xff\xe1' + (len(exif) + 2).to_bytes(2, 'big') + exif + plain[2:]
     (tmp_path / 'plain.jpg').write_bytes(plain)
-    (tmp_path / 'turned.png').write_bytes(turned)  # and of the wrong name
+    (tmp_path / 'turned.png').write_bytes(turned)  # with a wrong suffix, too
     np.testing.assert_array_equal(decode.read_image(tmp_path / 'turned.png'), decode.read_image(tmp_path / 'plain.jpg'))
 
 
 def with_alpha(rng, channels, dtype=np.uint8, planar=False, alpha=2, order='<'):
-    """Random pixels (20, 30, channels) of which the last is alpha, and a TIFF of them; alpha 1: they are multiplied."""
+    """Random pixels (20, 30, channels), the last channel alpha, and a TIFF of them; alpha=1: premultiplied."""
     pixels = rng.integers(0, np.iinfo(dtype).max, (20, 30, channels), endpoint=True, dtype=dtype)
     planes = (pixels.transpose(2, 0, 1) if planar else pixels).astype(np.dtype(dtype).newbyteorder(order)).tobytes()
     count = channels if planar else 1
@@ -65,7 +65,7 @@ def test_a_tiff_is_not_darkened_by_its_alpha(tmp_path, channels, dtype, planar, 
     path.write_bytes(content)
     plain = np.broadcast_to(pixels[..., : channels - 1] >> 8 * (pixels.itemsize - 1), (20, 30, 3))
     found = decode.read_image(path)
-    assert np.abs(found.astype(int) - plain).max() <= (dtype == np.uint16)  # libtiff rounds to 8 bits, PIL cuts
+    assert np.abs(found.astype(int) - plain).max() <= (dtype == np.uint16)  # libtiff rounds to 8 bits, PIL truncates
     if not planar:
         assert np.array_equal(np.asarray(Image.open(path).convert('RGB')), plain)
     np.testing.assert_array_equal(decode.read_image(path, lambda height, width: (3, 4, 5, 6)), found[3:8, 4:10])
@@ -79,7 +79,7 @@ def test_colours_that_a_tiff_multiplied_by_its_alpha_are_divided_by_it_as_pil_do
     np.testing.assert_array_equal(decode.read_image(path), np.asarray(Image.open(path).convert('RGB')))
 
 
-SAVED = {  # mode of the image, and what PIL is told
+SAVED = {  # mode of the image, and arguments of PIL's save
     'packed.tif': ('RGBA', {'compression': 'tiff_lzw'}),
     'big.tif': ('RGBA', {'big_tiff': True}),
     'grey.tif': ('LA', {}),
@@ -121,7 +121,7 @@ def test_an_image_cut_short_is_refused_by_name_alone(tmp_path, capfd, kind, part
     path.write_bytes(content[: int(part * len(content))])
     with pytest.raises(ValueError, match=f'cut{kind} is not a readable image'):
         decode.read_image(path)
-    assert kind == '.png' or capfd.readouterr().err == ''  # but for libpng, which has no switch for it
+    assert kind == '.png' or capfd.readouterr().err == ''  # libpng has no switch for its messages
 
 
 def test_a_cut_jpeg_is_refused_even_if_its_thumbnail_is_whole(tmp_path):
@@ -181,7 +181,7 @@ def test_cmyk_jpegs_are_read_as_pil_reads_them(tmp_path, transform):
     path = tmp_path / 'print.jpg'
     Image.fromarray(smooth(np.random.default_rng(1), 60, 80, 4), 'CMYK').save(path, quality=95)
     content = path.read_bytes()
-    at = content.index(b'Adobe') + 11  # the byte that tells CMYK (0) from YCCK (2), as most of ImageNet's are
+    at = content.index(b'Adobe') + 11  # this byte is 0 for CMYK and 2 for YCCK, as in most of ImageNet's
     path.write_bytes(content[:at] + bytes([transform]) + content[at + 1 :])
     with Image.open(path) as theirs:
         assert theirs.mode == 'CMYK'

@@ -1,4 +1,4 @@
-"""The loop against a loop written out by hand, schedules, evaluation and the log."""
+"""The loop against a hand-written loop, schedules, evaluation and the log."""
 
 from functools import partial
 
@@ -38,7 +38,7 @@ def test_beta_stays_or_falls_to_zero():
 
 
 def test_fit_equals_a_loop_written_out_by_hand(train, photos, tmp_path):
-    """AT + KD with decaying beta and two drops of the rate, where momentum starts anew with a new optimizer."""
+    """AT + KD with decaying beta and two drops of the rate, each with a new optimizer and zero momentum."""
     teacher = '--epochs 2 --epoch_step [2] --lr 0.05'
     assert train(teacher, '--save logs/teacher')[0] == 0
     flags = '--teacher_id teacher --alpha 0.7 --beta 50 --beta_decay linear --temperature 3 --seed 5 --epochs 3'
@@ -119,7 +119,7 @@ def test_step_names_its_terms_and_computes_no_other(words, names):
 
 
 def image_gradient(f, params, mode, images, labels):
-    """The derivative of the summed cross entropy by each pixel, by central differences."""
+    """The gradient of the summed cross entropy by each pixel, from central differences."""
     gradient, eps = torch.zeros_like(images), 1e-6
 
     def loss(x):
@@ -145,7 +145,7 @@ NETWORKS = {
     'words', ['--beta 1 --transfer gradient', '--penalty symmetry --gamma 1', '--penalty min_l2 --gamma 1']
 )
 def test_losses_of_gradients_equal_finite_differences(network, words):
-    """Their values by differences of the cross entropy, their own gradients by differences of their values."""
+    """Their values equal differences of the cross entropy, and their gradients differences of their values."""
     torch.manual_seed(0)
     f, params = NETWORKS[network]()
     g, fixed = nin(1 / 32, 4)
@@ -172,14 +172,14 @@ def test_losses_of_gradients_equal_finite_differences(network, words):
 
 
 def assert_gradient(term, trained):
-    """Compare the gradient of term() by what is trained with differences of its values, along four random ways."""
+    """Compare the gradient of term() with differences of its values, along four random directions."""
     gradients = torch.autograd.grad(term(), trained, allow_unused=True, materialize_grads=True)
     for seed in range(4):
         torch.manual_seed(seed)
         ways, eps = [torch.randn_like(v) for v in trained], 1e-7
         along = sum((a * b).sum() for a, b in zip(gradients, ways)).item()
         values = []
-        for sign in (1, -2, 1):  # there, to the other side, and back
+        for sign in (1, -2, 1):  # forward, to the other side, and back
             with torch.no_grad():
                 torch._foreach_add_(trained, ways, alpha=sign * eps)
             values.append(term().item())
@@ -187,7 +187,7 @@ def assert_gradient(term, trained):
 
 
 def np_transfer(opt, x, y, adapter):
-    """A term of activation transfer of one group, from its formula, of activations (N, C, H, W) in numpy."""
+    """The activation transfer term of one group, computed from its formula on numpy activations (N, C, H, W)."""
     if opt.transfer == 'full':
         x, y = (x if adapter is None else np.einsum('oc,nchw->nohw', adapter, x)), y
     else:
@@ -220,7 +220,7 @@ def np_kd(temperature, y, y_t):
     ],
 )
 def test_losses_of_activations_equal_their_formulas_and_finite_differences(words, groups):
-    """In float64, of a wide ResNet in training mode with batch norm; the last group of its teacher is thinner."""
+    """In float64, for a wide ResNet in training mode with batch norm; its teacher's last group is thinner."""
     torch.manual_seed(0)
     f, params = resnet.wide_resnet(10, 3 / 8, 4)
     g, fixed = nin(1 / 16, 4, no_bn=True)

@@ -1,4 +1,4 @@
-"""--evaluate: what a saved network scores, with the data of its own log."""
+"""--evaluate: the score of a saved network, on the data named in its own log."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The examples run as a reader would run them, and compute what they claim."""
+"""The examples run as a reader would run them, and compute what they say."""
 
 import math
 import os
@@ -21,7 +21,7 @@ PAIRS = ['at0', 'at1', 'at2', 'at3']
 
 
 def run_script(folder, *flags):
-    """Start the example from another folder as its own process: (exit status, stdout, stderr)."""
+    """Run the example from another folder in its own process: (exit status, stdout, stderr)."""
     command = [sys.executable, os.path.abspath(own_networks.__file__), *flags]
     environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
@@ -30,7 +30,7 @@ def run_script(folder, *flags):
 
 @pytest.fixture(scope='module')
 def networks():
-    """A student and a teacher of random weights."""
+    """A student and a teacher with random weights."""
     torch.manual_seed(0)
     return mobilenet_v3_large(num_classes=10), resnet50()
 
@@ -43,7 +43,7 @@ def batch():
 
 
 def hooked(network, layers, images):
-    """Run a network itself and collect the output of some of its modules by hooks: ({name: activation}, output)."""
+    """Run a network and collect the outputs of some of its modules with hooks: ({name: activation}, output)."""
     found = {}
 
     def keep(name):
@@ -79,7 +79,7 @@ def test_weights_of_a_file_become_the_teacher_whatever_its_number_of_classes(tmp
 
 def test_losses_equal_those_of_forward_hooks_on_the_networks_themselves(networks, batch):
     images, labels = batch
-    torch.manual_seed(3)  # of dropout
+    torch.manual_seed(3)  # for dropout
     ce, at = losses(*extractors(*networks), images, labels)
 
     student, teacher = networks[0].train(), networks[1].eval()
@@ -96,7 +96,7 @@ def test_losses_equal_those_of_forward_hooks_on_the_networks_themselves(networks
 def test_attention_trains_the_student_itself_and_leaves_the_teacher_alone(networks, batch):
     student, teacher = networks
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    student.eval()  # the modes that they were in before do not matter
+    student.eval()  # the previous modes do not matter
     teacher.train()
     _, at = losses(*extractors(student, teacher), *batch)
     sum(at.values()).backward()

@@ -1,4 +1,4 @@
-"""Fine-tuning on lists as CUB-200-2011 and MIT Indoor-67 publish them: what is read, trained and refused."""
+"""Fine-tuning on lists in the published form of CUB-200-2011 and MIT Indoor-67: what is read, trained and refused."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ def box_of(i):
 
 @pytest.fixture
 def cub(tmp_path):
-    """Images as in CUB_200_2011, numbered by class, each with a box; every third is to test."""
+    """Images as in CUB_200_2011, numbered by class, each with a box; every third is a test image."""
     root, rng = tmp_path / 'CUB_200_2011', np.random.default_rng(0)
     lists, number = {'images': [], 'train_test_split': [], 'bounding_boxes': [], 'image_class_labels': []}, 0
     for label, name in enumerate(CLASSES):
@@ -62,7 +62,7 @@ def scenes(cub):
 
 @pytest.fixture
 def pretrained(tmp_path):
-    """A small ResNet-18 of ten other classes, whose running statistics are those of some images."""
+    """A small ResNet-18 of ten other classes, with running statistics of random images."""
     torch.manual_seed(1)
     f, params = imagenet_resnet.imagenet_resnet(18, 0.0625, 10)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_lists_are_read_as_published(request, dataset):
 
 
 def test_boxes_are_cropped_then_scaled_then_the_centre_is_taken_or_to_train_any_part(cub):
-    """As PIL and torchvision do it, to the rounding of a pixel."""
+    """As in PIL and torchvision, up to rounding of pixels."""
     files = photographs.load_cub(cub).train
     path, (left, top, width, height) = files.paths[3], files.boxes[3]
     part = Image.open(path).crop((int(left), int(top), round(left + width), round(top + height)))
@@ -152,7 +152,7 @@ def test_batch_norm_stem_and_first_group_stay_and_all_else_learns(tune, cub, pre
 
 
 def test_a_step_normalises_with_the_statistics_of_pretraining(cub, pretrained, monkeypatch):
-    """The loss of the first step is that of the evaluated network, whose last layer is drawn from the seed."""
+    """The first step's logits are those of the evaluated network, with a last layer drawn from the seed."""
     monkeypatch.setattr('sys.argv', ['finetune.py', '--pretrained', str(pretrained), '--dataroot', str(cub)])
     f, params = finetune.build_student(finetune.parse(), 3, torch.device('cpu'))
     images, labels = torch.randn(5, 3, SIZE, SIZE), torch.tensor([0, 1, 2, 0, 1])
@@ -195,7 +195,7 @@ def test_the_other_transfers_and_penalties_can_be_fine_tuned_with(tune, cub):
 
 
 def test_two_workers_learn_what_one_does(tune, cub):
-    """Batch norm being fixed, to the rounding of sums."""
+    """With fixed batch norm, up to rounding of sums."""
     assert tune(cub, '--dtype double --save logs/1')[0] == 0
     words = f'{SMALL} --dtype double --ngpu 2 --save logs/2 --pretrained pretrained.pt7 --dataroot {cub}'
     command = [sys.executable, finetune.__file__, *words.split()]
@@ -257,7 +257,7 @@ def test_torchvisions_networks_can_be_fine_tuned(script, cub):
 
 
 def test_a_student_of_the_authors_is_fine_tuned_by_a_teacher_of_other_classes(tune, cub, pretrained):
-    """Its shortcuts have no batch norm, and learn."""
+    """Its shortcuts have no batch norm, and are trained."""
     state = networks.load(pretrained)['params']
     torch.save({'params': {f'student.{k}': v for k, v in state.items() if 'bndim' not in k}}, 'authors.pt7')
     flags = '--pretrained authors.pt7 --beta 1 --save logs/run --teacher_params'

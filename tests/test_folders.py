@@ -1,4 +1,4 @@
-"""Folders of images from real files: what is a class and an image, what is passed over, and what is refused."""
+"""Folders of real image files: what counts as a class and an image, what is skipped, and what is refused."""
 
 import os
 import shutil
@@ -134,7 +134,7 @@ def test_links_out_of_the_folder_are_refused_unless_they_may_be_followed(tmp_pat
 
 def test_links_to_folders_that_would_loop_for_ever_are_refused(tmp_path):
     root = write_folder(tmp_path / 'root')
-    for name in ('x', 'y'):  # two of them: 2 ** 40 ways before the system stops
+    for name in ('x', 'y'):  # with two links, 2 ** 40 paths before the system stops
         (root / 'train' / 'a' / name).symlink_to('.')
     for follow_links in (False, True):
         with pytest.raises(ValueError, match='a link to a folder inside a class'):

@@ -1,4 +1,4 @@
-"""HDF5 files of every hickle are read, and hostile ones refused unharmed."""
+"""HDF5 files of every hickle version are read, and hostile ones refused without harm."""
 
 import pickle
 import tracemalloc
@@ -26,7 +26,7 @@ def test_historical_hickle_files_are_read(tmp_path, layout, dtype):
 
 @pytest.fixture
 def hkl(tmp_path):
-    """Make an .hkl in the layout of hickle 5 and hand it to a function: hkl(change) -> path."""
+    """Write an .hkl in the layout of hickle 5 and apply a function to its data: hkl(change) -> path."""
 
     def make(change):
         path = tmp_path / 'hostile.hkl'
@@ -95,7 +95,7 @@ def test_huge_declared_shapes_are_refused_before_memory_is_taken(hkl):
         return lambda data: data.create_dataset('"x"', shape, 'f', **how)
 
     changes = [
-        declare((2**16, 2**16)),  # 16 GiB, of which nothing was ever written
+        declare((2**16, 2**16)),  # 16 GiB, of which nothing is written
         declare((2**16, 2**16), chunks=(2**10, 2**10)),
         declare((2**16, 2**16), chunks=(2**10, 2**10), compression='gzip'),
         declare((2**20,)),  # 4 MiB from some kilobytes

@@ -1,4 +1,4 @@
-"""What --help says: each flag of a training script names the section of the paper that it serves."""
+"""--help of the training scripts: each flag names the section of the paper that it belongs to."""
 
 import re
 
@@ -8,12 +8,12 @@ import cifar
 import finetune
 import imagenet
 
-WITHOUT = {'options', 'run', 'evaluation'}  # groups of flags that the paper has nothing of
+WITHOUT = {'options', 'run', 'evaluation'}  # groups of flags that are not in the paper
 
 
 @pytest.mark.parametrize('module, section', [(cifar, '4.1'), (imagenet, '4.2.2'), (finetune, '4.2.1')])
 def test_every_flag_names_the_section_of_the_paper_that_it_serves(script, module, section):
-    """By itself, or in the title of its group."""
+    """In its own help, or in the title of its group."""
     status, out, _ = script(module, '--help')
     groups = dict(re.findall(r'^(\w.*):\n((?:  .*\n)+)', out, re.M))
     assert status == 0 and WITHOUT < set(groups)

@@ -1,4 +1,4 @@
-"""Files from strangers: whatever is in them, nothing runs, memory and time have a limit, and the error is one line."""
+"""Files from strangers: nothing in them runs, memory and time are limited, and the error is one line."""
 
 import json
 import os
@@ -57,7 +57,7 @@ for read, path in zip(sys.argv[1::2], sys.argv[2::2]):
 
 
 def refusals(*reads):
-    """The ValueErrors with which (function, path) pairs are refused in a GiB of memory and a minute of a processor."""
+    """The ValueErrors of (function, path) pairs, each refused within a GiB of memory and a minute of CPU time."""
     environment = {**os.environ, 'PYTHONPATH': ROOT, 'OMP_NUM_THREADS': '1'}
     command = [sys.executable, '-c', REFUSALS, *(str(word) for pair in reads for word in pair)]
     ended = subprocess.run(command, env=environment, timeout=HANGS, capture_output=True, text=True)
@@ -71,7 +71,7 @@ needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/statm'), reason='
 
 
 def png(width, height):
-    """A PNG of a few bytes that declares a size."""
+    """A PNG of a few bytes that declares a given size."""
 
     def chunk(name, content):
         return struct.pack('>I', len(content)) + name + content + struct.pack('>I', zlib.crc32(name + content))
@@ -114,7 +114,7 @@ def test_16_gib_of_holes_are_not_read(tmp_path):
 
 
 def test_code_in_cifars_pickles_is_not_run(tmp_path, monkeypatch):
-    """torchvision compares their checksums before it unpickles them, and would rather download them again."""
+    """torchvision compares checksums before it unpickles the files, and downloads them again if they differ."""
     folder, trace = tmp_path / 'cifar-10-batches-py', tmp_path / 'trace'
     folder.mkdir()
     for name in (
@@ -157,7 +157,7 @@ def test_a_checkpoint_that_no_run_wrote_is_not_resumed(train):
     state = networks.load('logs/run/model.pt7')
     progress = {'steps': 1, 'images': 16, 'seconds': 1.0, 'batch_size': 16, 'seed': 0, 'values': {}}
     progress['workers'] = [{'errors': {'n': 16, 'sum': {1: 9}}, 'bad': 0}]
-    value = {**dict.fromkeys(vars(AverageValueMeter()), 1.0), 'value': 1.0}  # the last in the place of a method
+    value = {**dict.fromkeys(vars(AverageValueMeter()), 1.0), 'value': 1.0}  # the last replaces a method
     for change in (
         {'epoch': -5},
         {'optimizer': dict.fromkeys(state['optimizer'], 3)},
@@ -196,7 +196,7 @@ def test_a_log_that_no_run_wrote_spoils_no_other_run(train, line):
     with open('logs/run/log.txt', 'w') as log:
         log.write(f'json_stats: {json.dumps(record)}\n')
     status, _, err = train(flags, '--teacher_id run --alpha 0.5')
-    assert status in (0, 2) and '\x1b' not in err  # its figure may be another network's by now
+    assert status in (0, 2) and '\x1b' not in err  # the figure in its log may belong to another network
 
 
 # --------------------------------------------------------------------------------------------- unusual, but allowed
@@ -245,12 +245,12 @@ def test_a_class_without_images_is_refused_by_name(script, photos, tmp_path):
 
 
 def test_a_teacher_whose_logits_are_not_finite_is_refused_by_name(train):
-    """Its weights are."""
+    """Its weights are finite."""
     flags = '--epochs 1 --epoch_step [] --save logs/teacher'
     assert train(flags)[0] == 0
     state = networks.load('logs/teacher/model.pt7')
     state['params']['fc.weight'] = torch.full_like(state['params']['fc.weight'], 3e38)
-    state['params']['bn.bias'] += 10  # features of 10 and more: the logits overflow
+    state['params']['bn.bias'] += 10  # features are 10 and more, so logits overflow
     write.save('logs/teacher/model.pt7', state)
     record = read_log('logs/teacher/log.txt')[-1]
     with open('logs/teacher/log.txt', 'w') as log:
@@ -259,7 +259,7 @@ def test_a_teacher_whose_logits_are_not_finite_is_refused_by_name(train):
 
 
 def test_read_only_folders_are_one_line(train, tmp_path, monkeypatch):
-    """root may write anywhere, so the refusal is the system's own where it is not root that tests."""
+    """root may write anywhere, so the refusal is the system's own only if the user is not root."""
     (tmp_path / 'logs').mkdir()
     if os.geteuid():
         (tmp_path / 'logs').chmod(0o500)

@@ -1,4 +1,4 @@
-"""Whole runs of imagenet.py on real image files: teachers of several kinds, workers, refusals."""
+"""Whole runs of imagenet.py on real image files: several kinds of teacher, workers, refusals."""
 
 import os
 import re
@@ -39,7 +39,7 @@ def train(script, folder):
 
 
 def write_teacher(path, classes=6, depth=34):
-    """A torchvision network with random batch norm statistics, of the given classes."""
+    """Write a torchvision network with random batch norm statistics and the given number of classes."""
     torch.manual_seed(0)
     network = torchvision.models.get_model(f'resnet{depth}', num_classes=classes, width_per_group=64)
     torch.save(network.state_dict(), path)
@@ -124,7 +124,7 @@ def test_logits_equal_those_of_torchvision_with_the_same_weights(depth):
 
 
 def test_a_last_batch_of_one_image_is_left_out_where_batch_norm_needs_two(train):
-    """Of 36 training images; at 32 pixels the last maps are of 1x1."""
+    """There are 36 training images; at 32 pixels the last maps are 1x1."""
     assert train('--epochs 1 --batch_size 7 --save logs/run')[0] == 0
     (record,) = read_log('logs/run/log.txt')
     assert record['images_per_second'] * record['train_time'] == pytest.approx(35)
@@ -142,7 +142,7 @@ def test_maps_of_one_position_are_said_to_teach_nothing(train):
 
 def test_a_teacher_that_guesses_and_a_test_loss_far_above_guessing_are_said_once(train):
     f, params = imagenet_resnet.imagenet_resnet(18, 0.0625, 6)
-    params['fc.bias'].detach()[0] = 1e6  # always the first class, right on a sixth
+    params['fc.bias'].detach()[0] = 1e6  # always predicts the first class, which is right for a sixth
     write.save('teacher.pt7', {'params': {k: v.detach() for k, v in params.items()}})
     assert train('--epochs 2 --lr 1e-9 --save logs/run')[0] == 0
     state = networks.load('logs/run/model.pt7')

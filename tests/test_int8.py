@@ -1,4 +1,4 @@
-"""A teacher in 8-bit integers: its arithmetic, what it is close to, and what a run does with it."""
+"""A teacher in 8-bit integers: its arithmetic, its error, and runs with it."""
 
 from functools import partial
 
@@ -30,7 +30,7 @@ NETWORKS = {
 
 
 def pieces(network):
-    """A network that has seen some images, and float and int8 params of it: (f, folded, integers, images)."""
+    """A network with statistics of random images, and its float and int8 params: (f, folded, integers, images)."""
     torch.manual_seed(0)
     f, params = network()
     images = torch.randn(32, 3, 32, 32)

@@ -1,4 +1,4 @@
-"""`make venv` and `make clean`, with a Python and a pip that only note what they are told."""
+"""`make venv` and `make clean`, with a fake Python and pip that only record their arguments."""
 
 import os
 import pathlib
@@ -11,7 +11,7 @@ from conftest import HANGS
 ROOT = pathlib.Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(not shutil.which('make'), reason='needs make')
 
-# Of a virtual environment: `-m pip ...` is noted, and fails, or is killed by the signal 9, where a file says so.
+# The Python of a virtual environment: it records `-m pip ...`; a file `fails` makes it fail, `killed` kills make.
 PYTHON = """#!/bin/sh
 [ "$3" = --version ] && exec test -e .venv/pip-there
 echo "$*" >> told
@@ -20,7 +20,7 @@ case "$*" in
   *" -r "*) [ ! -e fails ] || exit 1; [ ! -e killed ] || kill -9 $PPID ;;
 esac
 """
-# The system's: `-m venv FOLDER` makes such an environment, as the real one does also in a folder that is there.
+# The system's Python: `-m venv FOLDER` makes such an environment, also in an existing folder, like the real one.
 SYSTEM = """#!/bin/sh
 echo "system $*" >> told
 [ ! -e stopped ] || exit 1
@@ -35,7 +35,7 @@ AGAIN = INSTALLS[1].replace('-r', '--ignore-installed -r')
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    """Run make in a folder of its own: make('venv') -> (whether it succeeded, stderr, what was told to Python)."""
+    """Run make in an empty folder: make('venv') -> (whether it succeeded, stderr, Python's command lines)."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(ROOT / 'Makefile', 'Makefile')
     for name, text in (('environment', PYTHON), ('system', SYSTEM), ('requirements.txt', 'a==1\n')):
@@ -55,7 +55,7 @@ def make(tmp_path, monkeypatch):
 
 
 def foreign(pip=True):
-    """An environment that make has not made."""
+    """Create an environment that make has not made."""
     os.makedirs('.venv/bin')
     shutil.copy('environment', '.venv/bin/python')
     pathlib.Path('.venv/precious').touch()

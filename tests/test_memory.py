@@ -1,4 +1,4 @@
-"""Data sets in memory from real files, and the batches that workers make of them."""
+"""Data sets in memory from real files, and the batches that workers make from them."""
 
 import functools
 import hashlib
@@ -82,7 +82,7 @@ def test_a_folder_holds_out_the_same_part_of_every_class_spread_over_its_names(t
 
 
 def binary_cifar(root, monkeypatch, test_records=10, records=10):
-    """Write the official binary layout, with 10 instead of 10,000 images in a file; returns what is in it."""
+    """Write the official binary layout with 10 instead of 10,000 images in a file; returns (folder, its content)."""
     monkeypatch.setattr(memory, 'BINARY_RECORDS', 10)
     folder, rng = root / memory.BINARY_FOLDER, np.random.default_rng(0)
     folder.mkdir()
@@ -139,7 +139,7 @@ def test_real_binary_cifar_has_5000_training_images_of_each_class():
 
 @pytest.fixture
 def cifar_server(tmp_path, monkeypatch):
-    """CIFAR-10's Python version in small, served over HTTP on this machine in place of the real address."""
+    """A small version of CIFAR-10's Python files, served over HTTP on this machine instead of the real address."""
     base, files = tmp_path / 'made' / 'cifar-10-batches-py', {}
     base.mkdir(parents=True)
     names = [f'data_batch_{i}' for i in range(1, 6)] + ['test_batch']

@@ -1,4 +1,4 @@
-"""Names of files: ~ in every flag, bytes of any encoding, and terminals and texts of any encoding."""
+"""File names: ~ in every flag, names in any encoding, and terminals and texts in any encoding."""
 
 import argparse
 import ast
@@ -25,18 +25,18 @@ ROOT = pathlib.Path(cifar.__file__).parent
 SCRIPTS = [cifar, imagenet, finetune, reproduce, plot, checkpoint]
 OTHERS = ['benchmarks/epoch.py', 'benchmarks/input.py', 'benchmarks/scale.py', 'benchmarks/step.py']
 OTHERS += ['examples/own_networks.py']
-NO_PATHS = {'dataset', 'label', 'rows', 'methods', 'only'}  # flags that take any text and name no file
+NO_PATHS = {'dataset', 'label', 'rows', 'methods', 'only'}  # flags that take any text and do not name a file
 
 
 def script_of(name, monkeypatch):
-    """A script of another folder as a module."""
+    """A script in another folder, as a module."""
     folder, _, file = name.partition('/')
     monkeypatch.syspath_prepend(str(ROOT / folder))
     return importlib.import_module(file.removesuffix('.py'))
 
 
 def actions_of(module, monkeypatch):
-    """What a script's parser, and each of its subcommands', takes."""
+    """The actions of a script's parser and of its subcommands."""
     caught = []
     monkeypatch.setattr(arguments.Parser, 'parse_args', lambda self, *_: caught.append(self) or sys.exit())
     with pytest.raises(SystemExit):
@@ -69,7 +69,7 @@ def test_a_home_folder_behind_an_equals_sign_is_written_to(script, train, monkey
 
 
 def run(script, *words, **environment):
-    """The exit status, stdout and stderr of a script in a process of its own."""
+    """Run a script in its own process: exit status, stdout and stderr."""
     command = [sys.executable, str(ROOT / script), *words]
     done = subprocess.run(
         command, env={**os.environ, 'OMP_NUM_THREADS': '1', **environment}, capture_output=True, timeout=HANGS
@@ -129,7 +129,7 @@ def test_a_table_is_written_between_lines_of_windows_and_bytes_of_any_encoding(s
 
 
 def test_every_text_that_is_read_or_written_names_its_encoding():
-    """Or it would be that of the machine."""
+    """Otherwise it would be the machine's encoding."""
     for path in [
         p
         for folder in ('.', 'engine', 'formats', 'images', 'benchmarks', 'examples')

@@ -1,4 +1,4 @@
-"""A network of any family comes back from its file, and a file that fits none is refused with the reason."""
+"""A network of any family is read back from its file, and a file that fits none is refused with the reason."""
 
 import hickle
 import pytest
@@ -21,7 +21,7 @@ from utils import bnparams, conv_params, flatten, linear_params, set_requires_gr
 def test_the_authors_folded_export_is_read_from_torch_safetensors_and_hkl_files(tmp_path, images, widths, classes):
     arrays = small_export(widths, classes)
     expected = imagenet_resnet.imagenet_forward(images, tensors(arrays), False)[0]
-    torch.save(tensors(arrays), tmp_path / 'a.hkl')  # the name tells nothing
+    torch.save(tensors(arrays), tmp_path / 'a.hkl')  # the suffix does not matter
     safetensors.torch.save_file(tensors(arrays), tmp_path / 'b.pth')
     hickle.dump(arrays, str(tmp_path / 'c.pth'), mode='w')
     hickle.dump(arrays, str(tmp_path / 'd.pth'), mode='w', compression='gzip', shuffle=True)
@@ -55,7 +55,7 @@ def test_wide_resnets_that_are_not_finite_or_too_large_to_be_true_are_refused(tm
     assert 'bn.running_var is negative' in reason(path)
     write.save(path, {'params': {**params, 'conv0': params['conv0'] * torch.nan}})
     assert 'conv0 has values that are not finite' in reason(path)
-    write.save(path, {'params': {**params, 'bn.weight': torch.ones(65536)}})  # of 150 GB, if that were so
+    write.save(path, {'params': {**params, 'bn.weight': torch.ones(65536)}})  # which would have 150 GB
     assert 'does not fit the network' in reason(path)
 
 

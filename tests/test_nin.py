@@ -1,4 +1,4 @@
-"""Network-in-Network against the same network in torch.nn modules, and what is read from its parameters."""
+"""Network-in-Network against the same network in torch.nn modules, and its shape read from its parameters."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from nin import fold_nin, nin, nin_shape
 
 
 def modules(params, no_bn):
-    """The network as a chain of modules with the parameters of `params`, and the places of its three groups."""
+    """The network as a chain of modules with the parameters of `params`, and the positions of its three groups."""
     layers, places = [], []
     for g in range(3):
         for i in range(3):

@@ -1,4 +1,4 @@
-"""Every flag is documented, read, and refuses what makes no sense in one line."""
+"""Every flag is documented, is read, and refuses senseless values in one line."""
 
 import importlib
 import inspect
@@ -23,7 +23,7 @@ WRONG = {  # flag: values that it has to refuse
     'dataset': ['MNIST', ''],
     'image_size': ['0', '7', '1000000', '32.5'],
     'randomcrop_pad': ['-1', '2.5', '32', 'nan', 'four'],
-    'dataroot': [],  # read for folder and CIFAR alone
+    'dataroot': [],  # only read for folder and CIFAR
     'follow_links': ['yes'],
     'holdout': ['-1', '0.5', 'many', '1000'],
     'teacher_id': ['nobody', '../..'],
@@ -40,13 +40,13 @@ WRONG = {  # flag: values that it has to refuse
     'lr_decay_ratio': ['-1', '1.1', 'nan', 'inf'],
     'weight_decay': ['-1', 'nan', 'inf', '1e300'],
     'seed': ['-1', '1.5', str(2**63)],
-    'alpha': ['-0.1', '1.1', 'nan', '0.5'],  # the last for want of a teacher
+    'alpha': ['-0.1', '1.1', 'nan', '0.5'],  # the last without a teacher
     'temperature': ['0', '-4', 'nan', 'inf', '1e300', '1e-300', '1001'],
     'beta': ['-1', 'nan', 'inf', '1e300', '1000'],
     'beta_decay': ['cubic'],
-    'transfer': ['attention', 'full', 'gradient'],  # the last two for want of --beta
-    'penalty': ['l2', 'symmetry'],  # for want of --gamma
-    'gamma': ['-1', 'nan', 'inf', '1e300', '1'],  # for want of --penalty
+    'transfer': ['attention', 'full', 'gradient'],  # the last two without --beta
+    'penalty': ['l2', 'symmetry'],  # without --gamma
+    'gamma': ['-1', 'nan', 'inf', '1e300', '1'],  # the last without --penalty
     'net': ['resnet', ''],
     'no_bn': ['yes'],
     'at_form': ['sum'],
@@ -67,7 +67,7 @@ WRONG = {  # flag: values that it has to refuse
 }
 
 
-IMAGENET_WRONG = {  # the flags that imagenet.py alone has, or reads otherwise
+IMAGENET_WRONG = {  # the flags that only imagenet.py has, or reads differently
     'imagenetpath': ['nowhere'],
     'holdout': ['-1', '0.5', 'many'],
     'image_size': ['0', '31', '32.5', '1000000'],
@@ -76,7 +76,7 @@ IMAGENET_WRONG = {  # the flags that imagenet.py alone has, or reads otherwise
     'skip_teacher_check': ['yes'],
     'depth': ['0', '-18', '20', '18.0'],
 }
-FINETUNE_WRONG = {  # likewise of finetune.py
+FINETUNE_WRONG = {  # the same for finetune.py
     'dataset': ['birds', ''],
     'dataroot': ['nowhere'],
     'holdout': ['-1', '0.5', 'many'],
@@ -93,7 +93,7 @@ CIFAR_ONLY = {'net', 'no_bn', 'dataset', 'dataroot', 'randomcrop_pad', 'teacher_
 
 
 def parser(monkeypatch, words=(), module=cifar):
-    """The parser of a script, caught as it parses `words`, and the flags."""
+    """The parser of a script, captured while it parses `words`, and the flags."""
     caught = []
     parse_args = Parser.parse_args
     monkeypatch.setattr(sys, 'argv', [f'{module.__name__}.py', *words])
@@ -160,7 +160,7 @@ OTHERS = {  # of the other scripts: {words: {flag: values that it has to refuse}
         'dry_run': ['yes'],
         'show': ['yes'],
         'markdown': ['nowhere.md', 'nowhere/a.md'],
-        'dataroot': [],  # only handed on to cifar.py
+        'dataroot': [],  # only passed on to cifar.py
     },
     'plot curves log.txt': {'label': [], 'out': ['a', 'a.jpg', 'nowhere/a.png']},
     'plot attention --model a --model b --images digits': {

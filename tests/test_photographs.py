@@ -1,4 +1,4 @@
-"""Photographs from real files: batches that no number of workers or of loader processes changes, and bad images."""
+"""Photographs from real files: batches do not depend on the numbers of workers and loader processes; bad images."""
 
 import math
 import os
@@ -62,7 +62,7 @@ def test_workers_share_the_very_batches_of_one(folder, world):
     parts = [list(train_batches(folder.train, rank=rank, world=world)) for rank in range(world)]
     one = list(train_batches(folder.train))
     assert [size for *_, size in one] == [8, 8, 8, 1]
-    assert {len(part) for part in parts} == {len(train_batches(folder.train, world=world))} == {3}  # not the single one
+    assert {len(part) for part in parts} == {len(train_batches(folder.train, world=world))} == {3}  # not the last
     for number, (images, labels, size) in enumerate(one[:3]):
         for rank in range(world):
             assert torch.equal(parts[rank][number][0], images[rank::world])

@@ -1,4 +1,4 @@
-"""What is in a torch file is not run, takes neither memory nor time, and is told with what helps."""
+"""Torch files run no code, take little memory and time, and errors about them give advice."""
 
 import argparse
 import itertools
@@ -46,7 +46,7 @@ def test_a_whole_network_is_refused_with_what_to_save_instead(tmp_path, zipped, 
 @pytest.mark.parametrize('key', ['state_dict', 'model', 'net', 'params'])
 @pytest.mark.parametrize('protocol', [2, 4])
 def test_a_command_takes_the_weights_out_of_what_a_training_script_saved(script, tmp_path, trace, name, key, protocol):
-    """Their names are as a shell takes them, and only whoever runs the command runs what is in the file."""
+    """File names are quoted for the shell, and only the command runs code in the file."""
     arrays, path = tensors(small_export()), tmp_path / name
     statistics = {'unused.running_mean': torch.ones(1)} if key == 'params' else {}
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], 0.1)
@@ -104,13 +104,13 @@ def test_a_zip_bomb_is_refused(tmp_path):
     assert torch.load(tmp_path / 'bomb', weights_only=True)  # torch would unpack it
     assert 'a zip archive that unpacks to 20,' in reason(tmp_path / 'bomb')
     with open(tmp_path / 'bomb', 'ab') as bomb:
-        bomb.write(b'PK\5\6')  # zipfile takes it for the end of an archive and finds none; torch looks further
+        bomb.write(b'PK\5\6')  # zipfile takes it for the end of an archive and finds none; torch searches further
     assert torch.load(tmp_path / 'bomb', weights_only=True)
     assert 'not a zip file' in reason(tmp_path / 'bomb')
 
 
 def with_pickle(path, content):
-    """Save a checkpoint and put another pickle in the place of its own."""
+    """Save a checkpoint and replace its pickle."""
     torch.save({'a': torch.ones(1)}, path)
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
@@ -121,7 +121,7 @@ def with_pickle(path, content):
 
 
 def legacy(path, content):
-    """A checkpoint from before there were archives, with another pickle in the place of its own."""
+    """Write a checkpoint in the format before archives, with another pickle instead of its own."""
     start = [pickle.dumps(part, 2) for part in (0x1950A86A20F9469CFC6C, 1001, {'little_endian': True})]
     path.write_bytes(b''.join([*start, content, pickle.dumps([], 2)]))
     return path
@@ -129,7 +129,7 @@ def legacy(path, content):
 
 HUGE = b'\x80\x02cbuiltins\nbytearray\n\x8a\x05' + (2**34).to_bytes(5, 'little') + b'\x85R.'  # bytearray(2**34)
 DOUBLED = b'\x80\x02' + b'c_codecs\nencode\n' * 31 + b'X\1\0\0\0aX\5\0\0\0utf-8\x86R' + b'X\3\0\0\0hex\x86R' * 30 + b'.'
-NESTED = (  # t = (t, t, t), thirty times, as a key: to hash it is to visit 3 ** 30 objects
+NESTED = (  # t = (t, t, t), thirty times, as a key: hashing it visits 3 ** 30 objects
     b'\x80\x02})q\0' + b''.join(b'h%ch%ch%c\x87q%c' % (i, i, i, i + 1) for i in range(30)) + b'K\1s.'
 )
 
@@ -142,7 +142,7 @@ def words(*texts):
 HUGE_4 = b'\x80\4' + words(b'builtins', b'bytearray') + b'\x93\x8a\5' + (2**34).to_bytes(5, 'little') + b'\x85R.'
 HIDDEN_4 = b'\x80\4' + words(b'torch', b'Size\nR.cbuiltins\nbytearray') + b'\x93.'
 NESTED_4 = b'\x80\4' + NESTED[2:].replace(b'})q\0', b'})\x94')
-LONG_4 = b'\x80\4' + words(b'x' * 199) + b'h\0' * 2**20 + b'.'  # 2 bytes each, 200 in its place
+LONG_4 = b'\x80\4' + words(b'x' * 199) + b'h\0' * 2**20 + b'.'  # 2 bytes each, replaced by 200
 
 
 @pytest.mark.parametrize('write', [with_pickle, legacy])
@@ -177,11 +177,11 @@ def test_a_short_pickle_of_gigabytes_or_years_is_refused_at_once(tmp_path, write
     assert len(content) < 2000
     since = time.process_time()
     assert message in reason(write(tmp_path / 'pickle', content))
-    assert time.process_time() - since < 10  # of the processor, whatever else it does
+    assert time.process_time() - since < 10  # CPU time, which other processes do not change
 
 
 def test_a_second_directory_in_an_archive_is_not_what_torch_reads(tmp_path):
-    """The end of an archive points at its directory; zipfile reads the one just before the end instead."""
+    """The end of an archive points to its directory; zipfile reads the one just before the end instead."""
     path = with_pickle(tmp_path / 'two', pickle.dumps({'a': 1}, 2))
     content = path.read_bytes()
     end = content.rindex(b'PK\5\6')

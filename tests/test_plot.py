@@ -1,4 +1,4 @@
-"""Curves are what the logs say, attention maps what the networks compute, and both are legible."""
+"""Curves show what the logs say, attention maps what the networks compute, and both are legible."""
 
 import json
 import math
@@ -13,14 +13,14 @@ NAN = math.nan
 
 
 def ours(epoch, **more):
-    """A line of a log of ours: AT and KD, a rate that drops at the start of epochs 3 and 5."""
+    """A line of one of our logs: AT and KD, with a rate that drops at the start of epochs 3 and 5."""
     settings = {'epoch': epoch, 'epoch_step': '[3,5,60]', 'lr': 0.1, 'beta_now': 1000.0, 'at_losses': [[9.0, 0.1]]}
     results = {'train_loss': 2.0, 'test_loss': 1.0, 'train_acc': 50.0 + epoch, 'test_acc': 60.0 + epoch}
     return {**settings, **results, 'ce': 1.0 / epoch, 'kd': 2.0 / epoch, 'at1': 1e-4 / epoch, **more}
 
 
 def authors(epoch, **more):
-    """A line of a log of the authors' imagenet.py: accuracies in pairs, no named terms."""
+    """A line of a log of the authors' imagenet.py: accuracies are pairs, terms have no names."""
     return {
         'epoch': epoch, 'epoch_step': '[3]', 'lr': 0.1, 'train_loss': 2.0, 'test_loss': 1.0,
         'train_acc': [40.0 + epoch, 80.0], 'test_acc': [45.0 + epoch, 85.0],
@@ -89,14 +89,14 @@ def test_each_named_term_has_a_logarithmic_panel_in_order(log):
 
 def test_the_terms_of_an_authors_log_are_the_means_of_its_at_losses_where_they_are_numbers(log):
     shown = panels(plot.draw_curves([log('a', [authors(e) for e in (1, 2, 3)])]))
-    assert list(shown) == ['error', 'loss term at0']  # the others are NaN, or 0, which a logarithm has no place for
+    assert list(shown) == ['error', 'loss term at0']  # the others are NaN, or 0, which a logarithmic axis cannot show
     assert list(lines(shown['loss term at0'], '-')[0].get_ydata()) == [1e-5 * e for e in (1, 2, 3)]
     alone = [authors(e, at_losses=[[NAN, NAN]] * 3) for e in (1, 2)]
     assert list(panels(plot.draw_curves([log('b', alone)]))) == ['error']
 
 
 def test_the_lowest_panel_of_each_column_names_its_axis_and_no_tick_covers_another(log):
-    """Of five terms the second column has one less; a term that falls far has a tick a decade."""
+    """With five terms the second column has one panel less; a term that falls far has one tick per decade."""
     more = {'at0': 0.2, 'at2': 0.3}
     figure = plot.draw_curves([log('a', [ours(e, **more, kd=10.0 ** (1 - e)) for e in range(1, 7)])])
     named = {title for title, axes in panels(figure).items() if axes.get_xlabel()}

@@ -1,4 +1,4 @@
-"""A file of whatever kind is read whole, or refused in one line."""
+"""A file of any kind is read whole or refused in one line."""
 
 import json
 

@@ -30,7 +30,7 @@ def test_a_loader_process_decodes_on_one_thread():
 
 
 def filled(task, out):
-    """A task is (number, images): so many rows of that number; number 9 is a fault of the program."""
+    """Fill rows for a task (number, images): as many rows as images, of that number; number 9 raises an error."""
     number, count = task
     if number == 9:
         raise KeyError('no such thing')
@@ -58,7 +58,7 @@ needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='f
 @needs_proc
 @pytest.mark.parametrize('victim', ['first', 'second', 'server'])
 def test_a_dead_loader_process_ends_the_reading_at_once_and_the_others_with_it(victim):
-    """Whichever it is, and also where the server that they were forked from dies."""
+    """Whichever of them dies, or the server that they were forked from."""
     batches = readers.read_ahead(filled, [(i % 8, 1) for i in range(100)], (2, 4, 4, 3), 2)
     pids = [next(batches)[2] for _ in range(4)][:2]
     killed = {'first': pids[0], 'second': pids[1], 'server': state(pids[0])[1]}[victim]
@@ -70,7 +70,7 @@ def test_a_dead_loader_process_ends_the_reading_at_once_and_the_others_with_it(v
 
 
 def descendants(pid):
-    """The processes that a process has started, and those that they have."""
+    """The processes that a process has started, and those that they have started."""
     parents = {int(name): state(name)[1] for name in os.listdir('/proc') if name.isdigit()}
     tree = [pid]
     for parent in tree:
@@ -79,7 +79,7 @@ def descendants(pid):
 
 
 def is_loader(pid):
-    """Whether a process was forked by a server, and is not the server."""
+    """Whether a process was forked by the fork server, and is not the server."""
     return all('forkserver' in proc(p, 'cmdline') for p in (pid, state(pid)[1]))
 
 
@@ -97,7 +97,7 @@ IMAGES = '--image_size 32 --width 0.0625 --epochs 1 --batch_size 4 --nthread 2 -
     ],
 )
 def test_the_death_of_any_process_of_a_run_ends_all_of_them_with_one_line(tmp_path, ngpu, paused, victim):
-    """A loader's, by the system for lack of memory; the main one's, be it trainer or launcher."""
+    """A loader that the system kills for lack of memory, or the main process, be it trainer or launcher."""
     root = str(write_photographs(tmp_path / 'photos', train=24, test=24))  # more than loaders read ahead
     environment = {**os.environ, 'PYTHONPATH': ROOT, 'OMP_NUM_THREADS': '1', 'PACED': 'imagenet', 'PAUSED': paused}
     command = [
@@ -125,7 +125,7 @@ def test_the_death_of_any_process_of_a_run_ends_all_of_them_with_one_line(tmp_pa
         assert process.returncode == 1 and err.count('\n') == 1, err
         assert 'error: a process that reads images died (signal 9)' in err and '--nthread' in err
     else:
-        # Workers that see first that their launcher's store is gone end without a word.
+        # Workers that first notice that their launcher's store is gone end without a message.
         assert err in ('', 'the process that started this run has died, so it ends\n'), err
 
 
@@ -158,7 +158,7 @@ def test_a_folder_for_temporary_files_of_too_long_a_name_is_named(folder, tmp_pa
 
 
 def test_loader_processes_begin_with_everything_imported_from_wherever_the_run_is_started(folder, tmp_path):
-    """And not with seconds of imports for each process of each epoch."""
+    """Otherwise each process would import for seconds in each epoch."""
     script = (
         'import os, sys; sys.path[0] = os.environ["ROOT"]; from images import readers\n'
         'def loaded(): os._exit(not {"images.photographs", "torch", "cv2"} <= set(sys.modules))\n'

@@ -1,4 +1,4 @@
-"""The table is made of logs alone, and the README shows what the published logs say."""
+"""The tables are made from logs only, and the README shows what the published logs say."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def write_log(name, error, epochs=16, last=16):
 
 @pytest.fixture
 def fast(monkeypatch):
-    """Every step takes 0.01 s, without being measured."""
+    """Make every step take 0.01 s, without measuring it."""
     monkeypatch.setattr(reproduce, 'seconds_a_step', lambda *_: 0.01)
 
 
@@ -67,7 +67,7 @@ def test_dry_run_prints_the_commands_teachers_first_and_each_once(script, fast):
 
 @pytest.mark.parametrize('name, runs', [('table1', 6 + 4 * 4), ('table2', 2 + 7), ('table3', 2 + 2 + 3), ('demo', 5)])
 def test_every_table_is_made_of_commands_that_are_understood(script, fast, name, runs):
-    """Table 3's are NINs without batch norm and weight decay, and its images are only mirrored."""
+    """Table 3 has NINs without batch norm and weight decay, and its images are only mirrored."""
     _, out, _ = script(reproduce, name, '--dry_run --seeds 1')
     lines = out.splitlines()[:-1]
     assert len(lines) == runs
@@ -128,7 +128,7 @@ def test_wrong_flags_are_refused_before_any_run(script, tmp_path, flags):
 
 
 def test_a_taught_run_waits_for_its_own_teacher_alone_and_runs_begin_in_order(capsys):
-    """The slow teacher ends only when the pupil of the quick one has; of the two slots, each has one run at a time."""
+    """The slow teacher ends only after the quick one's pupil has run; each of two slots has one run at a time."""
     slots, quick_has_taught = [threading.Lock(), threading.Lock()], threading.Event()
 
     def run(name, job):
@@ -160,7 +160,7 @@ def test_a_failed_run_is_reported_and_the_others_go_on(script):
 
 @pytest.fixture
 def instead(monkeypatch, tmp_path):
-    """Let a shell script stand for cifar.py: instead('commands')."""
+    """Run a shell script instead of cifar.py: instead('commands')."""
 
     def write(commands):
         path = tmp_path / 'instead'
@@ -224,9 +224,9 @@ def test_a_broken_run_goes_on_and_several_at_a_time_end_as_one_after_the_other(s
     status, out, _ = script(reproduce, flags)
     assert status == 0 and out.count(': done') == 1
     alone = read_log(log)
-    assert alone[0] == first and len(alone) == 2  # its first epoch was not trained again
+    assert alone[0] == first and len(alone) == 2  # the first epoch was not repeated
     losses = [[record['train_loss'] for record in records] for records in (alone, several)]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # other threads, other rounding
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # other numbers of threads round differently
 
 
 def test_a_run_of_other_settings_is_refused_and_left_alone(script):
@@ -257,7 +257,7 @@ def test_published_logs_are_whole_and_name_no_place(log):
 
 
 def test_a_published_run_that_named_its_teacher_without_a_folder_is_still_the_same_run(script, fast, monkeypatch):
-    """Older logs say cifar10-e16-wrn-16-2-s0 of what is in logs/cifar10-e16/wrn-16-2-s0 now."""
+    """Older logs call it cifar10-e16-wrn-16-2-s0; it is in logs/cifar10-e16/wrn-16-2-s0 now."""
     monkeypatch.chdir(ROOT)
     flags = 'table1 --rows 2 --methods at --epochs 16 --seeds 1 --dtype bfloat16 --dry_run'.split()
     monkeypatch.setattr('sys.argv', ['reproduce.py', *flags])

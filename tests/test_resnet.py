@@ -1,4 +1,4 @@
-"""The functional networks against an independent one built of torch.nn modules."""
+"""The functional networks against an independent one built from torch.nn modules."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ import utils
 
 
 class Block(nn.Module):
-    """A pre-activation basic block as wide ResNets have it, in torch.nn."""
+    """The pre-activation basic block of wide ResNets, in torch.nn."""
 
     def __init__(self, ni, no, stride):
         super().__init__()
@@ -152,6 +152,6 @@ for _ in range(5):
 
 
 def test_a_narrow_network_on_large_images_trains_and_does_not_crash():
-    """PyTorch 2.14 writes beyond its memory there: see layers.conv2d."""
+    """PyTorch 2.14 writes out of bounds there: see layers.conv2d."""
     done = subprocess.run([sys.executable, '-c', NARROW], cwd=os.path.dirname(resnet.__file__), capture_output=True)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The fast step against the plain one, in results, in what it keeps and in what it makes the host wait for."""
+"""The fast step against the plain one: results, memory, and whether the host waits for the device."""
 
 import json
 import os
@@ -26,12 +26,12 @@ from engine.step import FLUSH, make_step, make_update
 from engine.student import Network
 
 CPU = torch.device('cpu')
-# 32 images of 16x16 with beta 60 weigh the elements of a map as 128 of 32x32 do with 1e+3.
+# With 32 images of 16x16, beta 60 weighs the elements of a map like 1e+3 does with 128 images of 32x32.
 TAUGHT = '--teacher_id x --beta 60', '--teacher_id x --alpha 0.9', '--teacher_id x --alpha 0.9 --beta 60'
 
 
 def case(words, batch=16, depth=10, widths=(1, 2)):
-    """A small case of the benchmark: (flags, case)."""
+    """A small benchmark case: (flags, case)."""
     opt = parse_cifar('', [*words.split(), '--batch_size', str(batch)])
     student, teacher = (partial(resnet.wide_resnet, depth, width, 10) for width in widths)
     return opt, benchmark.Case(student, teacher if opt.teacher_id else None, batch, 16, words)
@@ -70,14 +70,14 @@ def test_fast_float32_equals_plain_float32_over_20_steps(steps, monkeypatch, wor
     for _ in range(20):
         expected.append(plain(images, labels)[0])
         fast(images.contiguous(memory_format=torch.channels_last), labels)
-    assert expected[-1] < 0.99 * expected[0]  # it has learnt
+    assert expected[-1] < 0.99 * expected[0]  # the student learns
     assert torch.stack(losses).tolist() == pytest.approx(expected, rel=1e-5)
     ours, theirs = (torch.cat([v.detach().flatten() for v in p.values()]) for p in (fast_params, params))
     assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
 
 class HostWaits(TorchDispatchMode):
-    """Fails where a tensor's value, or a copy of it on another device, is asked for; counts the operators it saw."""
+    """Fails if a tensor's value or a copy of it on another device is requested; counts the operators it sees."""
 
     seen = 0
 
@@ -105,7 +105,7 @@ def test_a_step_makes_the_host_wait_for_nothing(words):
             patch.setattr(torch.Tensor, name, None)
         for _ in range(3):
             update(images, labels)
-    assert watched.seen > 300  # a wait would have failed there
+    assert watched.seen > 300  # each of which could have failed
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='counts the waits of a GPU, and there is none')
@@ -120,7 +120,7 @@ def test_a_step_on_a_gpu_does_not_wait_for_it(words, dtype):
     torch.cuda.set_sync_debug_mode('error')
     try:
         with pytest.raises(RuntimeError):
-            labels.sum().item()  # which is a wait
+            labels.sum().item()  # this waits
         assert update(images, labels) is None
     finally:
         torch.cuda.set_sync_debug_mode('default')
@@ -138,7 +138,7 @@ def test_attention_transfer_takes_at_most_a_third_more_memory_than_the_student_a
         opt, paper = case(f'{words} --dtype bfloat16', 32, depth=16)
         update = benchmark.fast_step(opt, paper, CPU)
         batch = torch.randn(32, 3, 32, 32).contiguous(memory_format=torch.channels_last), torch.arange(32) % 10
-        update(*batch)  # which makes the momentum too
+        update(*batch)  # also allocates the momentum
         peaks.append(benchmark.peak_memory(update, *batch))
     alone, taught = peaks
     assert alone > 10e6 and taught <= 1.3 * alone, peaks
@@ -154,7 +154,7 @@ def test_a_frozen_teacher_holds_weights_in_the_compute_dtype_and_batch_norm_in_f
 
 
 def test_a_compiled_step_equals_the_eager_one():
-    """Also where the last batch of an epoch has another size."""
+    """Also for a last batch of another size."""
     results = []
     for more in ('', ' --compile'):
         opt, small = case(TAUGHT[2] + more, 8, widths=(0.25, 0.5))

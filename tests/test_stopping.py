@@ -1,4 +1,4 @@
-"""Real trainings that are killed, asked to stop, or started twice: nothing is lost, and every bit is as without."""
+"""Runs that are killed, asked to stop, or started twice lose nothing and end with the same bits."""
 
 import contextlib
 import os
@@ -28,7 +28,7 @@ FLAGS = [*SMALL.split(), '--batch_size', '2', '--lr', '0.01', '--epoch_step', '[
 
 
 def begin(photos, name, *more, epochs=EPOCHS):
-    """Start a training that waits at the end of each epoch for a line, or for `ended`."""
+    """Start a run that waits at the end of each epoch for a line, or for `ended`."""
     words = [*FLAGS, '--dataroot', str(photos), '--save', f'logs/{name}', '--resume', 'auto', *more]
     command = [sys.executable, paced.__file__, *words, '--epochs', str(epochs)]
     pipes = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.PIPE)
@@ -37,25 +37,25 @@ def begin(photos, name, *more, epochs=EPOCHS):
 
 @pytest.fixture
 def start(photos, tmp_path, monkeypatch):
-    """Start a training in an empty folder: start('name', flags...) -> the process."""
+    """Start a run in an empty folder: start('name', flags...) -> the process."""
     monkeypatch.chdir(tmp_path)
     return partial(begin, photos)
 
 
 def ended(process):
-    """Let a training go on: its exit status, what is left of stdout, and stderr."""
+    """Let a run continue to its end: its exit status, the rest of stdout, and stderr."""
     out, err = process.communicate(timeout=HANGS)
     return process.returncode, out, err
 
 
 def go(process, epochs=1):
-    """Let a training go on for so many epochs."""
+    """Let a run continue for so many epochs."""
     process.stdin.write('\n' * epochs)
     process.stdin.flush()
 
 
 def wait_for_epoch(process, epoch):
-    """Let a training go on to the end of an epoch, or of a later one if it is past that, where it waits."""
+    """Let a run continue until it waits at the end of an epoch, or of a later one if it is already past that."""
     for line in process.stdout:
         if line.startswith('epoch '):
             if int(line.split()[1].partition('/')[0]) >= epoch:
@@ -66,7 +66,7 @@ def wait_for_epoch(process, epoch):
 
 @pytest.fixture(scope='module')
 def whole(photos, tmp_path_factory):
-    """whole(workers, epochs) -> the folder of such a run that nothing interrupted."""
+    """The folder of an uninterrupted run: whole(workers, epochs) -> path."""
     there = {}
 
     def run(workers=1, epochs=EPOCHS):
@@ -93,14 +93,14 @@ def same_runs(name, whole, epochs=EPOCHS):
 @pytest.mark.parametrize('seed', range(3) if LONG else [0])
 @pytest.mark.parametrize('workers', [1, 2])
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(start, whole, workers, seed):
-    """SIGKILL to all processes of a run: in the middle of an epoch, of a checkpoint, of a line of the log."""
+    """All processes get SIGKILL: in the middle of an epoch, a checkpoint or a line of the log."""
     kills, epochs = (20, 120) if LONG else (3 - workers, EPOCHS)
     rng = random.Random(seed)
     for _ in range(kills):
         process = start('killed', '--ngpu', str(workers), '--save_every', '0.0003', epochs=epochs)
         while not re.match(r'[0-9,]+ trained', process.stdout.readline() or 'ended'):
             assert process.poll() is None
-        go(process, epochs // (kills + 1))  # the kills together come before the last epoch
+        go(process, epochs // (kills + 1))  # all kills come before the last epoch
         time.sleep((0.8 if LONG else 0.5) * rng.random())
         assert process.poll() is None
         kill(process)
@@ -110,7 +110,7 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(start, whole,
 
 
 def kill(process):
-    """SIGKILL to a process and its workers."""
+    """Send SIGKILL to a process and its workers."""
     for child in started_by(process.pid):
         with contextlib.suppress(ProcessLookupError):  # it has just ended
             os.kill(child, signal.SIGKILL)
@@ -123,7 +123,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_in_the_middle_of_the_epoc
     status = {'SIGTERM': 143, 'SIGINT': 130, 'SIGUSR1': 0}
     for epoch, name in enumerate(('SIGTERM SIGINT SIGUSR1' if LONG else signals).split(), 2):
         process = start('run', '--ngpu', str(workers))
-        wait_for_epoch(process, epoch)  # at 2 and 4 the rate drops in the next
+        wait_for_epoch(process, epoch)  # after epochs 2 and 4 the rate drops
         go(process)
         time.sleep(0.05)
         process.send_signal(signal.Signals[name])
@@ -170,7 +170,7 @@ def test_two_processes_do_not_train_into_one_folder_and_a_dead_one_holds_nothing
     assert (status, err) == (2, 'paced.py: error: another process trains into --save logs/run\n')
     first.kill()
     first.communicate()
-    status, out, _ = ended(start('run'))  # the lock went with the process
+    status, out, _ = ended(start('run'))  # the lock ended with the process
     assert status == 0 and re.search(r'resumed from logs/run/model.pt7 after epoch 1\n', out)
 
 

@@ -1,4 +1,4 @@
-"""torchvision's networks keep their logits here, their names come back, and their weights are fetched."""
+"""torchvision's networks keep their logits here, names convert back, and weights are downloaded."""
 
 import pickle
 import urllib.error

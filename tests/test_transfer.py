@@ -1,4 +1,4 @@
-"""The table of transfer methods: what it names is what trains, and a new line is all that a new method takes."""
+"""The table of transfer methods: the losses it names are those that train, and a new method is one new line."""
 
 import itertools
 
@@ -37,7 +37,7 @@ def first_losses(train, *flags):
     ],
 )
 def test_the_losses_of_utils_are_those_that_train(train, teacher, monkeypatch, name, flags, term):
-    """Doubled, the loss that is logged is twice as large in the first step, and other parameters come of it."""
+    """If a loss is doubled, the first step logs twice its value, and training gives other parameters."""
     loss = getattr(utils, name)
     small = '--batch_size 60'  # one step an epoch
     before = first_losses(train, flags, small)
@@ -88,7 +88,7 @@ def test_a_new_method_is_one_function_and_one_line(train, teacher, monkeypatch):
 def test_every_line_of_the_tables_is_told_apart_and_explained():
     rows = [*transfer.TRANSFERS.values(), *transfer.PENALTIES.values()]
     names = [*(row.term for row in transfer.TRANSFERS.values()), *transfer.PENALTIES, 'ce', 'kd']
-    assert not any(a.startswith(b) for a, b in itertools.permutations(names, 2))  # a term has its group behind it
+    assert not any(a.startswith(b) for a, b in itertools.permutations(names, 2))  # a group's number follows a term
     assert all(row.title and row.paper and row.label for row in rows)
     assert len({row.label for row in rows}) == len(rows)
 

@@ -1,4 +1,4 @@
-"""The losses against numpy in float64 and finite differences; the parameters against what the authors draw."""
+"""The losses against numpy in float64 and finite differences; the parameters against the authors' distributions."""
 
 import math
 
@@ -103,7 +103,7 @@ def test_larger_maps_are_average_pooled_to_the_smaller():
 @pytest.mark.parametrize('p', [8, 16])
 @pytest.mark.parametrize('scale', [1e-6, 1e-3, 1e3, 1e6])
 def test_a_high_power_neither_over_nor_underflows(p, mapping, scale):
-    """Float32 has no 1e-96 and no 1e96; in float64 both are there."""
+    """Float32 cannot hold 1e-96 and 1e96; float64 can."""
     x, y = (scale * torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     exact = x.double().requires_grad_()
     x.requires_grad_()
@@ -224,7 +224,7 @@ def test_gradient_loss_is_half_the_mean_norm_of_the_difference():
 
 
 def test_input_gradient_is_that_of_each_samples_own_cross_entropy():
-    """Of a linear network it is known: W^T (softmax(y) - onehot)."""
+    """For a linear network it is known: W^T (softmax(y) - onehot)."""
     weight = torch.randn(7, 12, dtype=torch.float64)
     images, labels = torch.randn(5, 3, 2, 2, dtype=torch.float64, requires_grad=True), torch.tensor([0, 3, 6, 1, 1])
     logits = images.flatten(1) @ weight.T

@@ -1,4 +1,4 @@
-"""One worker and several compute the same; dead ones are told of, and a run begins again where it was."""
+"""One worker and several compute the same; dead workers are reported, and a run resumes where it was."""
 
 import os
 import socket
@@ -33,7 +33,7 @@ def finished(process):
 
 @pytest.fixture(scope='module')
 def twenty_steps(tmp_path_factory):
-    """What one worker and two come to in each mode of twenty_steps.py: [{mode: result} of one, of two]."""
+    """The results of one worker and of two in each mode of twenty_steps.py: [{mode: result} of one, of two]."""
     folder, script = tmp_path_factory.mktemp('steps'), os.path.join(HERE, 'twenty_steps.py')
     both = torchrun('--standalone', '--nproc-per-node', 2, script, folder / 'two.pt')
     subprocess.run([sys.executable, script, folder / 'one.pt'], env=ENVIRONMENT, check=True)
@@ -43,7 +43,7 @@ def twenty_steps(tmp_path_factory):
 
 @pytest.mark.parametrize('mode', ['fixed', 'sync', 'full', 'gradient'])
 def test_losses_gradients_and_weights_do_not_depend_on_the_number_of_workers(twenty_steps, mode):
-    """Over 20 steps of KD and a transfer with uneven last batches; statistics of batch norm fixed, or joined."""
+    """Over 20 steps of KD and a transfer with uneven last batches; batch norm is fixed or synchronised."""
     one, two = (found[mode] for found in twenty_steps)
     assert len(one['losses']) == 20 and one['losses'][-1] < one['losses'][0]
     torch.testing.assert_close(two['losses'], one['losses'], rtol=1e-6, atol=0)
@@ -52,11 +52,11 @@ def test_losses_gradients_and_weights_do_not_depend_on_the_number_of_workers(twe
 
 
 def test_each_of_several_workers_normalises_by_the_statistics_of_its_own_share(twenty_steps):
-    """Over 20 steps of AT and KD they do what one does that takes each batch in two shares, and not in one."""
+    """Over 20 steps of AT and KD, two equal one worker that takes each batch in two shares, and not in one."""
     one, two = (found['own'] for found in twenty_steps)
     torch.testing.assert_close(two['losses'], one['losses'], rtol=1e-6, atol=0)
     for key, value in one['params'].items():
-        if 'running' not in key:  # which do not bear on training
+        if 'running' not in key:  # these do not affect training
             torch.testing.assert_close(two['params'][key], value, rtol=1e-6, atol=1e-9)
     assert not torch.allclose(two['losses'], twenty_steps[0]['sync']['losses'], rtol=1e-3)
 
@@ -68,7 +68,7 @@ def free_port():
 
 
 def test_two_machines_train_together(photos, tmp_path):
-    """Two launchers meet over the network on this machine, as two nodes of one worker each."""
+    """Two launchers connect over the network on this machine, as two nodes of one worker each."""
     words = [*SMALL.split(), '--dataroot', str(photos), '--epochs', '1', '--save', 'logs/run']
     port = free_port()
     nodes = [
@@ -86,7 +86,7 @@ def test_two_machines_train_together(photos, tmp_path):
 
 
 def alone(photos, folder, **environment):
-    """Train an epoch with these variables in the environment, as a job operator or a shell may leave them there."""
+    """Start one epoch with these environment variables, as a job operator or a shell may set them."""
     words = [*SMALL.split(), '--dataroot', str(photos), '--epochs', '1', '--save', 'logs/run']
     command, environment = [sys.executable, cifar.__file__, *words], {**ENVIRONMENT, **environment}
     pipes = dict.fromkeys(('stdout', 'stderr'), subprocess.PIPE)
@@ -94,7 +94,7 @@ def alone(photos, folder, **environment):
 
 
 def test_containers_that_know_rank_and_address_train_together(photos, tmp_path):
-    """Without LOCAL_RANK, as operators start one process a container."""
+    """Without LOCAL_RANK, since operators start one process per container."""
     address = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port())}
     processes = [alone(photos, tmp_path, RANK=str(rank), **address) for rank in (0, 1)]
     out = [finished(process) for process in processes]
@@ -185,14 +185,14 @@ def test_gpus_are_chosen_among_those_that_are_visible(gpu_id, visible, expected)
 
 
 def test_workers_see_the_gpus_that_their_command_names(photos, tmp_path):
-    """Once, and not again among those that the launcher has chosen."""
+    """The choice is made once, and not again among the launcher's GPUs."""
     process = start(photos, tmp_path, '--ngpu', '2', '--gpu_id', '1,2', CUDA_VISIBLE_DEVICES='4,5,6')
     status, out, err = ended(process)
     assert status == 0 and 'CUDA_VISIBLE_DEVICES=5,6' in out, err
 
 
 def start(photos, folder, *more, launcher=(), **environment):
-    """Start cifar.py on epochs of a tiny network, under a launcher or by itself; it waits at the end of each epoch."""
+    """Start cifar.py on a tiny network, under a launcher or by itself; it waits at the end of each epoch."""
     words = [*SMALL.split(), '--dataroot', str(photos), '--epochs', '5', '--lr', '0.01', '--save', 'logs/run', *more]
     command = [sys.executable, *launcher, paced.__file__, *words]
     pipes = dict.fromkeys(('stdin', 'stdout', 'stderr'), subprocess.PIPE)

@@ -1,4 +1,4 @@
-"""Networks go to the formats of others with the same logits, and nothing is written by halves."""
+"""Networks in other formats keep their logits, and nothing is written by halves."""
 
 import sys
 
@@ -21,7 +21,7 @@ from formats.torchvision import from_torchvision
 
 @pytest.fixture
 def run(tmp_path, torchvision_net):
-    """A run of ours whose network is a torchvision ResNet's."""
+    """One of our runs whose network is a torchvision ResNet's."""
     run = tmp_path / 'run'
     run.mkdir()
     write.save(run / 'model.pt7', {'params': from_torchvision(torchvision_net[0].state_dict())})
@@ -57,7 +57,7 @@ def test_an_imagenet_resnet_goes_to_each_format_and_is_the_same_there(script, ru
     params = networks.load(run / 'model.pt7')['params']
     assert set(plain) == set(params) and all(torch.equal(plain[k], v) for k, v in params.items())
 
-    # A folded file goes back to torchvision too.
+    # A folded file can be written for torchvision too.
     torchvision_out.load_state_dict(torch.load(exported(script, 'folded.hkl', 'torchvision'), weights_only=True))
     assert_near(torchvision_out(images), expected)
 

@@ -1,7 +1,7 @@
-"""Twenty steps of AT + KD in every mode, to be run by any number of workers; writes losses and parameters to a file.
+"""Twenty steps of AT + KD in every mode, by any number of workers; writes losses and parameters to a file.
 
-python twenty_steps.py OUT. Modes are fixed, sync or own batch norm statistics; and full-activation or gradient-based
-transfer with the symmetry norm, in place of AT and with fixed statistics. In the mode `own` a single worker takes each
+python twenty_steps.py OUT. Modes are fixed, sync or own batch norm statistics, and full-activation or gradient-based
+transfer with the symmetry norm instead of AT, with fixed statistics. In the mode `own` a single worker takes each
 batch in two shares, as two would.
 """
 
