@@ -39,7 +39,8 @@ def table_lines(opt):
     """
     methods, runs, cells = methods_of(opt.table), {}, 0
     head = ['student <- teacher', 'method', 'our error, %', 'spread', 'seeds', 'paper, %']
-    of_paper = opt.epochs == TABLES[opt.table]['epochs'] and not opt.holdout
+    paper = any(error for errors in TABLES[opt.table]['rows'].values() for error in errors.values())
+    of_paper = paper and opt.epochs == TABLES[opt.table]['epochs'] and not opt.holdout
     lines = [_line([*head, 'difference'] if of_paper else head), '|---' * (len(head) + of_paper) + '|']
     for row in opt.rows:
         for method in columns(opt, row):
