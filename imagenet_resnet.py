@@ -154,13 +154,13 @@ def imagenet_resnet_shape(params):
     nor `AUTHORS_34`.
     """
     pattern = re.compile(r'group(\d)\.block(\d{1,2})\.conv(\d)(\.weight)?')
-    found = [match.groups() for match in map(pattern.fullmatch, params) if match]
-    counts = tuple(len({block for g, block, *_ in found if g == str(group)}) for group in range(4))
-    convs = len({conv for *_, conv, _ in found})
+    matches = [match.groups() for match in map(pattern.fullmatch, params) if match]
+    counts = tuple(len({block for g, block, *_ in matches if g == str(group)}) for group in range(4))
+    convs = len({conv for *_, conv, _ in matches})
     for depth, shape in (*IMAGENET_DEPTHS.items(), (34, AUTHORS_34)):
         if shape == (counts, convs):
             return depth, counts, convs
-    raise ValueError(f'no ImageNet ResNet: {counts} blocks of {convs} convolutions in its groups')
+    raise ValueError(f'not an ImageNet ResNet: {counts} blocks of {convs} convolutions in its groups')
 
 
 def imagenet_resnet_expected(loaded):

@@ -130,8 +130,8 @@ class _StridedConv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
 
         def gradients(x, weight, stride, padding, wanted):
-            rest = (1, 1), False, (0, 0), 1, wanted  # dilation, not transposed, its output padding, groups
-            return torch.ops.aten.convolution_backward(g, x, weight, None, stride, padding, *rest)
+            options = (1, 1), False, (0, 0), 1, wanted  # dilation, not transposed, its output padding, groups
+            return torch.ops.aten.convolution_backward(g, x, weight, None, stride, padding, *options)
 
         g_x = gradients(x, weight, (2, 2), (1, 1), (True, False, False))[0]
         even, odd = x[..., ::2], F.pad(x[..., 1::2], (1, x.shape[3] % 2))

@@ -81,7 +81,7 @@ def nin_shape(params):
     """
     first, fc = params.get('group0.conv0'), params.get('fc.weight')
     if first is None or fc is None or not first.dim() or not fc.dim():
-        raise ValueError(f'no Network-in-Network; its first parameters are {", ".join(list(params)[:3]) or "none"}')
+        raise ValueError(f'not a Network-in-Network; its first parameters are {", ".join(list(params)[:3]) or "none"}')
     return first.shape[0] / 192, fc.shape[0], 'group0.bias0' in params
 
 

@@ -113,7 +113,7 @@ def wide_resnet_shape(params):
     blocks = {key.split('.')[1] for key in params if key.startswith('group0.block')}
     last, fc = params.get('bn.weight'), params.get('fc.weight')
     if not blocks or last is None or fc is None or not last.dim() or not fc.dim():
-        raise ValueError(f'no wide ResNet; its first parameters are {", ".join(list(params)[:3]) or "none"}')
+        raise ValueError(f'not a wide ResNet; its first parameters are {", ".join(list(params)[:3]) or "none"}')
     return 6 * len(blocks) + 4, last.shape[0] / 64, fc.shape[0]
 
 

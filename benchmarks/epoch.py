@@ -166,10 +166,10 @@ def main():
     parser = Parser(__doc__)
     flag = parser.add_argument
     flag('--dataroot', default='', type=path, help='where CIFAR-10 is (default: random images)')
-    flag('--images', default=10_000, type=number(int, 256), help='to train on (default: 10,000)')
+    flag('--images', default=10_000, type=number(int, 256), help='number of training images (default: 10,000)')
     flag('--dtype', default='bfloat16', choices=list(DTYPES), help='of the fast epoch (default: bfloat16)')
     flag('--eager', action='store_true', help='the fast epoch without --compile')
-    flag('--teacher_dtype', choices=['same', 'int8'], help='as of step.py')
+    flag('--teacher_dtype', choices=['same', 'int8'], help='as in step.py')
     flag('--nthread', default=2, type=number(int, 0, 64), help='processes of the plain DataLoader (default: 2)')
     flag('--pairs', default=3, type=number(int, 1, 1000), help='pairs that are measured (default: 3)')
     flag('--json', action='store_true', help='end with a line of JSON')
@@ -184,11 +184,11 @@ def main():
     run, plain = fast_epoch(flags, dataset, device), (run_plain_epoch, opt.dataroot, opt.images, opt.nthread)
     with benchmark.own_process() as process:
         pairs = [(process.submit(*plain).result(), run()) for _ in range(1 + opt.pairs)][1:]
-    found = {}
+    results = {}
     for i, part in enumerate(('train', 'test')):
         plain, fast = ([pair[kind][i] for pair in pairs] for kind in (0, 1))
         ratios = [a / b for a, b in zip(plain, fast)]
-        found[part] = {
+        results[part] = {
             'plain_s': statistics.median(plain),
             'fast_s': statistics.median(fast),
             'ratio': statistics.median(ratios),
@@ -201,8 +201,8 @@ def main():
     whole = sum(times.values())
     print('of a fast epoch: ' + ', '.join(f'{part} {100 * s / whole:.1f}%' for part, s in times.items()))
     if opt.json:
-        found['parts'] = {part: s / whole for part, s in times.items()}
-        print(json.dumps(found))
+        results['parts'] = {part: s / whole for part, s in times.items()}
+        print(json.dumps(results))
 
 
 if __name__ == '__main__':

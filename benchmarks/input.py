@@ -70,7 +70,7 @@ def torchvision_pipeline(files, image_size):
 
 def pixel_differences(files, image_size, indices):
     """Mean absolute difference from PIL's resize of the same random box, in levels of 255, one per image."""
-    found = []
+    differences = []
     for i in indices:
         _, trials = crops.augmentation(0, 1, i)
         ours = crops.train_crop(files.paths[i], image_size, False, trials)
@@ -78,8 +78,8 @@ def pixel_differences(files, image_size, indices):
             top, left, height, width = crops.random_box(file.height, file.width, trials)
             crop = file.convert('RGB').crop((left, top, left + width, top + height))
         theirs = np.asarray(crop.resize((image_size, image_size), Image.BILINEAR))
-        found.append(np.abs(ours.astype(int) - theirs).mean())
-    return found
+        differences.append(np.abs(ours.astype(int) - theirs).mean())
+    return differences
 
 
 def speeds(pipelines, batches):
@@ -103,12 +103,12 @@ def compare(files, image_size, repeats):
         'ours, normalised on the CPU': lambda batch: photographs.normalize(ours(batch)[0]),
         'torchvision on PIL': torchvision_pipeline(files, image_size),
     }
-    found = [speeds(pipelines.values(), batches) for _ in range(1 + repeats)]
-    found = np.array(found[1:])  # (repeats, 3), without the warm-up
+    rates = [speeds(pipelines.values(), batches) for _ in range(1 + repeats)]
+    rates = np.array(rates[1:])  # (repeats, 3), without the warm-up
     kilobytes = np.mean([os.path.getsize(files.paths[i]) for i in indices]) / 1000
     print(f'{len(indices)} images of {kilobytes:.0f} KB on average, to {image_size}x{image_size}, {repeats} repeats')
     print(f'{"images/s of one core":30}{"median":>8}{"min":>8}{"max":>8}   ratio to torchvision: median, min, max')
-    for name, s, ratio in zip(pipelines, found.T, (found / found[:, -1:]).T):
+    for name, s, ratio in zip(pipelines, rates.T, (rates / rates[:, -1:]).T):
         figures = ''.join(f'{f(s):8.0f}' for f in (np.median, np.min, np.max))
         print(f'{name:30}{figures}   ' + '  '.join(f'{f(ratio):.2f}' for f in (np.median, np.min, np.max)))
     differences = pixel_differences(files, image_size, indices)

@@ -57,10 +57,10 @@ def call(command, folder):
     return int(done.stdout) * unit / 1e6
 
 
-def plot(found, path):
+def plot(results, path):
     """Speed and memory against each axis, as one picture."""
     figure, axes = plt.subplots(1, len(AXES), figsize=(11, 3.2), layout='constrained')
-    for axis, (name, rows) in zip(axes, found.items()):
+    for axis, (name, rows) in zip(axes, results.items()):
         values = [str(value) for value, *_ in rows]
         axis.plot(values, [speed for _, speed, _ in rows], 'o-', color='tab:blue')
         axis.set(xlabel=name, ylim=(0, 1.1 * axis.get_ylim()[1]))
@@ -80,7 +80,7 @@ def main():
     opt = parser.parse_args()
     print('| batch size | width | processes | images/s | seconds an epoch of 50,000 | MB of the largest process |')
     print('|---|---|---|---|---|---|')
-    found, seen = {name: [] for name in AXES}, {}
+    results, measured = {name: [] for name in AXES}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name, (flag, values) in AXES.items():
             for value in values:
@@ -88,16 +88,16 @@ def main():
                 if flag == 'ngpu' and value > (torch.cuda.device_count() or os.cpu_count()):
                     continue
                 key = tuple(setting.values())
-                if key not in seen:
-                    record, megabytes = seen[key] = run(folder, opt.dtype, **setting)
+                if key not in measured:
+                    record, megabytes = measured[key] = run(folder, opt.dtype, **setting)
                     speed = record['images_per_second']
                     cells = *key, f'{speed:.0f}', f'{50_000 / speed:.0f}', f'{megabytes:.0f}'
                     print(f'| {" | ".join(map(str, cells))} |', flush=True)
-                record, megabytes = seen[key]
-                found[name].append((value, record['images_per_second'], megabytes))
+                record, megabytes = measured[key]
+                results[name].append((value, record['images_per_second'], megabytes))
     print(f'\n{record["device"]}, torch {record["torch"]}, {opt.dtype}, commit {record["commit"]}')
     if opt.out:
-        plot(found, opt.out)
+        plot(results, opt.out)
 
 
 if __name__ == '__main__':

@@ -97,8 +97,8 @@ def plain_step(opt, case, device):
     def at(x):
         return F.normalize(x.pow(2).mean(1).flatten(1))
 
-    def input_gradient(logits, images, labels, **more):
-        return torch.autograd.grad(F.cross_entropy(logits, labels, reduction='sum'), images, **more)[0]
+    def input_gradient(logits, images, labels, **options):
+        return torch.autograd.grad(F.cross_entropy(logits, labels, reduction='sum'), images, **options)[0]
 
     def step(images, labels):
         gradient = opt.transfer == 'gradient'
@@ -190,11 +190,11 @@ def measure(name, opt, rates):
     first = seconds(*step)
     with own_process() as process:
 
-        def plainly(measured):
+        def measure_plain(measured):
             return process.submit(of_plain, measured, name).result()
 
-        pairs = [(plainly(settled_seconds), settled_seconds(*step)) for _ in range(WARM_UP + opt.pairs)][WARM_UP:]
-        count, plain_bytes = plainly(flops), plainly(peak_memory)
+        pairs = [(measure_plain(settled_seconds), settled_seconds(*step)) for _ in range(WARM_UP + opt.pairs)][WARM_UP:]
+        count, plain_bytes = measure_plain(flops), measure_plain(peak_memory)
     ratios = [plain / fast for plain, fast in pairs]
     ms = {kind: 1000 * statistics.median(times) for kind, times in zip(('plain', 'fast'), zip(*pairs))}
     return {
@@ -252,10 +252,10 @@ def main():
         f'{"case":<14}{"batch":>12}{"plain ms":>10}{"fast ms":>9}{"images/s":>10}  ratio: median (min to max)'
         f'{"GFLOP":>8}  of matrix rate{"MB plain":>10}{"MB fast":>9}{"first step":>12}'
     )
-    found = {}
+    results = {}
     for name in names:
         case, r = CASES[name], measure(name, opt, rates)
-        found[name] = {k: round(v, 4) for k, v in r.items()}
+        results[name] = {k: round(v, 4) for k, v in r.items()}
         print(
             f'{name:<14}{f"{case.batch}x{case.size}x{case.size}":>12}{r["plain_ms"]:>10.1f}{r["fast_ms"]:>9.1f}'
             f'{r["images_per_second"]:>10.0f}{r["ratio"]:>11.2f} ({r["ratio_min"]:.2f} to {r["ratio_max"]:.2f})'
@@ -266,7 +266,7 @@ def main():
         if opt.profile:
             profile(name, opt)
     if opt.json:
-        print(json.dumps(found))
+        print(json.dumps(results))
 
 
 if __name__ == '__main__':

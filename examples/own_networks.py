@@ -49,7 +49,9 @@ def losses(student, teacher, images, labels):
 def load_teacher(weights):
     """A torchvision ResNet-50 with random weights for '', torchvision's for 'DEFAULT', or those of a state_dict."""
     if not weights:
-        print('the teacher has random weights (see --teacher_weights): it teaches nothing, this shows that it runs')
+        print(
+            'the teacher has random weights (see --teacher_weights): it teaches nothing, this only shows that it runs'
+        )
         return resnet50()
     state = download('resnet50') if weights == 'DEFAULT' else read(weights)
     try:
@@ -65,7 +67,7 @@ def main():
     parser = Parser(__doc__)
     weights = "a state_dict's file, or DEFAULT for torchvision's own"
     parser.add_argument('--teacher_weights', default='', type=path, help=weights)
-    parser.add_argument('--steps', default=20, type=number(int, 1), help='how many (default: 20)')
+    parser.add_argument('--steps', default=20, type=number(int, 1), help='number of steps (default: 20)')
     parser.add_argument('--batch_size', default=16, type=number(int, 1, 1000), help='images a step (default: 16)')
     parser.add_argument('--beta', default=1e3, type=number(float, 0), help='of the attention losses (default: 1e3)')
     opt = parser.parse_args()

@@ -28,13 +28,13 @@ def read_hdf5(path, max_bytes):
         root = next((name for name in ('data', 'data_0') if name in _names(file)), None)
         if root is None:
             raise ValueError('an HDF5 file without the dictionary that hickle writes')
-        arrays, left = {}, max_bytes
+        arrays, remaining = {}, max_bytes
         for key, dataset in _dictionary(_follow(file, root, seen), seen):
             if key in arrays:
-                raise ValueError(f'{key!r} is there twice')
-            left -= _declared_bytes(key, dataset, size)
-            if left < 0:
-                raise ValueError(f'{key!r} and what is before it declare more than {max_bytes:,} bytes')
+                raise ValueError(f'{key!r} appears twice')
+            remaining -= _declared_bytes(key, dataset, size)
+            if remaining < 0:
+                raise ValueError(f'{key!r} and the arrays before it declare more than {max_bytes:,} bytes')
             arrays[key] = dataset
         return {key: _read_dataset(key, dataset, size) for key, dataset in arrays.items()}
 
@@ -52,31 +52,31 @@ def _names(group):
 def _follow(group, name, seen):
     """The dataset or group under a name, which must be a hard link to an object that was not reached before."""
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-        raise ValueError(f'{name!r} is a link to elsewhere')
+        raise ValueError(f'{name!r} is not a hard link')
     node = group[name]
     if _address(node) in seen:
-        raise ValueError(f'{name!r} leads to what was there before: a second name or a loop of hard links')
+        raise ValueError(f'{name!r} leads to an object for the second time: two names or a loop of hard links')
     seen.add(_address(node))
     if not isinstance(node, h5py.Group | h5py.Dataset):
-        raise ValueError(f'{name!r} is no array')
+        raise ValueError(f'{name!r} is not an array')
     return node
 
 
 def _dictionary(group, seen):
     """Yield the (key, dataset) pairs of the group that holds a dictionary."""
     if not isinstance(group, h5py.Group):
-        raise ValueError(f'{group.name} is no dictionary of arrays')
+        raise ValueError(f'{group.name} is not a dictionary of arrays')
     names = _names(group)
-    there = set(names)
+    members = set(names)
     for name in names:
-        if name.startswith('_') and name[1:] in there:
+        if name.startswith('_') and name[1:] in members:
             continue  # hickle 1 stores the type's name there
         node = _follow(group, name, seen)
         if isinstance(node, h5py.Group):
             inner = _names(node)
             node = _follow(node, inner[0], seen) if inner in (['data'], ['data_0']) else None
         if not isinstance(node, h5py.Dataset):
-            raise ValueError(f'{name!r} is a group of other things than one array')
+            raise ValueError(f'{name!r} is a group of something other than one array')
         quoted = re.fullmatch(r"""u?(['"])(.*)\1""", name)  # u: hickle 3 on Python 2
         yield quoted[2] if quoted else name, node
 
@@ -94,10 +94,10 @@ def _declared_bytes(key, dataset, file_size):
     shuffle, deflate = h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE
     filters = _filters(dataset)
     if filters not in ([], [shuffle], [deflate], [shuffle, deflate]):
-        raise ValueError(f'{key!r} is compressed in another way than gzip')
+        raise ValueError(f'{key!r} has a filter other than gzip')
     dtype, shape = dataset.dtype, dataset.shape
     if dtype.kind != 'f' or dtype.itemsize not in (2, 4, 8) or shape is None:
-        raise ValueError(f'{key!r} is {dtype}, not an array of floats; what is pickled is not read')
+        raise ValueError(f'{key!r} is {dtype}, not an array of floats; pickled objects are not read')
     declared = math.prod(shape) * dtype.itemsize
     if declared > file_size * (DEFLATE_RATIO if deflate in filters else 1):
         raise ValueError(f'{key!r} declares {declared:,} bytes, more than a file of {file_size:,} can hold')

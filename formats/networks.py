@@ -86,7 +86,7 @@ def family_of(params):
 def supported():
     """The networks that can be read, in words."""
     *others, last = (family.plural for family in NETWORKS.values())
-    return f'read are {", ".join(others)} and {last}; examples/own_networks.py pairs any two networks'
+    return f'supported are {", ".join(others)} and {last}; examples/own_networks.py pairs any two networks'
 
 
 def load(path, note=print):
@@ -98,9 +98,9 @@ def load(path, note=print):
     state = read(path)
     if not isinstance(state, dict) or not isinstance(state.get('params'), dict):
         raise ValueError(f'{path} is not a checkpoint: it holds no dictionary of params')
-    rest = {k: v for k, v in state.items() if k not in ('params', 'stats')}
-    apart = {k: v for k, v in state.items() if k in ('params', 'stats')}
-    return {**rest, 'params': flat_params(apart, path, _first(), note)}
+    weights = {k: v for k, v in state.items() if k in ('params', 'stats')}
+    others = {k: v for k, v in state.items() if k not in weights}
+    return {**others, 'params': flat_params(weights, path, _first(), note)}
 
 
 def _first():
@@ -140,14 +140,14 @@ def build(loaded, path, shape=None):
         family = family_of(loaded)
         if family is None:
             first = ', '.join(key[:99] for key in [*loaded][:3]) or 'none'
-            raise ValueError(f'no network that is known here; its first parameters are {first}')
+            raise ValueError(f'not a known network; its first parameters are {first}')
         f, shapes, (depth, width) = family.expected(loaded)
     except ValueError as error:
         raise ValueError(f'{path}: {error}; {supported()}') from None
     check_fit(shapes, loaded, path)
     if shape is not None and not _has_shape(shape, depth, width, family.unit):
-        found, told = (_name(family.title, *numbers) for numbers in ((depth, width), shape))
-        raise ValueError(f'{path} is a {found}, but its log speaks of a {told}')
+        actual, logged = (_name(family.title, *numbers) for numbers in ((depth, width), shape))
+        raise ValueError(f'{path} is a {actual}, but its log names a {logged}')
     params = {key: loaded[key].detach().to(torch.float32, copy=True).contiguous() for key in shapes}
     wrong = [f'{k} is empty' for k, v in params.items() if not v.numel()]
     wrong += [f'{k} has values that are not finite' for k, v in params.items() if not v.isfinite().all()]

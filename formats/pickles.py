@@ -47,13 +47,13 @@ def _plain_archive(content, path):
     plain, archive = io.BytesIO(), zipfile.ZipFile(content)
     unpacked = sum(entry.file_size for entry in archive.infolist())
     if unpacked > len(content.getbuffer()):  # torch.save does not compress
-        raise ValueError(f'a zip archive that unpacks to {unpacked:,} bytes, more than it has itself')
-    with zipfile.ZipFile(plain, 'w') as again:
+        raise ValueError(f'a zip archive that unpacks to {unpacked:,} bytes, more than its own size')
+    with zipfile.ZipFile(plain, 'w') as rewritten:
         for entry in archive.infolist():
             values = archive.read(entry)
             if entry.filename.lower().endswith('.pkl'):
                 values = _checked_pickle(io.BytesIO(values), path)
-            again.writestr(entry.filename, values)
+            rewritten.writestr(entry.filename, values)
     return plain
 
 
@@ -89,7 +89,7 @@ def _as_protocol_2(stream):
         elif name == 'STACK_GLOBAL':
             (at, module), (_, attribute) = pushed
             if not (module + attribute).isprintable() or max(len(module), len(attribute)) > MAX_NAME:
-                raise ValueError(f'{module[:MAX_NAME]!r} {attribute[:MAX_NAME]!r} in it is no name')
+                raise ValueError(f'{module[:MAX_NAME]!r} {attribute[:MAX_NAME]!r} in it is not a name')
             del out[at:]
             operation = f'c{module}\n{attribute}\n'.encode()
         elif name.endswith('GET') and memo.get(value) is not None:  # its first copy may have been deleted from `out`
@@ -120,22 +120,22 @@ def _check_pickle(stream, path):
             refused.append(value)
             if len(refused) > MAX_REFUSED:
                 raise ValueError(f'{value!r} in it is neither a tensor nor a container of tensors')
-        taken, item = 1, ADVISED.get(value, ONE) if code.name.endswith('UNICODE') else ONE
+        size, item = 1, ADVISED.get(value, ONE) if code.name.endswith('UNICODE') else ONE
         if pickletools.markobject in code.stack_before:
             while (top := stack.pop()) is not None:
-                taken += top[0]
+                size += top[0]
             marks -= 1
             if code.name != 'TUPLE':
                 stack.pop()  # the list or dictionary that takes them
         else:
-            taken += sum(stack.pop()[0] for _ in code.stack_before)
-        unfolded += taken
+            size += sum(stack.pop()[0] for _ in code.stack_before)
+        unfolded += size
         if unfolded > MAX_UNFOLDED:
             raise ValueError(f'a pickle of more than {MAX_UNFOLDED:,} objects')
         if code.name.endswith('GET'):
             item = memo[value]
-        elif taken > 1:
-            item = (taken, None)
+        elif size > 1:
+            item = (size, None)
         # A key of the outermost dictionary follows the dictionary itself, or a mark and pairs of key and value.
         outermost = len(stack) == 1 or (marks == 1 and stack[1:2] == [None] and len(stack) % 2 == 0)
         if outermost and item and item[1]:
@@ -159,7 +159,7 @@ def _advice(names, keys, path):
     """Advice for a checkpoint with refused names, or None; keys: those of `ADVISED` in its outermost dictionary."""
     if any(name.startswith('torch.nn.modules.') for name in names):
         return (
-            'it is a whole network, which the code that made it alone can read; save its parameters there instead: '
+            'it is a whole network, which only the code that made it can read; save its parameters there instead: '
             'torch.save(model.state_dict(), "weights.pth")'
         )
     if not all(map(SETTINGS.fullmatch, names)):
@@ -172,6 +172,4 @@ def _advice(names, keys, path):
         f'import torch; s = torch.load({json.dumps(str(path))}, map_location="cpu", weights_only=False); '
         f'torch.save({{k: s[k] for k in {json.dumps(kept)}}}, "weights.pth")'
     )
-    return (
-        f'if you trust it, this takes the weights out, and may run what else is in it: python -c {shlex.quote(program)}'
-    )
+    return f'if you trust it, this extracts the weights, and may run code in the file: python -c {shlex.quote(program)}'

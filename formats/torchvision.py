@@ -19,7 +19,7 @@ def from_torchvision(state):
     for key, value in state.items():
         name = _our_name(key)
         if name in params:
-            raise ValueError(f'{key} is there twice')
+            raise ValueError(f'{key} appears twice')
         if not key.endswith('.num_batches_tracked'):
             params[name] = value
     return params
@@ -45,8 +45,8 @@ def to_torchvision(params):
     """
     depth, counts, _ = imagenet_resnet_shape(params)
     if counts != IMAGENET_DEPTHS[depth][0]:
-        here, there = ('-'.join(map(str, numbers)) for numbers in (counts, IMAGENET_DEPTHS[depth][0]))
-        raise ValueError(f"torchvision's resnet{depth} has {there} blocks, not {here}; --to upstream can hold them")
+        ours, theirs = ('-'.join(map(str, numbers)) for numbers in (counts, IMAGENET_DEPTHS[depth][0]))
+        raise ValueError(f"torchvision's resnet{depth} has {theirs} blocks, not {ours}; --to upstream can hold them")
     state = {}
     for key, value in unfold_batch_norm(params).items():
         state[_torchvision_name(key)] = value.detach()
@@ -98,7 +98,7 @@ def check_name(name):
     """Refuse a name of no network that `download` fetches."""
     names = [f'resnet{depth}' for depth in IMAGENET_DEPTHS]
     if name not in names:
-        raise ValueError(f'torchvision:{name}: there are {", ".join(f"torchvision:{n}" for n in names)}')
+        raise ValueError(f'torchvision:{name}: expected one of {", ".join(f"torchvision:{n}" for n in names)}')
 
 
 def download(name):

@@ -50,25 +50,25 @@ def _without_prefix(params, path, first, note):
     networks remain.
     """
     named = re.compile(rf'(.*\.|)(?:{"|".join(first)})', re.DOTALL)
-    found = {match[1] for match in map(named.fullmatch, params) if match}
-    if not found:
+    prefixes = {match[1] for match in map(named.fullmatch, params) if match}
+    if not prefixes:
         return params
-    chosen = {p for p in found if 'teacher' not in p} or found
+    chosen = {p for p in prefixes if 'teacher' not in p} or prefixes
     averaged = {p for p in chosen if re.search(r'(^|[._])ema[._]', p)}
     if averaged and averaged != chosen:
         _note_averaged(note, path, min(averaged), min(chosen - averaged))
     chosen = sorted(averaged or chosen)
-    if len(found) > MAX_NETWORKS or (len(chosen) > 1 and '' not in chosen):
+    if len(prefixes) > MAX_NETWORKS or (len(chosen) > 1 and '' not in chosen):
         raise ValueError(
             f'{path} holds several networks ({some([p[:99] for p in chosen])}): save the state_dict of one of them'
         )
     prefix = chosen[0]
-    others = tuple(p for p in found if len(p) > len(prefix) and p.startswith(prefix))
+    others = tuple(p for p in prefixes if len(p) > len(prefix) and p.startswith(prefix))
     return {k.removeprefix(prefix): v for k, v in params.items() if k.startswith(prefix) and not k.startswith(others)}
 
 
 def _note_averaged(note, path, averaged, plain):
-    note(f'note: {path} holds plain weights ({plain[:99]}) and averaged ones ({averaged[:99]}): the averaged are taken')
+    note(f'note: {path} holds plain weights ({plain[:99]}) and averaged ones ({averaged[:99]}): the latter are used')
 
 
 def _is_plain(value):
@@ -78,6 +78,6 @@ def _is_plain(value):
     return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
 
-def some(wrong):
+def some(texts):
     """The first three of a list of texts, and how many more there are."""
-    return '; '.join(wrong[:3]) + (f' and {len(wrong) - 3} more' if len(wrong) > 3 else '')
+    return '; '.join(texts[:3]) + (f' and {len(texts) - 3} more' if len(texts) > 3 else '')

@@ -35,14 +35,14 @@ def write_whole(path, content):
     except OSError as error:
         if os.path.lexists(temporary):
             os.unlink(temporary)
-        raise not_written(path, error, '; what was there before is whole') from None
+        raise not_written(path, error, '; the old file is unchanged') from None
 
 
 def not_written(path, error, more=''):
     """An OSError with a message for the user and the errno of `error`."""
-    told = OSError(f'{path} could not be written: {error.strerror}{more}')
-    told.errno = error.errno
-    return told
+    failure = OSError(f'{path} could not be written: {error.strerror}{more}')
+    failure.errno = error.errno
+    return failure
 
 
 def write(f, params, kind, image_size):

@@ -72,13 +72,13 @@ def hold_out(labels, count):
     held out and at least one kept. The split depends only on labels (N,). Raises ValueError for too few images.
     """
     sizes = np.bincount(labels)
-    most = len(labels) - len(sizes)
-    if count > most:
+    limit = len(labels) - len(sizes)
+    if count > limit:
         raise ValueError(
-            f'--holdout {count}: at most {most} of the {len(labels)} training images, or a class would keep none'
+            f'--holdout {count}: at most {limit} of the {len(labels)} training images, or a class would keep none'
         )
     if count < len(sizes):
-        raise ValueError(f'--holdout {count}: at least {len(sizes)}, an image of each class')
+        raise ValueError(f'--holdout {count}: at least {len(sizes)}, one image of each class')
     # The next image is taken from the class with the smallest fraction held out, and from the first of equal ones.
     parts = [(taken / size, label) for label, size in enumerate(sizes.tolist()) for taken in range(size - 1)]
     counts = Counter(label for _, label in sorted(parts)[:count])

@@ -16,10 +16,10 @@ def import_safely():
     Raises ValueError if environment variables cannot say so.
     """
     if sys.flags.ignore_environment and not sys.flags.safe_path:
-        raise ValueError('python -E: what it starts would import from the current folder; leave -E out, or add -P')
-    odd = [path for path in sys.path if os.pathsep in path]
-    if odd:
-        raise ValueError(f'{odd[0]} has a {os.pathsep} in its name: what is started could not import from there')
+        raise ValueError('python -E: its child processes would import from the current folder; leave -E out, or add -P')
+    split = [path for path in sys.path if os.pathsep in path]
+    if split:
+        raise ValueError(f'{split[0]} has a {os.pathsep} in its name: child processes could not import from it')
     os.environ['PYTHONSAFEPATH'] = '1'
     os.environ['PYTHONPATH'] = os.pathsep.join(path for path in sys.path if path)
 

@@ -34,14 +34,14 @@ def random_box(height, width, trials):
     The first of `trials` (from `augmentation`) that fits, or else the centre: the "Inception" crop (Szegedy et al.
     2015) as in fb.resnet.torch and torchvision's RandomResizedCrop.
     """
-    least, most = 3 / 4, 4 / 3
+    min_ratio, max_ratio = 3 / 4, 4 / 3
     for area, ratio, down, right in trials:
         area = height * width * (0.08 + 0.92 * area)
-        ratio = least * (most / least) ** ratio
+        ratio = min_ratio * (max_ratio / min_ratio) ** ratio
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
-    w, h = min(width, round(height * most)), min(height, round(width / least))
+    w, h = min(width, round(height * max_ratio)), min(height, round(width / min_ratio))
     return (height - h) // 2, (width - w) // 2, h, w
 
 
@@ -71,7 +71,7 @@ def _scaled(path, size, box):
     image = read_image(path, box and functools.partial(_within, path, box))
     short, shortest = round(size * 256 / 224), min(image.shape[:2])
     if max(image.shape[:2]) > MAX_RATIO * shortest:
-        raise ValueError(f'{path}: {image.shape[1]}x{image.shape[0]} pixels are too thin to be scaled')
+        raise ValueError(f'{path}: an image of {image.shape[1]}x{image.shape[0]} pixels is too thin to be scaled')
     height, width = (short * side // shortest for side in image.shape[:2])
     return resize(image, height, width)
 

@@ -25,9 +25,9 @@ def read_image(path, box=None):
     are not decoded. Raises ValueError naming the file if it is unreadable or truncated (which OpenCV alone accepts).
     """
     with open(path, 'rb', buffering=0, opener=_open_at_once) as file:  # a buffer would only be one more copy
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:
-            raise ValueError(f'{path} is no file of at most {MAX_BYTES:,} bytes: it is not read')
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
+            raise ValueError(f'{path} is not a regular file of at most {MAX_BYTES:,} bytes: it is not read')
         content = file.read()
     whole, frame = _scan_jpeg(content) if content.startswith(b'\xff\xd8') else (bool(content), None)
     image = None

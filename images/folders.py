@@ -16,24 +16,24 @@ def find_parts(root, parts, follow_links=False, note=print):
 
     Raises what `find_images` raises, and ValueError if the parts have different classes.
     """
-    (classes, found), (others, found_too) = (find_images(root, part, follow_links, note) for part in parts)
-    odd = sorted(set(classes) ^ set(others))
+    (classes, files), (other_classes, other_files) = (find_images(root, part, follow_links, note) for part in parts)
+    unshared = sorted(set(classes) ^ set(other_classes))
     alike = {}
-    for name in odd:
+    for name in unshared:
         alike.setdefault(unicodedata.normalize('NFC', name).casefold(), []).append(name)
     pair = next((pair for pair in alike.values() if len(pair) == 2 and len(set(pair) & set(classes)) == 1), None)
     if pair:
-        a, b = sorted(pair, key=lambda name: name in others)
+        a, b = sorted(pair, key=lambda name: name in other_classes)
         same = len({unicodedata.normalize('NFC', name) for name in pair}) == 1
         raise ValueError(
             f'{root}: the class {a} ({ascii(a)}) of {parts[0]} and {b} ({ascii(b)}) of {parts[1]} differ only '
             f'in {"the Unicode form of their letters (NFC or NFD)" if same else "case"}: rename one of them'
         )
-    if odd:
-        more = f' and {len(odd) - 5} more' if len(odd) > 5 else ''
+    if unshared:
+        more = f' and {len(unshared) - 5} more' if len(unshared) > 5 else ''
         names = ' and '.join(parts)
-        raise ValueError(f'{root}: {names} have different classes; in one only: {", ".join(odd[:5])}{more}')
-    return len(classes), found, found_too
+        raise ValueError(f'{root}: {names} have different classes; in one only: {", ".join(unshared[:5])}{more}')
+    return len(classes), files, other_files
 
 
 def is_hidden(name):
@@ -65,7 +65,7 @@ def find_images(root, part, follow_links=False, note=print):
     others += sorted(entry.path for entry in entries if not entry.is_dir())
     if others:
         many = f'{len(others):,} files in {folder} are' if len(others) > 1 else f'a file in {folder} is'
-        note(f'note: {many} passed over, like {others[0]}: expected {expected}')
+        note(f'note: {many} skipped, for example {others[0]}: expected {expected}')
     if not files:
         raise ValueError(f'{folder} holds no images: expected {expected}')
     if len(classes) < 2:
@@ -81,16 +81,16 @@ def files_below(folder, allowed):
 
     Raises ValueError for a link that leads out of the folder `allowed`, if one is given, or to a folder.
     """
-    left = [folder]
-    while left:
-        entries = sorted((e for e in os.scandir(left.pop()) if not is_hidden(e.name)), key=lambda entry: entry.name)
+    pending = [folder]
+    while pending:
+        entries = sorted((e for e in os.scandir(pending.pop()) if not is_hidden(e.name)), key=lambda entry: entry.name)
         for entry in entries:
             if entry.is_symlink():  # known from the listing, without a stat of each of a million files
                 check_link(entry.path, allowed)
                 if entry.is_dir():
                     raise ValueError(f'{entry.path} is a link to a folder inside a class: it is not followed')
         folders = {entry.path for entry in entries if entry.is_dir()}
-        left += sorted(folders, reverse=True)
+        pending += sorted(folders, reverse=True)
         yield from (entry.path for entry in entries if entry.path not in folders)
 
 
@@ -99,7 +99,7 @@ def check_link(path, allowed):
     if allowed is not None and os.path.islink(path):
         tree = os.path.realpath(allowed)
         if os.path.commonpath([tree, os.path.realpath(path)]) != tree:
-            raise ValueError(f'{path} is a link that leads out of {allowed}: --follow_links reads what is there')
+            raise ValueError(f'{path} is a link that leads out of {allowed}: --follow_links allows it')
 
 
 def read_list(root, name, pattern):
@@ -108,18 +108,18 @@ def read_list(root, name, pattern):
     if not os.path.isfile(path):
         raise OSError(f'--dataroot {root} has no {name}')
     if os.path.getsize(path) > MAX_LIST:
-        raise ValueError(f'{path} has more than {MAX_LIST:,} bytes: it is no list of images')
+        raise ValueError(f'{path} has more than {MAX_LIST:,} bytes: it is not a list of images')
     with open(path, 'rb') as file:
         content = file.read().removeprefix(codecs.BOM_UTF8)
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError(f'{path} is a text in UTF-16: save it in UTF-8')
     # To the system, names are bytes in any encoding.
     lines = [os.fsdecode(line.strip()) for line in content.splitlines() if line and not line.isspace()]
-    found = [re.fullmatch(pattern, line) for line in lines]
-    if not all(found):
-        wrong = lines[found.index(None)]
-        raise ValueError(f'{path} has a line that does not belong there: {wrong[:100]!r}')
-    return [match.groups() for match in found]
+    matches = [re.fullmatch(pattern, line) for line in lines]
+    if not all(matches):
+        wrong = lines[matches.index(None)]
+        raise ValueError(f'{path} has a line of the wrong form: {wrong[:100]!r}')
+    return [match.groups() for match in matches]
 
 
 def find_listed(root, folder, train, test, follow_links):
@@ -141,7 +141,7 @@ def find_listed(root, folder, train, test, follow_links):
             label, path = name.partition('/')[0], os.path.join(top, name)
             hidden = any(map(is_hidden, name.split('/')))
             if label not in numbers or hidden or not name.lower().endswith(IMAGE_SUFFIXES):
-                raise ValueError(f'{root} lists {name[:200]!r}, which is no image of a class to train on')
+                raise ValueError(f'{root} lists {name[:200]!r}, which is not an image of a class to train on')
             check_link(path, allowed)
             if not os.path.isfile(path):
                 raise OSError(f'{path} is missing')

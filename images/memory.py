@@ -112,8 +112,8 @@ def _cifar10_binary(folder, note):
         if not os.path.isfile(path):
             raise OSError(f'{path} is missing: the binary CIFAR-10 has data_batch_1..5.bin and test_batch.bin')
         size = os.path.getsize(path)
-        records, rest = divmod(size, BINARY_RECORD)
-        if rest or not 0 < records <= BINARY_RECORDS or records < BINARY_RECORDS and not fewer_allowed:
+        records, remainder = divmod(size, BINARY_RECORD)
+        if remainder or not 0 < records <= BINARY_RECORDS or records < BINARY_RECORDS and not fewer_allowed:
             expected = f'{BINARY_RECORDS} records of {BINARY_RECORD} bytes'
             raise ValueError(f'{path} has {size} bytes, not {expected}: it is truncated or not CIFAR-10')
         data = np.fromfile(path, np.uint8).reshape(records, BINARY_RECORD)
@@ -143,9 +143,9 @@ def _digits(image_size, **_):
 def _folder(root, image_size, nthread, follow_links, note):
     if not os.path.isdir(root):
         raise OSError(f'--dataroot {root}: no such folder')
-    num_classes, *found = find_parts(root, ('train', 'test'), follow_links, note)
+    num_classes, *listed = find_parts(root, ('train', 'test'), follow_links, note)
     parts = []
-    for files in found:
+    for files in listed:
         with ThreadPoolExecutor(max(1, nthread)) as pool:
             pixels = list(pool.map(lambda file: _square(read_image(file[0]), image_size), files))
         parts.append(_images(np.stack(pixels), [label for _, label in files]))

@@ -67,9 +67,9 @@ def hold_out(dataset, count):
     return dataset._replace(train=part(kept), test=part(held))
 
 
-def _files(found, **more):
-    paths, labels = zip(*found)
-    return Files(list(paths), torch.tensor(labels), **more)
+def _files(files, **fields):
+    paths, labels = zip(*files)
+    return Files(list(paths), torch.tensor(labels), **fields)
 
 
 def load_cub(root, follow_links=False, note=print):
@@ -98,16 +98,16 @@ def load_scenes(root, follow_links=False, note=print):
     Raises ValueError or OSError as `load_cub` does.
     """
     lists = (folders.read_list(root, f'{part}Images.txt', '([^/]+/[^/]+)') for part in ('Train', 'Test'))
-    train, test = ([(name, None) for (name,) in found] for found in lists)
+    train, test = ([(name, None) for (name,) in names] for names in lists)
     return _listed(root, 'Images', train, test, follow_links)
 
 
 def _listed(root, folder, train, test, follow_links):
     """A data set from lists [('<class>/<file>' in a folder of `root`, box or None), ...]; classes sorted by name."""
     names = ([name for name, _ in part] for part in (train, test))
-    num_classes, *found = folders.find_listed(root, folder, *names, follow_links)
+    num_classes, *listed = folders.find_listed(root, folder, *names, follow_links)
     boxes = ([box for _, box in part] for part in (train, test))
-    parts = (_files(files, boxes=its, scaled=True) for files, its in zip(found, boxes))
+    parts = (_files(files, boxes=part_boxes, scaled=True) for files, part_boxes in zip(listed, boxes))
     return Dataset(*parts, num_classes)
 
 
@@ -167,7 +167,7 @@ def sample(files, size, count=64):
     """
     pixels, labels, bad = read_batch(files, size, None, batches.spread(len(files.paths), count))
     if not len(labels):
-        raise ValueError(f'{bad[0]}; nor can {len(bad) - 1} others')
+        raise ValueError(f'{bad[0]}; {len(bad) - 1} others cannot be read either')
     return normalize(pixels)
 
 
@@ -216,9 +216,9 @@ class TrainBatches:
         for (pixels, labels, bad), size in zip(_read(*self.read), self.sizes):
             self.bad += len(bad)
             if not len(labels):
-                raise ValueError(f'{bad[0]}; nor can any other training image be read')
+                raise ValueError(f'{bad[0]}; no other training image can be read either')
             for reason in bad:
-                _warn_once(f'{reason}; another takes its place in training')
+                _warn_once(f'{reason}; another replaces it in training')
             yield *_on_device(pixels, labels, self.device), size
 
 

@@ -49,7 +49,7 @@ def context():
     except OSError as error:
         if 'AF_UNIX path' not in str(error):
             raise
-        advice = 'is too long a name for a socket in it: set a shorter TMPDIR, or --nthread 0'
+        advice = 'is too long a path for a socket in it: set a shorter TMPDIR, or --nthread 0'
         raise ValueError(f'{tempfile.gettempdir()} {advice}') from None
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -98,8 +98,8 @@ def read_ahead(read, tasks, shape, number):
             for task, reader in zip(tasks[:ahead], itertools.cycle(readers)):
                 _send(reader, task)
             for i, reader in zip(range(len(tasks)), itertools.cycle(readers)):
-                count, *more = _receive(reader, readers)
-                yield reader.slots[i // len(readers) % SLOTS, :count], *more
+                count, *values = _receive(reader, readers)
+                yield reader.slots[i // len(readers) % SLOTS, :count], *values
                 if i + ahead < len(tasks):
                     _send(reader, tasks[i + ahead])
         finally:
@@ -125,7 +125,7 @@ def _receive(reader, readers):
         status = ended[0].exitcode or 0
         how = f'signal {-status}' if status < 0 else f'exit status {status}'
         raise ChildProcessError(
-            f'a process that reads images died ({how}); if it was the system, for lack of memory, '
+            f'a process that reads images died ({how}); if the system killed it for lack of memory, '
             'lower --nthread or --batch_size'
         )
     if isinstance(answer, str):
@@ -161,8 +161,8 @@ def _serve(connection, read, shape):
         for i in itertools.count():
             task = connection.recv()
             try:
-                rows, *more = read(task, slots[i % SLOTS])
-                answer = len(rows), *more
+                rows, *values = read(task, slots[i % SLOTS])
+                answer = len(rows), *values
             except Exception:
                 answer = traceback.format_exc()
             connection.send(answer)

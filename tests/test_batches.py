@@ -57,7 +57,7 @@ def test_any_classes_give_their_part_keep_an_image_and_lose_none(sizes, drawn):
     assert all(min(1, n - 1) <= k < n for k, n in zip(given, sizes))
     if len(set(sizes)) == 1:
         assert max(given) - min(given) <= 1
-    with pytest.raises(ValueError, match=f'--holdout {len(sizes) - 1}: at least {len(sizes)}, an image of each class'):
+    with pytest.raises(ValueError, match=f'--holdout {len(sizes) - 1}: at least {len(sizes)}, one image of each class'):
         batches.hold_out(labels, len(sizes) - 1)
 
 

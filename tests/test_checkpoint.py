@@ -34,7 +34,7 @@ def test_no_space_left_leaves_the_previous_checkpoint_whole(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))  # from here on the system refuses longer files
     try:
-        with pytest.raises(OSError, match='model.pt7 could not be written: .*; what was there before is whole'):
+        with pytest.raises(OSError, match='model.pt7 could not be written: .*; the old file is unchanged'):
             write.save(path, {**STATE, 'params': {'a': torch.zeros(100_000)}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -206,7 +206,7 @@ def test_of_plain_and_averaged_weights_the_averaged_are_taken_and_that_is_said(t
         assert holds(path, resnets[1]), i
         note = f'note: {path} holds plain weights {names}'
         out = capfd.readouterr().out
-        assert (out.count('\n') == 1 and out.startswith(note) and 'averaged are taken' in out) if names else not out
+        assert (out.count('\n') == 1 and out.startswith(note) and 'the latter are used' in out) if names else not out
 
 
 def test_of_several_networks_none_is_guessed(tmp_path, resnets):
@@ -226,7 +226,7 @@ def test_of_several_networks_none_is_guessed(tmp_path, resnets):
 
 def test_networks_of_no_known_kind_are_refused_with_what_is_read(tmp_path):
     for network, named in {
-        'mobilenet_v3_small': 'no network that is known here; its first parameters are features.0.0.weight, ',
+        'mobilenet_v3_small': 'not a known network; its first parameters are features.0.0.weight, ',
         'resnext50_32x4d': 'a ResNeXt-50 of 32 groups of 4 channels (resnext50_32x4d)',
     }.items():
         torch.save(torchvision.models.get_model(network).state_dict(), tmp_path / 'a')
@@ -262,9 +262,7 @@ def test_what_does_not_fit_is_named(tmp_path):
     assert 'conv0 is (3, 3), not (16, 3, 3, 3)' in message({**params, 'conv0': torch.ones(3, 3)})
     assert 'conv0 is torch.int64' in message({**params, 'conv0': torch.ones(16, 3, 3, 3).long()})
     found = message({'weight': torch.ones(1)})
-    assert (
-        'no network that is known here; its first parameters are weight; read are wide ResNets, Networks-in-' in found
-    )
+    assert 'not a known network; its first parameters are weight; supported are wide ResNets, Networks-in-' in found
     assert 'ResNet-18, 34, 50, 101 and 152; examples/own_networks.py pairs any two networks' in found
 
 

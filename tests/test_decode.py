@@ -18,7 +18,7 @@ def test_what_is_no_file_is_not_read(tmp_path):
     os.mkfifo(tmp_path / 'pipe.png')  # no process writes to it
     (tmp_path / 'zero.png').symlink_to('/dev/zero')  # has no size and no end
     for name in ('pipe.png', 'zero.png'):
-        with pytest.raises(ValueError, match=f'{name} is no file of at most'):
+        with pytest.raises(ValueError, match=f'{name} is not a regular file of at most'):
             decode.read_image(tmp_path / name)
 
 

@@ -100,9 +100,9 @@ def test_files_that_are_passed_over_are_counted_in_one_line(tmp_path, load, part
     load(root, note=notes.append) if load is photographs.load else load('folder', root, note=notes.append)
     expected = ' '.join(folders.IMAGE_SUFFIXES)
     assert notes == [
-        f'note: 3 files in {root}/train are passed over, like {root}/train/b/notes.txt: '
+        f'note: 3 files in {root}/train are skipped, for example {root}/train/b/notes.txt: '
         f'expected train/<class>/* of {expected}',
-        f'note: a file in {root}/{parts[1]} is passed over, like {root}/{parts[1]}/a/raw.cr2: '
+        f'note: a file in {root}/{parts[1]} is skipped, for example {root}/{parts[1]}/a/raw.cr2: '
         f'expected {parts[1]}/<class>/* of {expected}',
     ]
 

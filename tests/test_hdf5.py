@@ -49,10 +49,10 @@ def test_links_in_hdf5_are_not_followed(hkl, tmp_path):
         return change
 
     for link in (h5py.SoftLink('/data/"fc.bias"'), h5py.SoftLink('/nowhere'), h5py.ExternalLink('other.h5', '/secret')):
-        assert 'is a link to elsewhere' in reason(hkl(put(link)))
+        assert 'is not a hard link' in reason(hkl(put(link)))
     with h5py.File(tmp_path / 'root.hkl', 'w') as file:
         file['data'] = h5py.ExternalLink('other.h5', '/')
-    assert 'is a link to elsewhere' in reason(tmp_path / 'root.hkl')
+    assert 'is not a hard link' in reason(tmp_path / 'root.hkl')
 
 
 def test_values_in_other_files_are_not_read(hkl, tmp_path):
@@ -80,9 +80,9 @@ def test_hard_link_loops_and_nested_groups_end(hkl):
         data['"x"'] = data['"fc.weight"']
 
     for change in (loop, inner_loop, root, alias):
-        assert 'leads to what was there before' in reason(hkl(change))
-    assert 'a group of other things' in reason(hkl(lambda data: data.create_group('"x"/data/data/data')))
-    assert 'a group of other things' in reason(hkl(lambda data: data.create_group('"x"')))
+        assert 'leads to an object for the second time' in reason(hkl(change))
+    assert 'a group of something other' in reason(hkl(lambda data: data.create_group('"x"/data/data/data')))
+    assert 'a group of something other' in reason(hkl(lambda data: data.create_group('"x"')))
 
 
 def test_a_group_of_countless_objects_is_refused(hkl, monkeypatch):
@@ -120,7 +120,7 @@ def test_arrays_that_together_exceed_the_budget_are_refused(hkl, monkeypatch):
     monkeypatch.setattr('formats.read.MAX_BYTES', path.stat().st_size)
     zeros = hkl(lambda data: data.create_dataset('"x"', data=np.zeros(400_000, 'f'), compression='gzip'))
     monkeypatch.setattr('formats.read.MAX_BYTES', zeros.stat().st_size)
-    assert 'and what is before it declare more than' in reason(zeros)
+    assert 'and the arrays before it declare more than' in reason(zeros)
 
 
 def test_a_chunk_that_unpacks_to_more_than_its_share_is_refused(hkl):
@@ -134,7 +134,7 @@ def test_a_chunk_that_unpacks_to_more_than_its_share_is_refused(hkl):
 def test_other_filters_and_types_than_known_ones_are_refused(hkl):
     x = np.ones((4, 4), 'f')
     for how in ({'compression': 'lzf'}, {'scaleoffset': 2}, {'fletcher32': True}):
-        assert 'in another way than gzip' in reason(hkl(lambda data: data.create_dataset('"x"', data=x, **how)))  # noqa: B023
+        assert 'has a filter other than gzip' in reason(hkl(lambda data: data.create_dataset('"x"', data=x, **how)))  # noqa: B023
     for array in (x.astype('i4'), x.astype(bool), x.astype('c8'), np.array([b'abc']), h5py.Empty('f')):
         assert 'not an array of floats' in reason(hkl(lambda data: data.create_dataset('"x"', data=array)))  # noqa: B023
     text = hkl(lambda data: data.create_dataset('"x"', data='text', dtype=h5py.string_dtype()))
@@ -145,13 +145,13 @@ def test_other_filters_and_types_than_known_ones_are_refused(hkl):
 def test_what_hickle_pickled_is_not_unpickled(hkl, tmp_path, trace):
     path = str(tmp_path / 'pickled.hkl')
     hickle.dump({**small_export(), 'x': Touch(trace)}, path, mode='w')
-    assert "'x' is uint8, not an array of floats; what is pickled is not read" in reason(path)
+    assert "'x' is uint8, not an array of floats; pickled objects are not read" in reason(path)
     hickle.dump(Touch(trace), path, mode='w')
-    assert 'is no dictionary of arrays' in reason(path)
+    assert 'is not a dictionary of arrays' in reason(path)
     code = pickle.dumps(Touch(trace))
     with h5py.File(path, 'w') as file:  # hickle 3
         hickle_3(file, {**small_export(), 'x': np.array([code])})
-    assert 'what is pickled is not read' in reason(path)
+    assert 'pickled objects are not read' in reason(path)
     with h5py.File(path, 'w') as file:  # hickle 4 pickles the types of arrays
         hickle_4(file, small_export())
         for group in file['data'].values():
@@ -166,4 +166,4 @@ def test_hdf5_that_holds_something_else_is_refused(tmp_path):
     assert 'without the dictionary that hickle writes' in reason(path)
     with h5py.File(path, 'w') as file:
         file['data/a'], file["data/'a'"] = np.ones(3), np.ones(3)
-    assert "'a' is there twice" in reason(path)
+    assert "'a' appears twice" in reason(path)

@@ -175,7 +175,7 @@ def test_held_out_training_images_of_every_class_take_the_place_of_the_validatio
     (record,) = read_log('logs/run/log.txt')
     assert (record['holdout'], record['train_images'], record['test_images']) == (12, 24, 12)
     assert refused(train('--holdout 31'), '--holdout 31: at most 30 of the 36 training images')
-    assert refused(train('--holdout 5'), '--holdout 5: at least 6, an image of each class')
+    assert refused(train('--holdout 5'), '--holdout 5: at least 6, one image of each class')
 
 
 def test_unusable_input_is_refused_in_one_line_and_nothing_is_written(script, train, folder, tmp_path):
@@ -238,7 +238,7 @@ def test_files_that_are_not_there_are_told_before_any_data_are_read(script, tmp_
     }.items():
         told = f'--teacher_params {missing}: no such checkpoint{advice}\n'
         assert refused(script(imagenet, nowhere, [missing]), told)
-    assert refused(script(imagenet, nowhere, 'torchvision:resnet7'), 'torchvision:resnet7: there are torchvision:res')
+    assert refused(script(imagenet, nowhere, 'torchvision:resnet7'), 'torchvision:resnet7: expected one of torchvision')
     assert refused(script(imagenet, '--imagenetpath nowhere --resume on.pt7'), '--resume on.pt7: no such checkpoint')
     assert refused(script(imagenet, '--imagenetpath nowhere --ngpu 2 --resume on.pt7'), '--resume on.pt7: no such')
     assert refused(script(imagenet, '--teacher_id resnet_34'), '(here a teacher is named with --teacher_params)')

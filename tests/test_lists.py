@@ -20,7 +20,7 @@ from images import photographs
         ('images.txt', lambda text: text.replace('1 001.Ant/0.jpg', '1 001.Ant/0.txt'), ['0.txt']),
         ('images.txt', lambda text: text.replace('1 001.Ant/0.jpg', '1 001.Ant/._0.jpg'), ['._0.jpg']),
         ('images.txt', lambda text: text + '99 001.Ant/0.jpg\n', ['same images']),
-        ('images.txt', lambda text: text + 'x\n', ['does not belong', "'x'"]),
+        ('images.txt', lambda text: text + 'x\n', ['wrong form', "'x'"]),
         ('images.txt', lambda text: '', ['images.txt']),
         ('train_test_split.txt', lambda text: text.replace(' 0', ' 1'), ['0 images to test']),
         ('train_test_split.txt', lambda text: text.replace(' 1', ' 2'), ['train_test_split.txt', "'2 2'"]),

@@ -45,7 +45,7 @@ def test_what_does_not_fit_an_imagenet_resnet_is_named(tmp_path):
     assert 'fc.bias has values that are not finite' in message({'fc.bias': torch.full((10,), torch.nan)})
     assert 'conv0.bias has values that are not finite' in message({'conv0.bias': torch.tensor([1, torch.inf])})
     assert 'fc.weight is empty' in message({'fc.weight': torch.ones(0, 5), 'fc.bias': torch.ones(0)})
-    assert 'no ImageNet ResNet' in message({k: None for k in arrays if 'group3.block1' in k})
+    assert 'not an ImageNet ResNet' in message({k: None for k in arrays if 'group3.block1' in k})
     assert 'and 3 more' in message({f'extra{i}': torch.ones(1) for i in range(6)})
 
 
@@ -65,10 +65,10 @@ def test_a_log_that_speaks_of_another_shape_is_believed_no_more_than_the_file(tm
     write.save(path, {'params': resnet.wide_resnet(10, 1.03, 4)[1]})
     networks.load_teacher(path, (10, 1.03))
     for shape in ((16, 1.03), (10, 2), (None, None), ('10', '1')):
-        with pytest.raises(ValueError, match='is a WRN-10-1.01562, but its log speaks of a WRN'):
+        with pytest.raises(ValueError, match='is a WRN-10-1.01562, but its log names a WRN'):
             networks.load_teacher(path, shape)
     torch.save(arrays, path)
-    with pytest.raises(ValueError, match='is a ResNet-34-0.03125, but its log speaks of a ResNet-18-1'):
+    with pytest.raises(ValueError, match='is a ResNet-34-0.03125, but its log names a ResNet-18-1'):
         networks.load_teacher(path, (18, 1))
 
 

@@ -86,7 +86,7 @@ def test_a_file_is_recognised_and_what_is_missing_in_it_is_named(tmp_path, no_bn
     torch.testing.assert_close(g(x, loaded, False)[0], f(x, params, False)[0].detach(), rtol=0, atol=0)
     assert set(loaded) == set(params)
     assert networks.describe(loaded) == f'NIN-0.25, {"no batch norm, " if no_bn else ""}10 classes'
-    with pytest.raises(ValueError, match='is a NIN-0.25, but its log speaks of a NIN-0.5'):
+    with pytest.raises(ValueError, match='is a NIN-0.25, but its log names a NIN-0.5'):
         networks.load_teacher(path, (None, 0.5))
     del params['group1.conv2']
     write.save(path, {'params': {k: v.detach() for k, v in params.items()}})

@@ -139,7 +139,7 @@ def test_bad_images_are_counted_once_over_all_workers(damaged, world):
 def test_without_any_good_image_training_is_refused(damaged):
     for path in damaged.train.paths:
         os.truncate(path, 9)
-    with pytest.raises(ValueError, match='not a readable image.*; nor can any other') as caught:
+    with pytest.raises(ValueError, match='not a readable image.*; no other training image can be read') as caught:
         list(train_batches(damaged.train, nthread=1))
     assert '\n' not in str(caught.value)
 

@@ -150,7 +150,7 @@ LONG_4 = b'\x80\4' + words(b'x' * 199) + b'h\0' * 2**20 + b'.'  # 2 bytes each, 
     'content, message',
     [
         (HUGE_4, "'builtins bytearray' in it is neither"),
-        (HIDDEN_4, "'Size\\nR.cbuiltins\\nbytearray' in it is no name"),
+        (HIDDEN_4, "'Size\\nR.cbuiltins\\nbytearray' in it is not a name"),
         (NESTED_4, '10,000,000 objects'),
         (LONG_4, 'grows 8-fold'),
         (b'\x80\4' + words(b'torch') + b'\x93.', 'is not a checkpoint'),

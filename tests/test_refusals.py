@@ -33,7 +33,7 @@ def test_unusable_teachers_are_refused_and_nothing_is_written(train, script, tea
     assert refused(train(student, 'no_log'), 'there is no logs/no_log/log.txt')
     assert refused(train(student, 'empty_log'), 'has no line of results')
     assert refused(train(student, 'damaged'), 'logs/damaged/model.pt7 is not a checkpoint')
-    assert refused(train(student, 'wrong_log'), 'is a WRN-10-0.25, but its log speaks of a WRN-16-0.25')
+    assert refused(train(student, 'wrong_log'), 'is a WRN-10-0.25, but its log names a WRN-16-0.25')
     assert refused(train(student, 'boaster'), '99.90% by its own log')
     other = '--dataset digits --image_size 16 --depth 10 --width 0.25'
     for flags in ('--alpha 0.5', '--transfer gradient'):
@@ -153,7 +153,7 @@ def test_no_space_left_stops_the_run_and_leaves_its_last_checkpoint_whole(train,
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert status == 1 and err.count('\n') == 1
-    assert 'logs/teacher/model.pt7 could not be written: ' in err and 'what was there before is whole' in err
+    assert 'logs/teacher/model.pt7 could not be written: ' in err and 'the old file is unchanged' in err
     assert open('logs/teacher/model.pt7', 'rb').read() == before
     assert sorted(os.listdir('logs/teacher')) == ['log.txt', 'model.pt7']
     assert train('--epochs 8 --epoch_step [4] --lr 0.05 --save logs/teacher --resume auto')[0] == 0

@@ -121,7 +121,7 @@ def test_shape_is_read_back_from_the_parameters(n, width, classes):
 
 @pytest.mark.parametrize('params', [{}, {'x': torch.ones(1)}, {'group0.block0.conv0': torch.ones(1)}])
 def test_parameters_of_no_wide_resnet_are_refused(params):
-    with pytest.raises(ValueError, match='no wide ResNet'):
+    with pytest.raises(ValueError, match='not a wide ResNet'):
         resnet.wide_resnet_shape(params)
 
 

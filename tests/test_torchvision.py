@@ -43,7 +43,7 @@ def test_torchvisions_names_become_ours_and_come_back(torchvision_net):
 def test_two_names_for_one_array_are_refused(tmp_path, torchvision_net):
     state = {**torchvision_net[0].state_dict(), 'conv0': torch.zeros(64, 3, 7, 7)}
     torch.save(state, tmp_path / 'both')
-    assert 'conv0 is there twice' in reason(tmp_path / 'both')
+    assert 'conv0 appears twice' in reason(tmp_path / 'both')
 
 
 def test_torchvisions_own_weights_are_asked_for_by_name(tmp_path, images, torchvision_net, monkeypatch):
