@@ -52,7 +52,7 @@ def test_the_losses_of_utils_are_those_that_train(train, teacher, monkeypatch, n
 
 
 def selectivity(x, y, opt):
-    """Squared maximum mean discrepancy of neurons' patterns, with a kernel x^2 (Huang & Wang 2017, eq. 6)."""
+    """Squared maximum mean discrepancy of neurons' patterns, with a kernel x^2 (Huang & Wang 2017)."""
     x, y = (F.normalize(v.flatten(2), dim=2) for v in (x, y))  # (N, C, H, W) -> (N, C, H*W)
     pairs = [(a @ b.transpose(1, 2)).square().mean() for a, b in ((x, x), (y, y), (x, y))]
     return pairs[0] + pairs[1] - opt.share * pairs[2]
