@@ -178,7 +178,8 @@ def draw_curves(paths, labels=()):
 
 def _plain(text):
     # A name may have any bytes, and matplotlib would take text between two dollars for mathematics.
-    return text.encode(errors='backslashreplace').decode().replace('$', r'\$')
+    text = text.encode(errors='backslashreplace').decode().replace('$', r'\$')
+    return ''.join(c if c.isprintable() else '?' for c in text)
 
 
 def _look(number):

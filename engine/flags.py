@@ -1,6 +1,7 @@
 """The flags of the training scripts, and their checks."""
 
 import os
+from argparse import ArgumentTypeError
 
 from engine import transfer
 from engine.arguments import MOST, Parser, epoch_list, gpu_list, group_list, number, path
@@ -129,14 +130,24 @@ def parse_cifar(description, words=None):
 def parse(parser, logged, words=None):
     """The parsed flags; with --evaluate, the run's log gives the defaults of the flags in `logged`."""
     opt = parser.parse_args(words)
-    log = os.path.join(opt.evaluate, 'log.txt')
+    named = os.path.basename(opt.evaluate) == 'model.pt7' and os.path.isfile(opt.evaluate)
+    log = os.path.join(os.path.dirname(opt.evaluate) if named else opt.evaluate, 'log.txt')
     if opt.evaluate and os.path.isfile(log):
         *_, last = read_log(log) or [{}]
-        choices = {action.dest: action.choices for action in parser._actions}
-        texts = {flag: str(last[flag]) for flag in logged if isinstance(last.get(flag), (str, int))}
-        parser.set_defaults(**{flag: text for flag, text in texts.items() if text in (choices[flag] or [text])})
+        actions = {action.dest: action for action in parser._actions}
+        texts = {flag: str(last[flag]) for flag in logged if type(last.get(flag)) in (str, int)}
+        parser.set_defaults(**{flag: text for flag, text in texts.items() if _is_valid(actions[flag], text)})
         opt = parser.parse_args(words)
     return opt
+
+
+def _is_valid(action, text):
+    """Whether a flag takes a text that a log has for it, which may be of another script, or damaged."""
+    try:
+        value = action.type(text) if action.type else text
+    except (ArgumentTypeError, ValueError):
+        return False
+    return not action.choices or value in action.choices
 
 
 def check(opt, teacher, flag):

@@ -1,5 +1,6 @@
 """A table of the paper in Markdown, from logs alone: errors, paired differences and the protocols of the runs."""
 
+import math
 import os
 import re
 import statistics
@@ -9,9 +10,12 @@ from scipy.stats import t  # comes with scikit-learn
 from engine.log import read_log
 from engine.paper import TABLES, columns, methods_of, names
 
-# The keys that a log record needs for a table.
-PROTOCOL = set('epoch test_acc dataset train_images test_images holdout epochs epoch_step'.split())
-PROTOCOL |= set('lr_decay_ratio batch_size dtype device torch'.split())
+# What a log record needs for a table: its keys and their types.
+PROTOCOL = {
+    **dict.fromkeys('epoch train_images test_images holdout epochs batch_size'.split(), int),
+    **dict.fromkeys('test_acc lr_decay_ratio'.split(), float),
+    **dict.fromkeys('dataset epoch_step dtype device torch'.split(), str),
+}
 
 
 def results(name):
@@ -21,9 +25,16 @@ def results(name):
     """
     path = os.path.join('logs', name, 'log.txt')
     records = read_log(path) if os.path.exists(path) else []
-    if not all(PROTOCOL <= r.keys() and isinstance(r['test_acc'], float) for r in records):
+    if not all(map(_is_of_cifar, records)):
         raise ValueError(f'{path} is not a log of cifar.py')
     return records
+
+
+def _is_of_cifar(record):
+    found = {key: record.get(key) for key in PROTOCOL}
+    numbers = [value for key, value in found.items() if PROTOCOL[key] is not str]
+    typed = all(type(found[key]) in ((int, float) if kind is float else (kind,)) for key, kind in PROTOCOL.items())
+    return typed and all(map(math.isfinite, numbers))
 
 
 def last_epoch(opt, name):
@@ -107,7 +118,7 @@ def protocols(records):
     threads = {}
     for record in records:
         model, _, number = str(record['device']).rpartition(', ')
-        known = model and number.endswith(' threads')
+        known = model and re.fullmatch('[0-9]{1,9} threads', number)
         way = protocol({**record, 'device': model if known else record['device']})
         threads.setdefault(way, set()).update([number.removesuffix(' threads')] if known else [])
     counts = {way: ' or '.join(sorted(numbers, key=int)) for way, numbers in threads.items()}

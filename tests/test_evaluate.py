@@ -37,6 +37,16 @@ def test_a_run_scores_what_its_log_says(script, train, photos):
     assert scores(script(cifar, file, [photos])[1])['top1'] == found['top1']
 
 
+@pytest.mark.parametrize('size', [True, 99999999999999, '16; rm', 'x', None])
+def test_what_a_log_has_wrong_is_not_taken(script, train, photos, size):
+    assert train('--epochs 1 --save logs/run')[0] == 0
+    (record,) = read_log('logs/run/log.txt')
+    with open('logs/run/log.txt', 'w', encoding='utf-8') as log:
+        log.write(f'json_stats: {json.dumps({**record, "image_size": size, "dtype": "float9"})}\n')
+    status, out, err = script(cifar, '--evaluate logs/run/model.pt7 --dataroot', [photos])
+    assert status == 0 and "'image_size': 32" in out and '21 images' in out, err
+
+
 def test_photographs_are_scored_by_the_scripts_that_train_on_them(script, tmp_path):
     root, rng = tmp_path / 'photos', np.random.default_rng(0)
     for part, count in (('train', 6), ('val', 5)):

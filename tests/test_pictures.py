@@ -1,6 +1,7 @@
 """plot.py as a command: the files that it writes, and what it refuses."""
 
 import resource
+import xml.dom.minidom
 
 import cv2
 import numpy as np
@@ -43,6 +44,14 @@ def texts(figure):
 def overlays(figure):
     """The map layers of a figure, in the order group, row, teacher and student."""
     return [axes.images[1].get_array() for axes in figure.axes if len(axes.images) == 2]
+
+
+def test_a_label_of_any_characters_makes_a_picture_that_can_be_read(script, log):
+    paths = [log(name, [ours(1), ours(2)]) for name in 'ab']
+    labels = ['--label', 'a\x01b --> c', '--label', '<&$\n']
+    status, _, err = script(plot, 'curves', paths, labels, '--out curves.svg')
+    assert status == 0 and not err
+    assert xml.dom.minidom.parse('curves.svg')
 
 
 def test_both_commands_write_both_kinds_of_picture_and_the_same_svg_twice(script, log, model, tmp_path):

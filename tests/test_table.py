@@ -1,9 +1,11 @@
 """The table is made of logs alone."""
 
 import json
+import math
 import pathlib
 from functools import partial
 
+import pytest
 from conftest import refused
 from test_reproduce import RECORD, write_log
 
@@ -79,3 +81,22 @@ def test_the_table_is_written_between_its_markers_alone(script, tmp_path):
     (tmp_path / 'b.md').write_text('no markers')
     assert refused(script(reproduce, 'table1 --show --markdown b.md'), 'b.md has no lines <!-- table1 -->')
     assert refused(script(reproduce, 'table1 --show --markdown nowhere.md'), 'nowhere.md')
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        {'train_images': None},
+        {'dataset': ['CIFAR10']},
+        {'test_acc': math.nan},
+        {'test_images': '9980'},
+        {'epoch': True},
+    ],
+    ids=str,
+)
+def test_a_log_with_a_value_of_another_kind_is_named(script, change):
+    write_log('cifar10-e16/wrn-16-1-s0', 12.0)
+    path = 'logs/cifar10-e16/wrn-16-1-s0/log.txt'
+    with open(path, 'a', encoding='utf-8') as file:
+        file.write(f'json_stats: {json.dumps({**RECORD, "epoch": 16, "test_acc": 88.0, **change})}\n')
+    assert refused(script(reproduce, 'table1 --epochs 16 --show'), f'{path} is not a log of cifar.py')
