@@ -155,8 +155,15 @@ class _SumOfSquares(torch.autograd.Function):
 
 
 def at(x, p=2, mapping='sum'):
-    """The attention map of x (N, C, H, W), flattened and L2-normalised per sample: (N, H*W). See `attention_map`."""
-    return F.normalize(attention_map(x, p, mapping, relative=True).flatten(1))
+    """The attention map of x, flattened and L2-normalised per sample: (N, H*W).
+
+    x is an activation (N, C, H, W), or its map already, (N, H, W). Raises what `attention_map` raises.
+    """
+    return F.normalize(_map(x, p, mapping).flatten(1))
+
+
+def _map(x, p, mapping):
+    return x if x.dim() == 3 else attention_map(x, p, mapping, relative=True)
 
 
 def at_loss(x, y, p=2, mapping='sum', form='code'):
@@ -168,8 +175,8 @@ def at_loss(x, y, p=2, mapping='sum', form='code'):
     If the maps differ in size, the larger is average-pooled to the smaller before it is normalised.
     Raises ValueError for an unknown form, and what `attention_map` raises.
     """
-    x, y = (a if a.dim() == 3 else attention_map(a, p, mapping, relative=True) for a in (x, y))
-    q_x, q_y = _normalized(x, y)  # (N, H, W) -> (N, H*W)
+    x, y = _pooled(_map(x, p, mapping), _map(y, p, mapping))
+    q_x, q_y = at(x), at(y)  # (N, H, W) -> (N, H*W)
     if form == 'code':
         return (q_x - q_y).square().mean()
     if form == 'paper':
@@ -177,12 +184,10 @@ def at_loss(x, y, p=2, mapping='sum', form='code'):
     raise ValueError(f"attention loss: form is 'code' or 'paper', not {form!r}")
 
 
-def _normalized(x, y):
-    """Two batches (N, ..., H, W) pooled to the smaller size of the two, flattened and L2-normalised per sample."""
+def _pooled(x, y):
+    """Two batches (N, ..., H, W), average-pooled to the smaller size of the two."""
     size = [min(a, b) for a, b in zip(x.shape[-2:], y.shape[-2:])]
-    return (
-        F.normalize((a if list(a.shape[-2:]) == size else F.adaptive_avg_pool2d(a, size)).flatten(1)) for a in (x, y)
-    )
+    return (a if list(a.shape[-2:]) == size else F.adaptive_avg_pool2d(a, size) for a in (x, y))
 
 
 def full_activation_loss(x, y):
@@ -193,7 +198,7 @@ def full_activation_loss(x, y):
     """
     if x.shape[1] != y.shape[1]:
         raise ValueError(f'full-activation transfer: {x.shape[1]} channels are not {y.shape[1]}')
-    x, y = _normalized(full(x), full(y))  # (N, C, H, W) -> (N, C*H*W)
+    x, y = (F.normalize(a.flatten(1)) for a in _pooled(full(x), full(y)))  # (N, C, H, W) -> (N, C*H*W)
     return (x - y).square().mean()
 
 

@@ -47,6 +47,11 @@ def common_flags(
     flag('--weight_decay', '--weightDecay', default=weight_decay, type=number(float, 0, MOST), help=decay)
     flag('--seed', default=0, type=number(int, 0, 2**63 - 1), help='seed of initialisation, order and augmentation')
 
+    _transfer_flags(parser, groups)
+    _run_flags(parser)
+
+
+def _transfer_flags(parser, groups):
     flag = parser.add_argument_group('transfer from a teacher').add_argument
     flag('--alpha', default=0, type=number(float, 0, 1), help='weight of knowledge distillation (section 4.1: 0.9)')
     beta = 'weight of --transfer (section 4.1: 1e+3 for attention maps)'
@@ -64,6 +69,8 @@ def common_flags(
     flag('--penalty', default='none', choices=['none', *PENALTIES], help=transfer.described(PENALTIES))
     flag('--gamma', default=0, type=number(float, 0, MOST), help='weight of --penalty (section 3.2)')
 
+
+def _run_flags(parser):
     flag = parser.add_argument_group('evaluation').add_argument
     flag('--evaluate', default='', type=path, metavar='RUN', help='print the test scores of a run or a network file')
     flag('--json', action='store_true', help='with --evaluate: as JSON, in the last line')

@@ -32,6 +32,8 @@ def build_teacher(control, opt, data, sample):
     trained, record = teacher.find(opt.teacher_id)
     if control == 'untrained':
         shape = Namespace(**{'net': 'wrn', 'no_bn': False, **record})
+        if shape.net not in NETWORKS:
+            raise ValueError(f'--teacher_id {opt.teacher_id}: its log names the unknown network {shape.net!r:.99}')
         trained = initialise(NETWORKS[shape.net].network(shape), opt, data.num_classes, data.device)
     fixed = Network(trained.f, {name: value.detach() for name, value in trained.params.items()})
     taught = partial(fixed.f, params=teacher.frozen(opt, fixed, sample, data.device), mode=False)

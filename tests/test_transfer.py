@@ -28,6 +28,7 @@ def first_losses(train, *flags):
     'name, flags, term',
     [
         ('at_loss', '--beta 10', 'at0'),
+        ('at', '--beta 10', None),
         ('full_activation_loss', '--beta 10 --transfer full', 'full0'),
         ('gradient_loss', '--beta 1 --transfer gradient', 'grad'),
         ('kd_loss', '--alpha 0.5', 'kd'),
