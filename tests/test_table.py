@@ -92,7 +92,6 @@ def test_the_table_is_written_between_its_markers_alone(script, tmp_path):
         {'test_images': '9980'},
         {'epochs': 10**400},
     ],
-    ids=str,
 )
 def test_a_log_with_a_value_of_another_kind_is_named(script, change):
     write_log('cifar10-e16/wrn-16-1-s0', 12.0)
