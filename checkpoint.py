@@ -1,18 +1,22 @@
-"""Slims, describes and exports a saved network.
+"""Describes, uses, slims and exports a saved network.
 
     python checkpoint.py slim logs/RUN            # drop what only a resume needs, before publishing a run
     python checkpoint.py info FILE                # what network a file or a run holds
+    python checkpoint.py predict logs/RUN a.jpg   # the most probable classes of images
     python checkpoint.py export logs/RUN --to torchvision resnet34.pth
 
-A run is a folder that holds model.pt7; export and info also take a file: a checkpoint of ours or of the authors',
-their folded export (.pth, .hkl), a torchvision ResNet's state_dict, or a .safetensors of any of these.
+A run is a folder that holds model.pt7, or its name in logs/. All but slim also take a file: a checkpoint of ours or of
+the authors', their folded export (.pth, .hkl), a torchvision ResNet's state_dict, or a .safetensors of any of these.
 Files are read as data, never as code: nothing in them can run or open another file.
 """
 
 import hashlib
+import json
 import os
+import sys
 
 from engine import arguments, ending
+from engine.predict import open_network, predict
 from formats.networks import build, checkpoint_of, describe, load, load_params, load_teacher
 from formats.write import WRITERS, save, write, write_whole
 from utils import STATISTICS, num_trained, without_adapters
@@ -20,10 +24,11 @@ from utils import STATISTICS, num_trained, without_adapters
 
 def slim(run):
     """Reduce a run's checkpoint to its parameters; it can still teach, but no longer be resumed."""
-    path = os.path.join(run, 'model.pt7')
+    path = checkpoint_of(run)
     state = load(path)
     before = os.path.getsize(path)
-    save(path, {'params': without_adapters(state['params']), 'epoch': state.get('epoch')})
+    kept = {key: state[key] for key in ('epoch', 'classes', 'image_size') if key in state}
+    save(path, {'params': without_adapters(state['params']), **kept})
     print(f'{path}: {before:,} bytes before, {os.path.getsize(path):,} now')
 
 
@@ -55,8 +60,31 @@ def info(run):
         print(f'{os.path.getsize(path):,} bytes, SHA-256 {digest}')
 
 
+def print_predictions(run, images, top, image_size=None, as_json=False):
+    """Print a line for each image file: its `top` most probable classes, or on stderr why it cannot be read.
+
+    Exits with status 1 at the end if one could not be read.
+    """
+    f, params, classes, usual = open_network(run)
+    failed = False
+    for path in images:
+        try:
+            best = [(classes[i], i, p) for i, p in predict(f, params, path, image_size or usual, top)]
+        except (OSError, ValueError) as error:
+            ending.print_line(f'error: {error}')
+            failed = True
+            continue
+        if as_json:
+            found = [{'class': name, 'number': number, 'probability': p} for name, number, p in best]
+            print(json.dumps({'image': path, 'classes': found}))
+        else:
+            print(ending.printable(f'{path}: ' + ', '.join(f'{name} {100 * p:.2f}%' for name, _, p in best)))
+    if failed:
+        sys.exit(1)
+
+
 def main():
-    """Run the subcommand: slim, info or export."""
+    """Run the subcommand: slim, info, predict or export."""
     parser = arguments.Parser(__doc__)
     commands = parser.add_subparsers(
         dest='command', required=True, metavar='COMMAND', parser_class=arguments.subcommand
@@ -65,6 +93,13 @@ def main():
     command.add_argument('run', type=arguments.path, help='a folder that holds model.pt7')
     command = commands.add_parser('info', help='print what network a file or a run holds')
     command.add_argument('run', type=arguments.path, metavar='FILE', help='a file, or a folder that holds model.pt7')
+    command = commands.add_parser('predict', help='print the most probable classes of images')
+    command.add_argument('run', type=arguments.path, metavar='RUN', help='a folder that holds model.pt7, or a file')
+    command.add_argument('images', nargs='+', type=arguments.path, metavar='IMAGE', help='an image file')
+    command.add_argument('--top', default=5, type=arguments.number(int, 1), help='number of classes')
+    size = "height and width (default: the network's)"
+    command.add_argument('--image_size', type=arguments.number(int, 8, 1024), metavar='N', help=size)
+    command.add_argument('--json', action='store_true', help='a line of JSON for each image')
     command = commands.add_parser('export', help='write the network in another format')
     command.add_argument('run', type=arguments.path, metavar='RUN', help='a folder that holds model.pt7, or a file')
     command.add_argument('out', type=arguments.path, metavar='OUT', help='the file to write')
@@ -75,6 +110,8 @@ def main():
     opt = parser.parse_args()
     if opt.command == 'export':
         export(opt.run, opt.to, opt.out, opt.image_size, opt.overwrite)
+    elif opt.command == 'predict':
+        print_predictions(opt.run, opt.images, opt.top, opt.image_size, opt.json)
     else:
         {'slim': slim, 'info': info}[opt.command](opt.run)
 

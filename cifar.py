@@ -11,13 +11,11 @@ In the paper, WRN-16-1 has a test error of 8.77% on CIFAR-10 alone, and of 7.93%
 
 from functools import partial
 
-import torch
-
 from engine import ending, flags, teacher
 from engine.evaluate import report
 from engine.loop import Data, count, fit, start
 from engine.step import make_step
-from engine.student import initialise, pair
+from engine.student import check, initialise, pair
 from engine.workers import data_parallel, rank, say, world
 from formats.networks import NETWORKS
 from images import memory
@@ -27,10 +25,9 @@ TEST_SET = {'dataset': 'CIFAR10', 'holdout': 0, 'image_size': 32}
 
 
 def parse():
-    """The parsed flags. Raises ValueError if they contradict each other or no network has their shape."""
+    """The parsed flags. Raises ValueError if they contradict each other or no network has their shape or groups."""
     opt = flags.parse_cifar(__doc__)
-    with torch.device('meta'):  # an impossible shape is reported before anything is allocated
-        network(opt)(2)
+    check(opt, network(opt))
     return opt
 
 

@@ -19,7 +19,7 @@ from engine.precision import place
 from engine.step import make_step
 from engine.student import Network, pair
 from engine.workers import data_parallel, say
-from formats.networks import describe, load_teacher
+from formats.networks import checkpoint_of, describe, load_teacher
 from imagenet_resnet import imagenet_forward, imagenet_resnet_depth
 from images.photographs import DATASETS
 from utils import flatten, linear_params, set_requires_grad_except_bn_
@@ -29,13 +29,13 @@ def parse():
     """The parsed flags, with defaults from section 4.2.1. Raises ValueError if they contradict each other."""
     parser = Parser(__doc__)
     flag = parser.add_argument_group('data and teacher (section 4.2.1)').add_argument
-    flag('--dataset', default='cub', choices=list(DATASETS), help='default: %(default)s')
+    flag('--dataset', default='cub', choices=list(DATASETS), help='the data set')
     root = 'folder CUB_200_2011, or one with Images/ and TrainImages.txt, or with train/ and val/'
     flag('--dataroot', default='.', type=path, help=root)
     photographs.add_flags(flag)
     flag = parser.add_argument_group('pretrained network (section 4.2.1)').add_argument
-    flag('--pretrained', default='torchvision:resnet18', type=path, help='its file (default: %(default)s)')
-    flag('--fixed_groups', default=1, type=number(int, 0, 4), help='groups that are not trained (default: 1)')
+    flag('--pretrained', default='torchvision:resnet18', type=path, help='its file')
+    flag('--fixed_groups', default=1, type=number(int, 0, 4), help='groups that are not trained')
     flags.common_flags(
         parser,
         '4.2.1',
@@ -59,7 +59,7 @@ def parse():
 
 def build_student(opt, num_classes, device):
     """The pretrained `Network` with a new last layer; batch norm and the first --fixed_groups are not trained."""
-    f, params = load_teacher(opt.pretrained, note=say)
+    f, params = load_teacher(checkpoint_of(opt.pretrained), note=say)
     if f is not imagenet_forward or 'bn0.weight' not in params:
         description = describe(params)
         raise ValueError(f'--pretrained {opt.pretrained} ({description}): expected an ImageNet ResNet, not folded')

@@ -7,14 +7,12 @@ In the paper, ResNet-18 has a top-1 error of 30.4% and a top-5 error of 10.8% al
 transfer from ResNet-34 (26.1% and 8.3%). This experiment has not been run with this code.
 """
 
-import torch
-
 from engine import ending, flags, photographs
 from engine.arguments import Parser, path
 from engine.evaluate import report
 from engine.loop import fit, start
 from engine.step import make_step
-from engine.student import initialise, pair
+from engine.student import check, initialise, pair
 from engine.workers import data_parallel, say, world
 from formats.networks import NETWORKS
 from images.photographs import load
@@ -24,7 +22,8 @@ def parse():
     """The parsed flags, with defaults from section 4.2.2. Raises ValueError if they contradict each other."""
     parser = Parser(__doc__)
     flag = parser.add_argument_group('data and teacher (section 4.2.2)').add_argument
-    flag('--imagenetpath', default='.', type=path, help='folder that holds train/<class>/* and val/<class>/*')
+    root = 'folder that holds train/<class>/* and val/<class>/* (or validation/, test/)'
+    flag('--imagenetpath', '--dataroot', default='.', type=path, help=root)
     photographs.add_flags(flag)
     flags.common_flags(
         parser,
@@ -38,8 +37,7 @@ def parse():
     )
     opt = flags.parse(parser, ('image_size', 'holdout', 'dtype'))
     flags.check(opt, opt.teacher_params, '--teacher_params')
-    with torch.device('meta'):  # an impossible shape is reported before anything is allocated
-        NETWORKS['resnet'].network(opt)(2)
+    check(opt, NETWORKS['resnet'].network(opt))
     return opt
 
 

@@ -27,13 +27,12 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from engine import ending
 from engine.arguments import Parser, number, path, subcommand
 from engine.log import read_log
+from engine.predict import normalized, read_pixels
 from engine.transfer import PENALTIES, TRANSFERS
 from formats.networks import checkpoint_of, describe, load_teacher
 from formats.write import write_whole
 from imagenet_resnet import imagenet_forward
-from images import memory, photographs
-from images.crops import resize, test_crop
-from images.decode import read_image
+from images import memory
 from images.folders import IMAGE_SUFFIXES, is_hidden
 from utils import attention_map
 
@@ -43,6 +42,7 @@ MARKERS = ('', 'o', '^', 's', 'x')  # none for the first seven runs, a circle fo
 STYLE = {'font.size': 8, 'axes.titlesize': 8, 'axes.spines.top': False, 'axes.spines.right': False}
 COLOUR_MAP = 'inferno'  # its lightness rises evenly: safe for colour-blind eyes, and in print
 IMAGENET_SIZE, SMALL_SIZE = 224, 32
+IMAGE_SETS = [name for name in memory.DATASETS if name != 'folder']
 
 
 def name_of(path):
@@ -241,16 +241,15 @@ def spread(labels, count):
 def load_images(images, dataroot, count, image_size, imagenet):
     """Up to `count` images, (N, H, W, 3) uint8, of a data set's test part or a folder, spread over classes or folders.
 
-    `images` is CIFAR10, CIFAR100, digits or a folder. `image_size` None is the network's usual training size. Files are
-    cropped to the centre for an ImageNet network, as in its evaluation, and stretched to a square for another, as in
-    cifar.py. Raises ValueError or OSError if there are none or one cannot be read.
+    `images` is a data set of `memory.DATASETS`, or a folder. `image_size` None is the network's usual training size.
+    Files are read as `engine.predict.read_pixels` does. Raises ValueError or OSError if there are none or one cannot be
+    read.
     """
-    if images in ('CIFAR10', 'CIFAR100', 'digits'):
-        usual = IMAGENET_SIZE if imagenet and images == 'digits' else SMALL_SIZE
-        test = memory.load(images, dataroot, image_size or usual).test
+    if images in IMAGE_SETS:
+        test = memory.load(images, dataroot, image_size or SMALL_SIZE).test
         return test.pixels[spread(test.labels.tolist(), count)]
     if not os.path.isdir(images):
-        raise OSError(f'--images {images}: no such folder, nor CIFAR10, CIFAR100 or digits')
+        raise OSError(f'--images {images}: no such folder, nor {", ".join(IMAGE_SETS)}')
     files = []
     for folder, folders, names in os.walk(images):
         folders[:] = [name for name in folders if not is_hidden(name)]
@@ -260,8 +259,7 @@ def load_images(images, dataroot, count, image_size, imagenet):
         raise ValueError(f'--images {images} holds no images ({" ".join(IMAGE_SUFFIXES)})')
     size = image_size or (IMAGENET_SIZE if imagenet else SMALL_SIZE)
     chosen = [files[i] for i in spread(map(os.path.dirname, files), count)]
-    crops = [test_crop(file, size) if imagenet else resize(read_image(file), size, size) for file in chosen]
-    return torch.from_numpy(np.stack(crops))
+    return torch.from_numpy(np.stack([read_pixels(file, size, imagenet) for file in chosen]))
 
 
 def attention_maps(f, params, pixels, power=2, mapping='sum'):
@@ -269,9 +267,9 @@ def attention_maps(f, params, pixels, power=2, mapping='sum'):
 
     Raises ValueError if a map is not finite.
     """
-    normalize = photographs.normalize if f is imagenet_forward else memory.normalize
     with torch.no_grad():
-        maps = [attention_map(group, power, mapping) for group in f(normalize(pixels), params, False)[1]]
+        groups = f(normalized(pixels, f is imagenet_forward), params, False)[1]
+    maps = [attention_map(group, power, mapping) for group in groups]
     for i, values in enumerate(maps):
         if not values.isfinite().all():
             raise ValueError(f'the attention map of group {i} is not finite; try a lower --power than {power:g}')
@@ -379,18 +377,18 @@ def main():
     flag('logs', nargs='+', type=path, metavar='LOG', help="a folder with log.txt, or a log, ours or the authors'")
     label = 'name of a run, once per log in the same order (default: the name of its folder)'
     flag('--label', action='append', default=[], metavar='NAME', help=label)
-    flag('--out', default='curves.png', type=picture, help='.png or .svg (default: %(default)s)')
+    flag('--out', default='curves.png', type=picture, help='.png or .svg')
     flag = commands.add_parser('attention', help='where a teacher and a student look').add_argument
     model = 'a run, a file or torchvision:NAME; twice, the teacher first'
     flag('--model', action='append', required=True, type=path, help=model)
-    flag('--images', required=True, type=path, help='a folder of images, or CIFAR10, CIFAR100 or digits')
+    flag('--images', required=True, type=path, help=f'a folder of images, or {", ".join(IMAGE_SETS)}')
     flag('--dataroot', default='.', type=path, help='folder of the data set, as in cifar.py')
-    flag('--count', default=4, type=number(int, 1, 32), help='number of images (default: 4)')
+    flag('--count', default=4, type=number(int, 1, 32), help='number of images')
     size = number(int, 8, 1024)
     flag('--image_size', type=size, metavar='N', help='height and width (default: 224 for ImageNet networks, else 32)')
     flag('--mapping', default='sum', choices=['sum', 'max'], help='attention map: over channels (section 3.1)')
-    flag('--power', default=2, type=number(float, 0, 16, above=True), help='p of |A|^p (section 3.1; default: 2)')
-    flag('--out', default='attention.png', type=picture, help='.png or .svg (default: %(default)s)')
+    flag('--power', default=2, type=number(float, 0, 16, above=True), help='p of |A|^p (section 3.1)')
+    flag('--out', default='attention.png', type=picture, help='.png or .svg')
     opt = parser.parse_args()
     write(draw_curves(opt.logs, opt.label) if opt.command == 'curves' else attention(opt), opt.out)
     print(f'picture: {opt.out}')

@@ -70,7 +70,7 @@ def load(dataroot, count):
         rng = np.random.default_rng(0)
         pixels, labels = rng.integers(0, 256, (count, 32, 32, 3), np.uint8), rng.integers(0, 10, count)
         images = memory.Images(torch.from_numpy(pixels), torch.from_numpy(labels))
-        dataset = memory.Dataset(images, images, 10, True)
+        dataset = memory.Dataset(images, images, list('0123456789'), True)
     return dataset._replace(train=memory.Images(*(t[:count] for t in dataset.train)))
 
 
@@ -166,12 +166,12 @@ def main():
     parser = Parser(__doc__)
     flag = parser.add_argument
     flag('--dataroot', default='', type=path, help='where CIFAR-10 is (default: random images)')
-    flag('--images', default=10_000, type=number(int, 256), help='number of training images (default: 10,000)')
-    flag('--dtype', default='bfloat16', choices=list(DTYPES), help='of the fast epoch (default: bfloat16)')
+    flag('--images', default=10_000, type=number(int, 256), help='number of training images')
+    flag('--dtype', default='bfloat16', choices=list(DTYPES), help='of the fast epoch')
     flag('--eager', action='store_true', help='the fast epoch without --compile')
     flag('--teacher_dtype', choices=['same', 'int8'], help='as in step.py')
-    flag('--nthread', default=2, type=number(int, 0, 64), help='processes of the plain DataLoader (default: 2)')
-    flag('--pairs', default=3, type=number(int, 1, 1000), help='pairs that are measured (default: 3)')
+    flag('--nthread', default=2, type=number(int, 0, 64), help='processes of the plain DataLoader')
+    flag('--pairs', default=3, type=number(int, 1, 1000), help='pairs that are measured')
     flag('--json', action='store_true', help='end with a line of JSON')
     opt = parser.parse_args()
     opt.teacher_dtype = opt.teacher_dtype or benchmark.default_teacher_dtype(opt.dtype)

@@ -121,8 +121,8 @@ def main():
     parser = Parser(__doc__)
     flag = parser.add_argument
     flag('--imagenetpath', type=path, help='folder with train/<class>/*; without it, images are made')
-    flag('--image_size', default=224, type=number(int, 8, 1024), help='default: 224')
-    flag('--repeats', default=7, type=number(int, 1, 10_000), help='default: 7')
+    flag('--image_size', default=224, type=number(int, 8, 1024), help='height and width')
+    flag('--repeats', default=7, type=number(int, 1, 10_000), help='repeated measurements')
     opt = parser.parse_args()
     torch.set_num_threads(1)
     print(f'{platform.processor() or platform.machine()}, torch {torch.__version__}, OpenCV {cv2.__version__}')

@@ -228,12 +228,12 @@ def main():
     parser = Parser(__doc__)
     flag = parser.add_argument
     flag('--only', default=','.join(CASES), help=f'some of {",".join(CASES)} (default: all)')
-    flag('--dtype', default='bfloat16', choices=list(DTYPES), help='of the fast step (default: bfloat16)')
+    flag('--dtype', default='bfloat16', choices=list(DTYPES), help='of the fast step')
     flag('--eager', action='store_true', help='the fast step without --compile')
     flag('--cuda_graphs', action='store_true', help='the fast step with --cuda_graphs, on a GPU')
     integers = "of the fast step's teacher (default: int8 on a CPU beside a 16-bit --dtype)"
     flag('--teacher_dtype', choices=['same', 'int8'], help=integers)
-    flag('--pairs', default=11, type=number(int, 1, 10_000), help='pairs that are measured (default: 11)')
+    flag('--pairs', default=11, type=number(int, 1, 10_000), help='pairs that are measured')
     flag('--json', action='store_true', help='end with a line of JSON')
     flag('--profile', action='store_true', help='show the most expensive operators of the fast step too')
     opt = parser.parse_args()

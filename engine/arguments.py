@@ -11,12 +11,19 @@ GPU = r'\d+|(GPU|MIG)-[\w/-]+'  # a GPU in CUDA_VISIBLE_DEVICES and --gpu_id
 MOST = 1e30  # of a rate or a weight: a product of two fits into float32, or is reported as not finite
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Prints the description unwrapped, and every default, unless it is empty or the help names it."""
+
+    def _get_help_string(self, action):
+        empty = action.default in (None, '', []) or action.default is False
+        return action.help if empty or 'default: ' in action.help else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser that prints its description unwrapped, and an error as one line with exit status 2."""
+    """An argument parser with an error of one line and exit status 2."""
 
     def __init__(self, description):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+        super().__init__(description=description, formatter_class=_Formatter, allow_abbrev=False)
 
     def error(self, message):
         for flag, other in TEACHERS.items():
@@ -30,6 +37,18 @@ def subcommand(prog, description=None, **_):
     parser = Parser(description)
     parser.prog = prog
     return parser
+
+
+def listed(opt):
+    """Parsed flags as lines of name=value."""
+    lines = ['parsed options:']
+    for name, value in vars(opt).items():
+        item = f'{name}={value!r}'
+        if len(lines) > 1 and len(lines[-1]) + len(item) < 100:
+            lines[-1] += f'  {item}'
+        else:
+            lines.append(f'  {item}')
+    return '\n'.join(lines)
 
 
 def number(kind, low, high=math.inf, above=False):

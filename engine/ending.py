@@ -31,7 +31,7 @@ def run(main):
     except Stopped as stop:
         claim(stop.status, final=True)
         if rank() == 0:
-            _say(str(stop))
+            print_line(str(stop))
         sys.exit(stop.status)
     except KeyboardInterrupt:
         _print_error(130, 'interrupted', final=True)
@@ -71,9 +71,14 @@ def _status_and_message(error):
 def _print_error(status, message, final):
     """Print an error; of several workers on a machine, only the first to fail prints."""
     if claim(status, final):
-        _say(f'error: {message}')
+        print_line(f'error: {message}')
 
 
-def _say(message):
-    line = ''.join(c if c.isprintable() else '?' for c in ' '.join(message.split()))  # it may quote a hostile file
-    print(f'{os.path.basename(sys.argv[0])}: {line}', file=sys.stderr, flush=True)
+def print_line(message):
+    """Print a message as one line on stderr, after the script's name."""
+    print(f'{os.path.basename(sys.argv[0])}: {printable(" ".join(message.split()))}', file=sys.stderr, flush=True)
+
+
+def printable(text):
+    """A text that may quote a hostile file, without what could control a terminal."""
+    return ''.join(c if c.isprintable() else '?' for c in text)

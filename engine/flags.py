@@ -8,7 +8,7 @@ from engine.arguments import MOST, Parser, epoch_list, gpu_list, group_list, num
 from engine.log import read_log
 from engine.schedules import BETA_DECAYS
 from engine.transfer import PENALTIES, TRANSFERS
-from formats.networks import NETWORKS
+from formats.networks import NETWORKS, checkpoint_of
 from images.memory import DATASETS
 from utils import DTYPES
 
@@ -24,26 +24,33 @@ def common_flags(
     """
     flag = parser.add_argument_group(f'network (section {section})').add_argument
     if depth is not None:
-        flag('--depth', default=depth, type=number(int, 1, 10_000), help='layers of the network (default: %(default)s)')
-        flag('--width', default=1, type=number(float, 0, 100, above=True), help='times the base width (default: 1)')
+        flag('--depth', default=depth, type=number(int, 1, 10_000), help='layers of the network')
+        flag('--width', default=1, type=number(float, 0, 100, above=True), help='times the base width')
     flag('--dtype', default='float', choices=list(DTYPES), help='compute dtype; parameters and losses stay float32')
-    integers = "int8: the teacher's convolutions in integers, on CPUs (default: same, as --dtype)"
+    integers = "int8: the teacher's convolutions in integers, on CPUs (same: as --dtype)"
     flag('--teacher_dtype', default='same', choices=['same', 'int8'], help=integers)
     flag('--compile', action='store_true', help='compile the student and its losses with torch.compile at the start')
     flag('--cuda_graphs', action='store_true', help='with --compile on a single GPU: replay the step as CUDA graphs')
 
     flag = parser.add_argument_group(f'training (section {section})').add_argument
-    flag('--epochs', default=epochs, type=number(int, 1), metavar='N', help='default: %(default)s')
-    size, decay = 'of all workers together (default: %(default)s)', 'default: %(default)s'
+    flag('--epochs', default=epochs, type=number(int, 1), metavar='N', help='number of epochs')
+    size, decay = 'images a step, of all workers together', 'of all trained parameters'
     flag('--batch_size', '--batchSize', default=batch_size, type=number(int, 2, 2**31), help=size)
-    flag('--lr', default=lr, type=number(float, 0, MOST, above=True), help='learning rate (default: %(default)s)')
+    flag('--lr', default=lr, type=number(float, 0, MOST, above=True), help='learning rate')
     flag(
         '--epoch_step',
         default=epoch_step,
         type=epoch_list,
-        help='epochs at whose start the learning rate drops (default: %(default)s)',
+        help='epochs at whose start the learning rate drops',
     )
-    flag('--lr_decay_ratio', default=lr_decay_ratio, type=number(float, 0, 1), help='times lr (default: %(default)s)')
+    flag(
+        '--lr_decay_ratio',
+        default=lr_decay_ratio,
+        type=number(float, 0, 1),
+        help='times the learning rate, where it drops',
+    )
+    keep = 'do not restart momentum from zero where the learning rate drops, as the authors do'
+    flag('--keep_momentum', action='store_true', help=keep)
     flag('--weight_decay', '--weightDecay', default=weight_decay, type=number(float, 0, MOST), help=decay)
     flag('--seed', default=0, type=number(int, 0, 2**63 - 1), help='seed of initialisation, order and augmentation')
 
@@ -79,9 +86,10 @@ def _run_flags(parser):
     flag('--save', default='', type=path, help='folder for log.txt and model.pt7; without it, nothing is kept')
     resume = "a checkpoint to go on from, or 'auto' for the one in --save, if there is one"
     flag('--resume', default='', type=path, help=resume)
-    flag('--save_every', default=0, type=number(float, 0), metavar='MINUTES', help='also within an epoch (default: no)')
+    flag('--save_every', default=0, type=number(float, 0), metavar='MINUTES', help='also within an epoch; 0: not')
     flag('--overwrite', action='store_true', help='replace the run that --save holds')
-    flag('--nthread', default=4, type=number(int, 0, 1024), help='threads that decode images (default: 4)')
+    flag('--verbose', action='store_true', help='also print the shape of every parameter')
+    flag('--nthread', default=4, type=number(int, 0, 1024), help='threads that decode images')
     flag('--ngpu', default=1, type=number(int, 1, 1024), help='workers: one a GPU, or CPU processes without GPUs')
     flag('--sync_bn', action='store_true', help="batch norm over all workers' images, not each worker's share")
     flag(
@@ -98,12 +106,12 @@ def parse_cifar(description, words=None):
     """The parsed flags of cifar.py, from `words` or the command line, with defaults from section 4.1."""
     parser = Parser(description)
     flag = parser.add_argument_group('data and teacher (section 4.1)').add_argument
-    flag('--dataset', default='CIFAR10', choices=list(DATASETS), help='default: %(default)s')
+    flag('--dataset', default='CIFAR10', choices=list(DATASETS), help='the data set')
     flag('--dataroot', '--data_root', default='.', type=path, help='folder of the data set, or to download it into')
     flag('--follow_links', action='store_true', help='read images through links that lead out of the folder')
-    flag('--image_size', default=32, type=number(int, 8, 512), help='for folder and digits (default: 32)')
+    flag('--image_size', default=32, type=number(int, 8, 512), help='height and width of the images')
     pad = number(float, 0, 511)
-    flag('--randomcrop_pad', default=4, type=pad, help='pixels around an image to crop from (default: 4; table 3: 0)')
+    flag('--randomcrop_pad', default=4, type=pad, help='pixels around an image to crop from (table 3: 0)')
     held = f'{HOLDOUT}: the last ones, or the same part of each class of a folder'
     flag('--holdout', default=0, type=number(int, 0), metavar='N', help=held)
     flag('--teacher_id', default='', type=path, help='run that teaches: its name in logs/, its folder or model.pt7')
@@ -137,9 +145,9 @@ def parse_cifar(description, words=None):
 def parse(parser, logged, words=None):
     """The parsed flags; with --evaluate, the run's log gives the defaults of the flags in `logged`."""
     opt = parser.parse_args(words)
-    named = os.path.basename(opt.evaluate) == 'model.pt7' and os.path.isfile(opt.evaluate)
-    log = os.path.join(os.path.dirname(opt.evaluate) if named else opt.evaluate, 'log.txt')
-    if opt.evaluate and os.path.isfile(log):
+    folder, name = os.path.split(checkpoint_of(opt.evaluate))
+    log = os.path.join(folder, 'log.txt')
+    if name == 'model.pt7' and os.path.isfile(log):
         *_, last = read_log(log) or [{}]
         actions = {action.dest: action for action in parser._actions}
         texts = {flag: str(last[flag]) for flag in logged if type(last.get(flag)) in (str, int)}

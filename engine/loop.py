@@ -18,6 +18,7 @@ from torchnet.engine import Engine
 from tqdm import tqdm
 
 from engine import log, runs, workers
+from engine.arguments import listed
 from engine.evaluate import evaluate
 from engine.meters import CALMER, Meters
 from engine.precision import autocast
@@ -37,7 +38,7 @@ class Data(NamedTuple):
 
     train: Callable  # (epoch, start) -> batches (images (B, 3, H, W), labels (B,), size of the global batch)
     test: Callable  # () -> such batches
-    counts: dict  # for the log: num_classes, train_images, test_images
+    counts: dict  # for the log: num_classes, classes (their names), train_images, test_images
     image: torch.Tensor  # an input of the training size, (1, 3, H, W)
     topk: tuple = (1,)
 
@@ -51,9 +52,9 @@ class Data(NamedTuple):
 
 
 def count(dataset):
-    """The numbers of classes and images of a data set, for the log."""
+    """The classes and the numbers of images of a data set, for the log."""
     images = {'train_images': len(dataset.train.labels), 'test_images': len(dataset.test.labels)}
-    return {'num_classes': dataset.num_classes, **images}
+    return {'num_classes': dataset.num_classes, 'classes': list(dataset.classes), **images}
 
 
 def start(opt):
@@ -67,7 +68,7 @@ def start(opt):
         if rank() == 0:
             runs.check_save(opt)  # the first worker prints its notes
     device = workers.join(opt)
-    say('parsed options:', vars(opt))
+    say(listed(opt))
     return device
 
 
@@ -118,7 +119,7 @@ class Run:
         self.meters.reset()
         if progress:
             self.meters.restore(progress, progress['workers'][rank()])
-        _set_rate_(self.opt, self.updates.sgd, self.epoch, begins=not progress)
+        _set_rate_(self.opt, self.updates.optimizer, self.epoch, begins=not progress)
         done = self.meters.steps
         self.batches = self.data.train(self.epoch, done)
         state['iterator'] = state['bar'] = _bar(self.batches, f'epoch {self.epoch}/{self.opt.epochs}', done)
@@ -199,7 +200,7 @@ class Run:
         """Replace the checkpoint; call `check_finite` first."""
         self.saved_at = time.monotonic()
         if self.opt.save and not rank():
-            state = state_of(self.student.params, self.updates, epochs, progress)
+            state = state_of(self.student.params, self.updates, epochs, progress, self.data)
             save(os.path.join(self.opt.save, 'model.pt7'), state)
 
     def check_finite(self):
@@ -216,12 +217,13 @@ class Run:
             )
 
     def spoilt(self):
-        """The name of what is not finite in this worker's parameters, momentum and network output; '' if nothing is."""
+        """The name of what is not finite in this worker's parameters, optimizer and logits; '' if nothing is."""
         f, params = self.student
-        state = self.updates.sgd.state
-        buffers = {k: state.get(v, {}).get('momentum_buffer') for k, v in trained(params).items()}
-        momentum = {f'the momentum of {k}': buffer for k, buffer in buffers.items() if buffer is not None}
-        values = {**{k: v.detach() for k, v in params.items()}, **momentum}
+        values = {name: value.detach() for name, value in params.items()}
+        for name, param in trained(params).items():
+            state = self.updates.optimizer.state.get(param, {})
+            tensors = {key: value for key, value in state.items() if getattr(value, 'shape', None) == param.shape}
+            values |= {f'the {key} of {name}': value for key, value in tensors.items()}
         finite = torch.stack([v.isfinite().all() for v in values.values()]).tolist()
         wrong = [k for k, good in zip(values, finite) if not good]
         if wrong:
@@ -240,11 +242,11 @@ def _bar(batches, name, start):
 
 
 def _set_rate_(opt, optimizer, epoch, begins=True):
-    """Set an epoch's learning rate; where it drops, momentum restarts from zero, as in the authors' code."""
+    """Set an epoch's learning rate; where it drops, the optimizer starts anew, unless --keep_momentum is given."""
     epoch_step = json.loads(opt.epoch_step)
     for group in optimizer.param_groups:
         group['lr'] = lr_at(epoch, opt.lr, epoch_step, opt.lr_decay_ratio)
-    if begins and epoch in epoch_step:
+    if begins and epoch in epoch_step and not opt.keep_momentum:
         optimizer.state.clear()
 
 

@@ -10,7 +10,7 @@ from engine.flags import HOLDOUT
 from engine.loop import Data, count
 from engine.student import Network
 from engine.workers import rank, say, world
-from formats.networks import load_teacher
+from formats.networks import checkpoint_of, load_teacher
 from images import photographs as images
 
 
@@ -19,7 +19,7 @@ def add_flags(flag):
     flag('--follow_links', action='store_true', help='read images through links that lead out of the folder')
     held = f'{HOLDOUT}: the same part of each class'
     flag('--holdout', default=0, type=number(int, 0), metavar='N', help=held)
-    flag('--image_size', default=224, type=number(int, 32, 1024), help='like 64, 128, 160, 224 (default), 256')
+    flag('--image_size', default=224, type=number(int, 32, 1024), help='height and width, like 64, 128 or 224')
     flag('--skip_bad_images', action='store_true', help='leave unreadable images out of the evaluation')
     file = 'file with the teacher, or torchvision:resnet34 (default: no teacher)'
     flag('--teacher_params', default='', type=path, help=file)
@@ -46,7 +46,7 @@ def build_teacher(opt, data, sample):
     """The teacher as x -> (logits, groups), its batch norm folded; None if no teacher is named."""
     if not opt.teacher_params:
         return None
-    network = Network(*load_teacher(opt.teacher_params, note=say))
+    network = Network(*load_teacher(checkpoint_of(opt.teacher_params), note=say))
     check = not opt.skip_teacher_check
     f, accuracies = teacher.build(opt, opt.teacher_params, network, data, sample, check)
     if accuracies:

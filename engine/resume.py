@@ -9,18 +9,20 @@ from torchnet.meter import AverageValueMeter
 
 from engine.meters import Meters
 from engine.workers import rank, say, world
-from formats.networks import check_fit, load, restore_
+from formats.networks import check_fit, checkpoint_of, load, restore_
 from layers import STATISTICS
 
 
-def state_of(params, updates, epochs, progress):
-    """The checkpoint after `epochs` complete epochs; progress: that of an interrupted epoch, or None."""
+def state_of(params, updates, epochs, progress, data):
+    """The checkpoint after `epochs` complete epochs of `data`; progress: that of an interrupted epoch, or None."""
     return {
         'params': {k: v.detach() for k, v in params.items()},
-        'optimizer': updates.sgd.state_dict(),
+        'optimizer': updates.optimizer.state_dict(),
         'scaler': updates.scaler.state_dict(),
         'epoch': epochs,
         'progress': progress,
+        'classes': data.counts['classes'],
+        'image_size': data.image.shape[2],
     }
 
 
@@ -30,15 +32,15 @@ def resume_(opt, params, updates, topk):
     The epoch is the number of complete ones; progress is that of an interrupted epoch, or None. Only the first worker
     reads the file and broadcasts it, since other machines may not have it.
     """
-    loaded = list(_load_(opt, params, updates, topk)) if rank() == 0 else [0, None, {}]
+    loaded = list(_load_(opt, params, updates, topk)) if rank() == 0 else [0, None, {}, {}]
     if world() > 1:
         dist.broadcast_object_list(loaded, 0)
         for value in params.values():
             dist.broadcast(value.detach(), 0)
-        for value in trained(params).values() if loaded[:2] != [0, None] else ():
-            buffer = updates.sgd.state[value].setdefault('momentum_buffer', torch.zeros_like(value))
-            dist.broadcast(buffer, 0)
-    epoch, progress, scale = loaded
+    epoch, progress, scale, state = loaded
+    if state:  # learning rate and weight decay come from the flags
+        groups = updates.optimizer.state_dict()['param_groups']
+        updates.optimizer.load_state_dict({'state': state, 'param_groups': groups})
     if scale and updates.scaler.is_enabled():
         updates.scaler.load_state_dict(scale)
     if progress and world() > 1:
@@ -55,16 +57,17 @@ def statistics(params):
 
 
 def _load_(opt, params, updates, topk):
-    path = os.path.join(opt.save, 'model.pt7') if opt.resume == 'auto' else opt.resume
+    path = os.path.join(opt.save, 'model.pt7') if opt.resume == 'auto' else checkpoint_of(opt.resume)
     if not path or (opt.resume == 'auto' and not os.path.exists(path)):
-        return 0, None, {}
+        return 0, None, {}, {}
     state = load(path, say)
     optimizer, epoch, progress = (state.get(key) for key in ('optimizer', 'epoch', 'progress'))
     if not isinstance(optimizer, dict) or type(epoch) is not int or not isinstance(progress, dict | None):
-        raise ValueError(f'{path} holds only parameters, without momentum and epoch: it can teach, but not be resumed')
-    momentum = _momentum(optimizer, trained(params))
+        raise ValueError(f'{path} holds only parameters, without optimizer and epoch: it can teach, but not be resumed')
+    check_fit({k: v.shape for k, v in params.items()}, state['params'], path)
+    momentum = _optimizer_state(optimizer, updates.optimizer, list(trained(params)))
     if epoch < 0 or momentum is None:
-        raise ValueError(f'{path}: its momentum or epoch does not fit the network')
+        raise ValueError(f'{path}: its optimizer or epoch does not fit this run')
     scale = state.get('scaler', {})  # empty except for float16, and in older checkpoints
     expected = _types(torch.amp.GradScaler('cpu').state_dict())
     if scale != {} and not (isinstance(scale, dict) and _types(scale) == expected and 0 < scale['scale'] < math.inf):
@@ -72,32 +75,44 @@ def _load_(opt, params, updates, topk):
     if progress is not None:
         _check_progress(progress, opt, params, path, topk)
     restore_(params, state['params'], path)
-    # Learning rate and weight decay come from the flags, so only momentum is taken from the saved state.
-    updates.sgd.load_state_dict({'state': momentum, 'param_groups': updates.sgd.state_dict()['param_groups']})
     place = f'step {progress["steps"]} of epoch {epoch + 1}' if progress else f'epoch {epoch}'
     say(f'resumed from {path} after {place}')
-    return epoch, progress, scale
+    return epoch, progress, scale, momentum
 
 
-def _momentum(optimizer, trained):
-    """The `state` of SGD's state_dict in a checkpoint, or None if it does not fit the trained parameters.
+def _optimizer_state(saved, optimizer, names):
+    """The `state` of an optimizer's state_dict in a checkpoint, copied to the CPU; None if it does not fit.
 
-    Older checkpoints have {parameter name: momentum} instead.
+    names: those of the trained parameters. Older checkpoints have {name: momentum} instead of SGD's state_dict.
     """
-    if 'param_groups' in optimizer:
-        state = optimizer.get('state')
-        known = isinstance(state, dict) and all(isinstance(v, dict) for v in state.values())
-        buffers = {i: v.get('momentum_buffer') for i, v in state.items()} if known else None
-    else:
-        buffers = dict(enumerate(optimizer.values())) if list(optimizer) == list(trained) else None
-    if buffers is None:
+    try:
+        if 'param_groups' not in saved:
+            if list(saved) != names:
+                return None
+            saved = {
+                'state': {i: {'momentum_buffer': buffer} for i, buffer in enumerate(saved.values())},
+                'param_groups': optimizer.param_groups,
+            }
+        flags, own = (set(groups[0]) for groups in (saved['param_groups'], optimizer.param_groups))
+        if flags - own and own - flags:  # another optimizer's; another version of PyTorch only adds some
+            return None
+        values = dict(enumerate(value for group in optimizer.param_groups for value in group['params']))
+        return {i: _entries(state, values[i].shape) for i, state in saved['state'].items()}
+    except (AttributeError, IndexError, KeyError, TypeError):
         return None
-    # Empty just after the learning rate has dropped.
-    buffers = {i: buffer for i, buffer in buffers.items() if buffer is not None}
-    values = dict(enumerate(trained.values()))
-    if any(i not in values or getattr(buffer, 'shape', None) != values[i].shape for i, buffer in buffers.items()):
-        return None
-    return {i: {'momentum_buffer': buffer.to(values[i], copy=True)} for i, buffer in buffers.items()}
+
+
+def _entries(state, shape):
+    """A parameter's part of an optimizer's state: tensors of the parameter's shape, and scalars.
+
+    Raises TypeError for anything else. A momentum of None, just after a drop of the learning rate, is left out.
+    """
+    state = {key: value for key, value in state.items() if value is not None}
+    for key, value in state.items():
+        scalar = type(value) in (int, float) or torch.is_tensor(value) and value.dim() == 0 and key == 'step'
+        if not isinstance(key, str) or not (scalar or torch.is_tensor(value) and value.shape == shape):
+            raise TypeError
+    return {key: value.to('cpu', copy=True) if torch.is_tensor(value) else value for key, value in state.items()}
 
 
 def _types(values):

@@ -14,7 +14,7 @@ from formats.write import write_whole
 
 MAX_NAMES = 10_000  # of a folder that are compared with a missing name
 NOT_SETTINGS = set(
-    'save resume overwrite save_every nthread gpu_id dataroot imagenetpath follow_links max_restarts'.split()
+    'save resume overwrite save_every verbose nthread gpu_id dataroot imagenetpath follow_links max_restarts'.split()
 )
 
 
@@ -58,17 +58,17 @@ def check_files(opt):
     if getattr(opt, 'teacher_id', ''):
         find(opt.teacher_id)
     resumed = opt.resume if opt.resume != 'auto' and rank() == 0 else ''
-    paths = {**vars(opt), 'resume': resumed, 'evaluate': checkpoint_of(opt.evaluate)}
-    for flag, path in paths.items():
-        if flag not in ('teacher_params', 'pretrained', 'resume', 'evaluate') or not path or os.path.isfile(path):
+    for flag, name in {**vars(opt), 'resume': resumed}.items():
+        if flag not in ('teacher_params', 'pretrained', 'resume', 'evaluate'):
+            continue
+        path = checkpoint_of(name)
+        if not path or os.path.isfile(path):
             continue
         if path.startswith('torchvision:') and flag != 'resume':
             check_name(path.removeprefix('torchvision:'))
             continue
-        runs = (os.path.join(base, path, 'model.pt7') for base in ('', 'logs'))
-        model = next((run for run in runs if os.path.isfile(run)), None)
-        advice = f'; did you mean {model}?' if model else _nearest(os.path.basename(path), os.path.dirname(path) or '.')
-        raise OSError(f'--{flag} {path}: no such checkpoint{advice}')
+        missing = f'there is no {path}' if path != name else 'no such checkpoint'
+        raise OSError(f'--{flag} {name}: {missing}{_nearest(os.path.basename(name), os.path.dirname(name) or ".")}')
 
 
 def check_save(opt):
@@ -108,7 +108,7 @@ def changed_settings(opt, records):
 
 def _resumes_own(opt):
     own = os.path.join(opt.save, 'model.pt7')
-    return opt.resume == 'auto' or (opt.resume and os.path.realpath(opt.resume) == os.path.realpath(own))
+    return opt.resume == 'auto' or (opt.resume and os.path.realpath(checkpoint_of(opt.resume)) == os.path.realpath(own))
 
 
 @contextlib.contextmanager

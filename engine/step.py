@@ -146,16 +146,16 @@ class Updates:
     def __init__(self, opt, trained, device):
         half = DTYPES[opt.dtype] == torch.float16
         # With fused=True, a skipped first step would leave momentum uninitialised (PyTorch 2.14).
-        self.sgd = torch.optim.SGD(trained, opt.lr, momentum=0.9, weight_decay=opt.weight_decay, fused=not half)
+        self.optimizer = torch.optim.SGD(trained, opt.lr, momentum=0.9, weight_decay=opt.weight_decay, fused=not half)
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
 
     def zero_grad(self):
-        self.sgd.zero_grad()
+        self.optimizer.zero_grad()
 
     def step(self, closure):
         """Take a step with the gradients that closure() computes from a loss of `scaled`."""
         closure()
-        self.scaler.step(self.sgd)
+        self.scaler.step(self.optimizer)
         self.scaler.update()
 
     def scaled(self, loss, logits):

@@ -17,6 +17,17 @@ class Network(NamedTuple):
     params: dict[str, torch.Tensor]
 
 
+def check(opt, build):
+    """Raise ValueError for a shape of the network, or a number in --groups, that is impossible; nothing is allocated.
+
+    build: num_classes -> (f, params).
+    """
+    with torch.device('meta'), torch.no_grad():
+        f, params = build(2)
+        if opt.groups:
+            group_numbers(opt.groups, len(f(torch.empty(2, 3, opt.image_size, opt.image_size), params, False)[1]))
+
+
 def initialise(build, opt, num_classes, device):
     """The network to train on the device, initialised from --seed; build: num_classes -> (f, params)."""
     torch.manual_seed(opt.seed)
@@ -27,7 +38,7 @@ def initialise(build, opt, num_classes, device):
 
 
 def pair(opt, student, teacher, image):
-    """Pair the groups of student and teacher, print the student and the effect of beta; return the function to train.
+    """Pair the groups of student and teacher, print the effect of beta, and return the function to train.
 
     student: a Network. teacher: x -> (logits, groups), or None. image: (1, 3, H, W). If --transfer adapts and the
     channels of student and teacher differ, the function has adapters, which are added to the student's params. Raises
@@ -50,7 +61,7 @@ def pair(opt, student, teacher, image):
     if opt.cuda_graphs:
         for value in params.values():
             torch._dynamo.mark_static_address(value)  # it is only updated in place, so graphs need no copy of it
-    if rank() == 0:
+    if opt.verbose and rank() == 0:
         print_tensor_dict(params)
     trained = sum(v.numel() for v in without_adapters(params).values() if v.requires_grad)
     say(f'{trained:,} trained parameters')

@@ -67,9 +67,9 @@ def main():
     parser = Parser(__doc__)
     weights = "a state_dict's file, or DEFAULT for torchvision's own"
     parser.add_argument('--teacher_weights', default='', type=path, help=weights)
-    parser.add_argument('--steps', default=20, type=number(int, 1), help='number of steps (default: 20)')
-    parser.add_argument('--batch_size', default=16, type=number(int, 1, 1000), help='images a step (default: 16)')
-    parser.add_argument('--beta', default=1e3, type=number(float, 0), help='of the attention losses (default: 1e3)')
+    parser.add_argument('--steps', default=20, type=number(int, 1), help='number of steps')
+    parser.add_argument('--batch_size', default=16, type=number(int, 1, 1000), help='images a step')
+    parser.add_argument('--beta', default=1e3, type=number(float, 0), help='of the attention losses')
     opt = parser.parse_args()
 
     torch.manual_seed(0)

@@ -198,5 +198,7 @@ def check_fit(shapes, loaded, path):
 
 
 def checkpoint_of(run):
-    """The path of the checkpoint in a run's folder; a file's path is returned as it is."""
-    return os.path.join(run, 'model.pt7') if os.path.isdir(run) else run
+    """The path of a run's checkpoint, for its folder or its name in logs/; other paths are returned as they are."""
+    folders = [] if not run or os.path.isfile(run) else [run, os.path.join('logs', run)]
+    folder = next(filter(os.path.isdir, folders), None)
+    return os.path.join(folder, 'model.pt7') if folder else run

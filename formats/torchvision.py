@@ -101,6 +101,14 @@ def check_name(name):
         raise ValueError(f'torchvision:{name}: expected one of {", ".join(f"torchvision:{n}" for n in names)}')
 
 
+def categories(name):
+    """The class names of torchvision's own trained network of that name. Raises ValueError for another name."""
+    import torchvision  # slow to import, and no training script needs it
+
+    check_name(name)
+    return torchvision.models.get_model_weights(name).DEFAULT.meta['categories']
+
+
 def download(name):
     """The state_dict of torchvision's own trained network of that name (resnet18, 34, 50, 101 or 152).
 

@@ -7,6 +7,7 @@ import h5py
 import safetensors.torch
 import torch
 
+from formats.networks import describe
 from formats.torchvision import to_torchvision
 from imagenet_resnet import fold_batch_norm, imagenet_forward
 
@@ -54,7 +55,9 @@ def write(f, params, kind, image_size):
     """
     imagenet = f is imagenet_forward
     if kind == 'torchvision' and not imagenet:
-        raise ValueError('torchvision has no wide ResNets of this kind: --to torchvision is for ImageNet ResNets')
+        raise ValueError(
+            f'torchvision has no network like {describe(params)}: --to torchvision is for ImageNet ResNets'
+        )
     if imagenet and kind in ('upstream', 'hkl', 'onnx'):
         params = fold_batch_norm(params)
     params = {k: v.detach().contiguous() for k, v in params.items()}

@@ -8,15 +8,20 @@ import unicodedata
 IMAGE_SUFFIXES = tuple('.png .jpg .jpeg .jfif .bmp .gif .webp .tif .tiff .ppm .pgm'.split())
 # What operating systems create in folders, besides names that begin with a dot.
 SYSTEM_NAMES = {*'__macosx @eadir thumbs.db desktop.ini lost+found $recycle.bin'.split(), 'system volume information'}
+TEST_PARTS = 'val', 'validation', 'test'  # folders of test images; the first that is there is used
 MAX_LIST = 2**26  # bytes of a list of images
 
 
-def find_parts(root, parts, follow_links=False, note=print):
-    """The number of classes and the images (see `find_images`) of each of two parts that have the same classes.
+def find_parts(root, follow_links=False, note=print):
+    """The class names, and the images (see `find_images`) of root/train and of the folder to test on: `TEST_PARTS`.
 
-    Raises what `find_images` raises, and ValueError if the parts have different classes.
+    Raises what `find_images` raises, OSError if a folder is missing, and ValueError if the two have different classes.
     """
-    (classes, files), (other_classes, other_files) = (find_images(root, part, follow_links, note) for part in parts)
+    if not os.path.isdir(root):
+        raise OSError(f'{root}: no such folder')
+    classes, files = find_images(root, 'train', follow_links, note)
+    parts = 'train', _test_part(root, note)
+    other_classes, other_files = find_images(root, parts[1], follow_links, note)
     unshared = sorted(set(classes) ^ set(other_classes))
     alike = {}
     for name in unshared:
@@ -33,7 +38,18 @@ def find_parts(root, parts, follow_links=False, note=print):
         more = f' and {len(unshared) - 5} more' if len(unshared) > 5 else ''
         names = ' and '.join(parts)
         raise ValueError(f'{root}: {names} have different classes; in one only: {", ".join(unshared[:5])}{more}')
-    return len(classes), files, other_files
+    return classes, files, other_files
+
+
+def _test_part(root, note):
+    """The folder of `root` to test on; a note says which of several it is."""
+    present = [part for part in TEST_PARTS if os.path.isdir(os.path.join(root, part))]
+    if not present:
+        *others, last = (f'{part}/<class>/*' for part in TEST_PARTS)
+        raise OSError(f'{root} has no folder to test on: expected {", ".join(others)} or {last}')
+    if len(present) > 1:
+        note(f'note: tested on the images of {root}/{present[0]}, not of its {" or ".join(present[1:])}')
+    return present[0]
 
 
 def is_hidden(name):
@@ -147,4 +163,4 @@ def find_listed(root, folder, train, test, follow_links):
                 raise OSError(f'{path} is missing')
             files.append((path, numbers[label]))
         parts.append(files)
-    return len(classes), *parts
+    return classes, *parts

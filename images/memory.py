@@ -19,6 +19,7 @@ from images.folders import find_parts
 
 MEAN = (125.3, 123.0, 113.9)  # of CIFAR-10's training images, red, green, blue; used for every data set here
 STD = (63.0, 62.1, 66.7)
+CIFAR10_CLASSES = 'airplane automobile bird cat deer dog frog horse ship truck'.split()
 BINARY_FOLDER = 'cifar-10-batches-bin'
 BINARY_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then the red, green and blue planes
 BINARY_RECORDS = 10_000  # in each official file
@@ -39,9 +40,13 @@ class Dataset(NamedTuple):
 
     train: Images
     test: Images
-    num_classes: int
+    classes: list  # their names, in the order of their numbers
     flip: bool  # whether a mirrored image is still of its class
     by_class: bool = False  # whether training images are sorted by class, so that the last ones are all of one class
+
+    @property
+    def num_classes(self):
+        return len(self.classes)
 
 
 # ------------------------------------------------------------------------------------------------------ data sets
@@ -98,7 +103,7 @@ def _cifar(dataset, root, note, **_):
         ) from None
     except (RuntimeError, EOFError) as error:
         raise ValueError(f'{dataset} in {root} is damaged ({error}): delete {source.base_folder} there') from None
-    return Dataset(*(_images(part.data, part.targets) for part in parts), len(parts[0].classes), flip=True)
+    return Dataset(*(_images(part.data, part.targets) for part in parts), parts[0].classes, flip=True)
 
 
 def _cifar10(root, note, **_):
@@ -126,7 +131,7 @@ def _cifar10_binary(folder, note):
     train = np.concatenate([read(f'data_batch_{i}.bin', False) for i in range(1, 6)])
     test = read('test_batch.bin', True)
     planes = [d[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for d in (train, test)]  # -> (N, 32, 32, 3)
-    return Dataset(_images(planes[0], train[:, 0]), _images(planes[1], test[:, 0]), 10, flip=True)
+    return Dataset(_images(planes[0], train[:, 0]), _images(planes[1], test[:, 0]), CIFAR10_CLASSES, flip=True)
 
 
 def _digits(image_size, **_):
@@ -137,22 +142,22 @@ def _digits(image_size, **_):
     small = (pixels.reshape(-1, 8, 8) * 255 / 16).round().astype(np.uint8)
     grey = [cv2.resize(d, (image_size, image_size), interpolation=cv2.INTER_LINEAR) for d in small]
     pixels = np.repeat(np.stack(grey)[..., None], 3, axis=3)
-    return Dataset(_images(pixels[:1000], labels[:1000]), _images(pixels[1000:], labels[1000:]), 10, flip=False)
+    parts = (_images(pixels[part], labels[part]) for part in (slice(1000), slice(1000, None)))
+    return Dataset(*parts, list('0123456789'), flip=False)
 
 
 def _folder(root, image_size, nthread, follow_links, note):
-    if not os.path.isdir(root):
-        raise OSError(f'--dataroot {root}: no such folder')
-    num_classes, *listed = find_parts(root, ('train', 'test'), follow_links, note)
+    classes, *listed = find_parts(root, follow_links, note)
     parts = []
     for files in listed:
         with ThreadPoolExecutor(max(1, nthread)) as pool:
-            pixels = list(pool.map(lambda file: _square(read_image(file[0]), image_size), files))
+            pixels = list(pool.map(lambda file: square(read_image(file[0]), image_size), files))
         parts.append(_images(np.stack(pixels), [label for _, label in files]))
-    return Dataset(*parts, num_classes, flip=True, by_class=True)
+    return Dataset(*parts, classes, flip=True, by_class=True)
 
 
-def _square(image, size):
+def square(image, size):
+    """An image (H, W, 3) uint8 stretched to (size, size, 3)."""
     shrinking = min(image.shape[:2]) > size
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)
 

@@ -7,7 +7,6 @@ sample index): they depend neither on the number of workers nor on where a run w
 
 import functools
 import itertools
-import os
 import sys
 from typing import NamedTuple
 
@@ -35,22 +34,24 @@ class Dataset(NamedTuple):
 
     train: Files
     test: Files
-    num_classes: int
+    classes: list  # their names, in the order of their numbers
+
+    @property
+    def num_classes(self):
+        return len(self.classes)
 
 
 # --------------------------------------------------------------------------------------------------------- data sets
 
 
 def load(root, follow_links=False, note=print):
-    """List the images root/train/<class>/* and root/val/<class>/*; classes are numbered in the order of their names.
+    """List the images of a folder with train/ and val/, as `folders.find_parts` does.
 
     Raises ValueError or OSError, with a message for the user, if folders or images are missing or links lead out of
-    `root`: see `folders.find_parts`.
+    `root`.
     """
-    if not os.path.isdir(root):
-        raise OSError(f'{root}: no such folder')
-    num_classes, train, test = folders.find_parts(root, ('train', 'val'), follow_links, note)
-    return Dataset(_files(train), _files(test), num_classes)
+    classes, train, test = folders.find_parts(root, follow_links, note)
+    return Dataset(_files(train), _files(test), classes)
 
 
 def hold_out(dataset, count):
@@ -105,10 +106,10 @@ def load_scenes(root, follow_links=False, note=print):
 def _listed(root, folder, train, test, follow_links):
     """A data set from lists [('<class>/<file>' in a folder of `root`, box or None), ...]; classes sorted by name."""
     names = ([name for name, _ in part] for part in (train, test))
-    num_classes, *listed = folders.find_listed(root, folder, *names, follow_links)
+    classes, *listed = folders.find_listed(root, folder, *names, follow_links)
     boxes = ([box for _, box in part] for part in (train, test))
     parts = (_files(files, boxes=part_boxes, scaled=True) for files, part_boxes in zip(listed, boxes))
-    return Dataset(*parts, num_classes)
+    return Dataset(*parts, classes)
 
 
 def load_folder(root, follow_links=False, note=print):

@@ -101,7 +101,7 @@ def test_a_folder_gives_the_first_images_of_each_of_its_folders(photos):
     assert all(np.array_equal(shown, crops.test_crop(path, 16)) for shown, path in zip(pixels, first))
     pixels = plot.load_images(str(photos / 'test' / 'ant'), '.', 9, None, imagenet=False)
     assert pixels.shape == (7, 32, 32, 3)
-    assert np.array_equal(pixels[0], crops.resize(decode.read_image(first[0]), 32, 32))  # whole, not its centre
+    assert np.array_equal(pixels[0], memory.square(decode.read_image(first[0]), 32))  # whole, not its centre
 
 
 def test_hidden_files_are_not_looked_at(photos, tmp_path):

@@ -129,10 +129,11 @@ def test_what_one_sees_is_readable_without_a_terminal(train):
     status, out, err = train('--epochs 2 --epoch_step [2] --save logs/run')
     assert (status, err) == (0, '') and '\r' not in out and '\x1b' not in out
     lines = out.splitlines()
-    assert lines[0].startswith("parsed options: {'dataset': 'folder'")
-    assert lines[1] == 'folder: 60 training and 21 test images'
-    assert any(re.match(r'\s+0  conv0\s+16x3x3x3  float32', line) for line in lines)
-    assert '5,891 trained parameters' in lines
+    assert lines[0] == 'parsed options:' and lines[1].startswith("  dataset='folder'  dataroot=")
+    assert lines.count('folder: 60 training and 21 test images') == lines.count('5,891 trained parameters') == 1
+    assert 'conv0' not in out and max(map(len, lines)) < 160
+    table = train('--epochs 1 --verbose')[1].splitlines()
+    assert any(re.match(r'\s+0  conv0\s+16x3x3x3  float32', line) for line in table)
     assert [bool(re.match(rf'epoch {e}/2  lr 0\.[012]+  train \S+ \S+%  test', lines[e - 5])) for e in (1, 2)] == [
         True
     ] * 2
@@ -267,3 +268,21 @@ def test_a_checkpoint_of_before_with_momentum_by_name_is_resumed_bit_for_bit(tra
     status, out, err = train(flags, 'logs/old --resume auto')
     assert status == 0 and 'after epoch 1' in out, err
     assert logged('old')[-1] == logged('whole')[-1] and same_weights('old', 'whole')
+
+
+def test_another_optimizer_is_resumed_bit_for_bit_too(train, monkeypatch):
+    """As CONTRIBUTING.md says. AdamW has a scalar in its state, besides tensors like the parameters."""
+    flags, sgd = '--epochs 2 --epoch_step [] --lr 0.01 --save', torch.optim.SGD
+    assert train('--epochs 1 --save logs/sgd')[0] == 0
+    monkeypatch.setattr(torch.optim, 'SGD', lambda trained, lr, **_: torch.optim.AdamW(trained, lr))
+    assert train(flags, 'logs/whole')[0] == 0
+    assert train('--epochs 1 --epoch_step [] --lr 0.01 --save logs/part')[0] == 0
+    assert train(flags, 'logs/part --resume auto')[0] == 0
+    whole, part = (networks.load(f'logs/{run}/model.pt7') for run in ('whole', 'part'))
+    assert logged('part')[-1] == logged('whole')[-1]
+    assert set(whole['optimizer']['state'][0]) == {'step', 'exp_avg', 'exp_avg_sq'}
+    for i, state in whole['optimizer']['state'].items():
+        assert all(torch.equal(value, part['optimizer']['state'][i][key]) for key, value in state.items())
+    assert refused(train(flags, 'logs/sgd --resume auto'), 'its optimizer or epoch does not fit')
+    monkeypatch.setattr(torch.optim, 'SGD', sgd)
+    assert refused(train('--epochs 3 --lr 0.01 --save logs/whole --resume auto'), 'its optimizer or epoch')

@@ -37,11 +37,13 @@ def test_beta_stays_or_falls_to_zero():
     assert cosine == pytest.approx([1000, 500 + 250 * 2**0.5, 500, 500 - 250 * 2**0.5, 0])
 
 
-def test_fit_equals_a_loop_written_out_by_hand(train, photos, tmp_path):
-    """AT + KD with decaying beta and two drops of the rate, each with a new optimizer and zero momentum."""
+@pytest.mark.parametrize('keep', [False, True])
+def test_fit_equals_a_loop_written_out_by_hand(train, photos, tmp_path, keep):
+    """AT + KD with decaying beta and two drops of the rate, each with a new optimizer and zero momentum, or not."""
     teacher = '--epochs 2 --epoch_step [2] --lr 0.05'
     assert train(teacher, '--save logs/teacher')[0] == 0
     flags = '--teacher_id teacher --alpha 0.7 --beta 50 --beta_decay linear --temperature 3 --seed 5 --epochs 3'
+    flags += ' --keep_momentum' * keep
     assert train(flags, '--epoch_step [2,3] --lr 0.05 --weight_decay 0.01 --save logs/student')[0] == 0
 
     images = memory.load('folder', photos, image_size=16).train
@@ -51,8 +53,9 @@ def test_fit_equals_a_loop_written_out_by_hand(train, photos, tmp_path):
     trained = [v for v in params.values() if v.requires_grad]
     losses = []
     for epoch, lr in ((1, 0.05), (2, 0.01), (3, 0.002)):
-        if epoch in (1, 2, 3):
+        if epoch == 1 or not keep:
             optimizer = torch.optim.SGD(trained, lr, momentum=0.9, weight_decay=0.01)
+        optimizer.param_groups[0]['lr'] = lr
         total, steps = 0, 0
         for x, labels, _ in memory.TrainBatches(images, 16, 2, True, 5, 0, 1, epoch):
             y, groups = f(x, params, True)

@@ -44,7 +44,7 @@ def test_what_a_log_has_wrong_is_not_taken(script, train, photos, size):
     with open('logs/run/log.txt', 'w', encoding='utf-8') as log:
         log.write(f'json_stats: {json.dumps({**record, "image_size": size, "dtype": "float9"})}\n')
     status, out, err = script(cifar, '--evaluate logs/run/model.pt7 --dataroot', [photos])
-    assert status == 0 and "'image_size': 32" in out and '21 images' in out, err
+    assert status == 0 and 'image_size=32' in out and '21 images' in out, err
 
 
 def test_photographs_are_scored_by_the_scripts_that_train_on_them(script, tmp_path):

@@ -33,6 +33,23 @@ def test_unusable_folders_are_refused_by_name(tmp_path):
         memory.load('folder', root)
 
 
+def test_all_scripts_test_on_the_same_folder_and_a_note_says_which_of_several(tmp_path, capsys):
+    root, last = write_photographs(tmp_path / 'photos'), 'val'
+    for name in ('test', 'validation', 'val'):
+        (root / last).rename(root / name)
+        last = name
+        small = memory.load('folder', root)
+        for load in (photographs.load, photographs.load_folder):
+            large = load(root)
+            assert len(small.test.labels) == len(large.test.labels) == TESTING
+            assert small.classes == large.classes == ['ant', 'bee']
+    assert not capsys.readouterr().out
+    shutil.copytree(root / 'val', root / 'test')
+    (root / 'test' / 'ant' / '00.JPEG').unlink()
+    assert len(photographs.load(root).test.labels) == len(memory.load('folder', root).test.labels) == TESTING
+    assert capsys.readouterr().out.splitlines() == [f'note: tested on the images of {root}/val, not of its test'] * 2
+
+
 def refusal(kind, root):
     with pytest.raises(kind) as caught:
         photographs.load(str(root))
@@ -44,8 +61,9 @@ def test_unusable_folders_are_refused_in_one_line_that_says_why(tmp_path):
     assert 'nowhere: no such folder' in refusal(OSError, tmp_path / 'nowhere')
     assert "has no folder 'train': expected train/<class>/*" in refusal(OSError, tmp_path)
     root = write_photographs(tmp_path / 'whole')
-    (root / 'val').rename(root / 'test')
-    assert "has no folder 'val'" in refusal(OSError, root)
+    (root / 'val').rename(root / 'tests')
+    expected = 'has no folder to test on: expected val/<class>/*, validation/<class>/* or test/<class>/*'
+    assert expected in refusal(OSError, root)
     (root / 'val').mkdir()
     Image.new('RGB', (9, 9)).save(root / 'val' / 'flat.jpg')
     assert f'{root / "val"} has no folders of classes' in refusal(ValueError, root)

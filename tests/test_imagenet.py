@@ -231,13 +231,16 @@ def test_files_that_are_not_there_are_told_before_any_data_are_read(script, tmp_
     (tmp_path / 'resnet-34-export.hkl').touch()
     for missing, advice in {
         'resnet-34-exprot.hkl': '; . holds resnet-34-export.hkl',
-        'logs/resnet_34': '; did you mean logs/resnet_34/model.pt7?',
-        'resnet_34': '; did you mean logs/resnet_34/model.pt7?',
         'logs/resnet_43': '; logs holds resnet_34',
         'far/from/anything.pth': '',
     }.items():
         told = f'--teacher_params {missing}: no such checkpoint{advice}\n'
         assert refused(script(imagenet, nowhere, [missing]), told)
+    assert refused(script(imagenet, nowhere, 'resnet_34'), 'nowhere: no such folder')  # the teacher's run is there
+    os.unlink('logs/resnet_34/model.pt7')
+    assert refused(
+        script(imagenet, nowhere, 'resnet_34'), '--teacher_params resnet_34: there is no logs/resnet_34/model.pt7'
+    )
     assert refused(script(imagenet, nowhere, 'torchvision:resnet7'), 'torchvision:resnet7: expected one of torchvision')
     assert refused(script(imagenet, '--imagenetpath nowhere --resume on.pt7'), '--resume on.pt7: no such checkpoint')
     assert refused(script(imagenet, '--imagenetpath nowhere --ngpu 2 --resume on.pt7'), '--resume on.pt7: no such')

@@ -1,5 +1,6 @@
 """Every flag is documented, is read, and refuses senseless values in one line."""
 
+import argparse
 import importlib
 import inspect
 import pathlib
@@ -57,6 +58,8 @@ WRONG = {  # flag: values that it has to refuse
     'json': ['yes'],
     'save': ['blocked'],
     'resume': ['auto', 'nowhere.pt7', 'blocked'],
+    'keep_momentum': ['yes'],
+    'verbose': ['yes'],
     'save_every': ['-1', 'nan', 'inf', 'often'],
     'overwrite': ['yes'],
     'nthread': ['-1', '1.5', '1000000'],
@@ -142,8 +145,11 @@ def test_every_flag_is_read_and_explained(monkeypatch, module):
     for flag in vars(flags):
         by_name = module is cifar and flag in cifar.TEST_SET
         assert re.search(rf'\bopt\.{flag}\b', sources) or by_name, f'--{flag} is never read'
+    explained = ' '.join(actions.format_help().split())
     for action in actions._actions:
         assert action.help, action.option_strings
+        named = f'(default: {action.default})' in explained or 'default: ' in action.help
+        assert named or action.default in (None, False, '', argparse.SUPPRESS), f'no default of {action.dest}'
 
 
 OTHERS = {  # of the other scripts: {words: {flag: values that it has to refuse}}

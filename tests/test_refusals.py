@@ -11,6 +11,7 @@ from test_cifar import logged, teacher  # noqa: F401
 
 import checkpoint
 import cifar
+import imagenet
 
 
 def test_unusable_teachers_are_refused_and_nothing_is_written(train, script, teacher):
@@ -108,8 +109,9 @@ def test_unusable_checkpoints_are_refused(train, script, teacher):
     assert train('--epochs 1 --beta 1 --teacher_id teacher')[0] == 0  # it does teach
 
 
-def test_a_group_that_is_not_there_is_refused(train, teacher):
-    assert refused(train('--epochs 1 --beta 1 --teacher_id teacher --groups 3'), 'the network has groups 0 to 2')
+def test_a_group_that_is_not_there_is_refused_before_data_are_read(script):
+    assert refused(script(cifar, '--dataroot nowhere --groups 3'), 'the network has groups 0 to 2')
+    assert refused(script(imagenet, '--imagenetpath nowhere --groups 4'), '--groups 4: the network has groups 0 to 3')
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_step_and_terms(train):
