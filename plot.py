@@ -1,6 +1,7 @@
-"""Plots runs: convergence curves from logs, and attention maps (section 3.1) from checkpoints.
+"""Shows runs: convergence curves and CSV files from logs, and attention maps (section 3.1) from checkpoints.
 
     python plot.py curves logs/RUN logs/OTHER_RUN --out curves.png
+    python plot.py csv logs/RUN logs/OTHER_RUN > runs.csv
     python plot.py attention --model logs/TEACHER --model logs/STUDENT --images CIFAR10 --dataroot data
     python plot.py attention --model torchvision:resnet34 --model logs/STUDENT --images photos --out attention.svg
 
@@ -9,12 +10,11 @@ suffix of --out, .png or .svg, sets the format, and the same input gives the sam
 """
 
 import argparse
+import csv
 import io
 import itertools
-import json
 import math
 import os
-import re
 
 import matplotlib
 import numpy as np
@@ -26,9 +26,8 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from engine import ending
 from engine.arguments import Parser, number, path, subcommand
-from engine.log import read_log
 from engine.predict import normalized, read_pixels
-from engine.transfer import PENALTIES, TRANSFERS
+from engine.series import errors, flat, loss_terms, name_of, names_of, rate_drops, read_run, term_of
 from formats.networks import checkpoint_of, describe, load_teacher
 from formats.write import write_whole
 from imagenet_resnet import imagenet_forward
@@ -36,116 +35,27 @@ from images import memory
 from images.folders import IMAGE_SUFFIXES, is_hidden
 from utils import attention_map
 
+ZOOMED = 10  # epochs: longer runs have a second panel for their last fifth
 WIDTH, DPI = 9, 160  # inches, and pixels per inch: sharp at the 900 pixels of a README
 COLOURS = '#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000'.split()  # Okabe & Ito: safe for colour-blind eyes
 MARKERS = ('', 'o', '^', 's', 'x')  # none for the first seven runs, a circle for the next seven, and so on
 STYLE = {'font.size': 8, 'axes.titlesize': 8, 'axes.spines.top': False, 'axes.spines.right': False}
 COLOUR_MAP = 'inferno'  # its lightness rises evenly: safe for colour-blind eyes, and in print
 IMAGENET_SIZE, SMALL_SIZE = 224, 32
+NAMES = {2: ('teacher', 'student'), 3: ('teacher', 'student 1', 'student 2')}  # of networks beside each other
 IMAGE_SETS = [name for name in memory.DATASETS if name != 'folder']
-
-
-def name_of(path):
-    """The name of a run or file in a plot: the folder's, also for its log.txt or model.pt7; else the file's."""
-    folder, name = os.path.split(os.path.abspath(path))
-    return (os.path.basename(folder) if name in ('log.txt', 'model.pt7') else name) or path
-
-
-def names_of(paths, labels=()):
-    """The names of runs in a plot: the labels if given, else the folders' names, or the paths if two names are equal.
-
-    Raises ValueError if there are not as many labels as runs.
-    """
-    if labels and len(labels) != len(paths):
-        raise ValueError(f'--label: {len(labels)} labels for {len(paths)} logs')
-    names = [name_of(path) for path in paths]
-    if len(set(names)) < len({os.path.abspath(path) for path in paths}):
-        names = list(map(str, paths))
-    return [_shorten(name) for name in labels or names]
 
 
 def _shorten(name, length=60):
     return name if len(name) <= length else f'{name[: length // 2]}…{name[-length // 2 :]}'
 
 
-def read_run(path):
-    """The records of a run's folder or a log: one dictionary per epoch, in order; of a repeated epoch, the last.
-
-    Raises OSError if there is no log and ValueError if it is empty or damaged.
-    """
-    log = os.path.join(path, 'log.txt') if os.path.isdir(path) else path
-    if not os.path.isfile(log):
-        raise OSError(f'{log}: no such log; expected the folder of a run, which holds log.txt, or a log')
-    records = read_log(log)
-    if not records:
-        raise ValueError(f'{log} has no line of results (json_stats: ...)')
-    if not all(type(r.get('epoch')) is int and 0 < r['epoch'] < 10**6 for r in records):
-        raise ValueError(f'{log} has a line without an epoch')
-    records = [record for _, record in sorted({record['epoch']: record for record in records}.items())]
-    if all(map(math.isnan, errors(records, 'train') + errors(records, 'test'))):
-        raise ValueError(f'{log} has neither train_acc nor test_acc')
-    try:
-        rate_drops(records)
-    except ValueError as error:
-        raise ValueError(f'{log}: {error}') from None
-    return records
-
-
-def _number(value):
-    """A logged number, of a list the first; NaN for anything else, like the null that stands for infinity."""
-    value = value[0] if isinstance(value, list) and value else value
-    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else math.nan
-
-
-def errors(records, part):
-    """Top-1 error in percent of each epoch; part is 'train' or 'test'."""
-    return [100 - _number(record.get(f'{part}_acc')) for record in records]
-
-
-def loss_terms(records):
-    """The unweighted terms of a run's loss: {name: one number per epoch}, NaN where it is not above 0.
-
-    They are the keys that `term_of` knows, or in the authors' logs, which have no `ce`, the means in `at_losses`.
-    """
-
-    def terms(record):
-        named = {key: _number(value) for key, value in record.items() if term_of(key)}
-        if 'ce' not in record and isinstance(record.get('at_losses'), list):
-            named = {f'at{i}': _number(mean) for i, mean in enumerate(record['at_losses'])} | named
-        return {key: value for key, value in named.items() if value > 0}
-
-    rows = [terms(record) for record in records]
-    return {key: [row.get(key, math.nan) for row in rows] for key in sorted(set().union(*rows), key=term_of)}
-
-
-def term_of(key):
-    """The sort key of a loss term by its key in a log: (position, number of the group); None for another key.
-
-    Terms are ce, kd, those of TRANSFERS, followed by the number of their group if they have one, and the penalties.
-    """
-    order = ['ce', 'kd', *(row.term for row in TRANSFERS.values()), *PENALTIES]
-    grouped = [row.term for row in TRANSFERS.values() if not row.at_image]
-    match = re.fullmatch(rf'({"|".join(grouped)})(\d{{1,3}})', key)
-    if match:
-        return order.index(match[1]), int(match[2])
-    return (order.index(key), 0) if key in order and key not in grouped else None
-
-
-def rate_drops(records):
-    """The epochs at whose start a run's learning rate drops, up to its last. Raises ValueError if they are no list."""
-    steps = records[-1].get('epoch_step', [])
-    try:
-        steps = json.loads(steps) if isinstance(steps, str) else steps
-        if not all(type(step) is int for step in steps):
-            raise TypeError
-    except (ValueError, TypeError, RecursionError):
-        raise ValueError('its epoch_step is not a JSON list of epochs') from None
-    return [step for step in steps if 0 < step <= records[-1]['epoch']]
-
-
 @matplotlib.rc_context(STYLE)
-def draw_curves(paths, labels=()):
-    """The Figure of runs' errors and loss terms over epochs, one colour per run; labels: their names.
+def draw_curves(paths, labels=(), training=True):
+    """The Figure of runs' errors and loss terms over epochs, one colour per run.
+
+    labels: their names, by default as in `names_of`. training: whether training errors are drawn too. The test errors
+    of the last fifth of ten or more epochs have a second panel.
 
     An epoch's values are those at its end, so a learning rate that drops at the start of epoch n is drawn at n - 1: a
     dotted line, grey if several runs share it. The error axis ends at four times the last error of the worst run, to
@@ -156,13 +66,19 @@ def draw_curves(paths, labels=()):
     columns = 0 if not terms else 1 if len(terms) < 4 else 2
     rows = math.ceil(len(terms) / columns) if terms else 1
     last = [next((e for e in reversed(errors(run, 'test')) if e == e), math.nan) for run in runs]
-    labels = [name if math.isnan(e) else f'{name} ({e:.2f}%)' for name, e in zip(names_of(paths, labels), last)]
+    names = map(_shorten, names_of(paths, runs, labels))
+    labels = [name if math.isnan(e) else f'{name} ({e:.2f}%)' for name, e in zip(names, last)]
+    end = max(record['epoch'] for run in runs for record in run)
+    first = math.ceil(0.8 * end) if end >= ZOOMED else math.inf
     across = max(1, min(len(labels), int(WIDTH / (0.07 * max(map(len, labels)) + 0.5))))
-    height = max(3.4, 1.45 * rows + 0.3) + 0.17 * math.ceil(len(labels) / across)
+    height = max(3.4 if first > end else 4.4, 1.45 * rows + 0.3) + 0.17 * math.ceil(len(labels) / across)
     figure = Figure(figsize=(WIDTH, height), layout='constrained')
     grid = figure.add_gridspec(rows, 1 + columns, width_ratios=[1.4, 1, 1][: 1 + columns])
-    axes = figure.add_subplot(grid[:, 0])
-    _draw_errors(axes, runs)
+    left = grid[:, 0].subgridspec(1 if first > end else 2, 1, height_ratios=[1.6, 1][: 1 if first > end else 2])
+    axes = figure.add_subplot(left[0])
+    _draw_errors(axes, runs, training)
+    if first <= end:
+        _draw_end(figure.add_subplot(left[1]), runs, first)
     for i, name in enumerate(terms):
         small = figure.add_subplot(grid[i // columns, 1 + i % columns], sharex=axes)
         _draw_term(small, runs, name)
@@ -170,7 +86,9 @@ def draw_curves(paths, labels=()):
         small.set_xlabel('epochs trained' if lowest else '')
         small.tick_params(labelbottom=lowest)
     for panel in figure.axes:
+        limits = panel.get_xlim()
         _draw_drops(panel, runs)
+        panel.set_xlim(limits)
     handles = [Line2D([], [], **_look(number)) for number in range(len(runs))]
     figure.legend(handles, list(map(_plain, labels)), loc='outside lower center', ncols=across, frameon=False)
     return figure
@@ -190,22 +108,34 @@ def _draw_line(axes, number, run, values, linestyle):
     look, thin = _look(number), linestyle != '-'
     if thin or len(run) == 1:
         look['marker'] = '.' if len(run) == 1 else ''  # a line of one point is invisible
-    look |= {'linewidth': 0.8 if thin else 1.4, 'alpha': 0.8 if thin else 1, 'markersize': 4}
+    look |= {'linewidth': 0.5 if thin else 1.4, 'alpha': 0.6 if thin else 1, 'markersize': 4}
     axes.plot([record['epoch'] for record in run], values, linestyle, markevery=max(1, len(run) // 10), **look)
 
 
-def _draw_errors(axes, runs):
+def _draw_errors(axes, runs, training):
+    parts = ('train', 'test') if training else ('test',)
     for i, run in enumerate(runs):
-        _draw_line(axes, i, run, errors(run, 'train'), '--')
+        if training:
+            _draw_line(axes, i, run, errors(run, 'train'), '--')
         _draw_line(axes, i, run, errors(run, 'test'), '-')
-    of_runs = [[e for part in ('train', 'test') for e in errors(run, part) if e == e] for run in runs]
+    of_runs = [[e for part in parts for e in errors(run, part) if e == e] or [0] for run in runs]
     low, high = min(map(min, of_runs)), min(max(map(max, of_runs)), 4 * max(values[-1] for values in of_runs))
     margin = 0.04 * (high - low) or 1
     axes.set(xlabel='epochs trained', ylabel='top-1 error, %', title='error')
     axes.set_ylim(max(low - margin, 0), high + margin)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
-    key = [Line2D([], [], color='0.3', linestyle=s, linewidth=w) for s, w in (('-', 1.4), ('--', 0.8), (':', 0.8))]
-    axes.legend(key, ['test', 'training', 'learning rate drops'], loc='best')
+    key = {'test': ('-', 1.4), 'training': ('--', 0.5), 'learning rate drops': (':', 0.8)}
+    key = {name: look for name, look in key.items() if training or name != 'training'}
+    axes.legend([Line2D([], [], color='0.3', linestyle=s, linewidth=w) for s, w in key.values()], key, loc='best')
+
+
+def _draw_end(axes, runs, first):
+    for i, run in enumerate(runs):
+        late = [record for record in run if record['epoch'] >= first]
+        if late:
+            _draw_line(axes, i, late, errors(late, 'test'), '-')
+    axes.set(xlabel='epochs trained', ylabel='top-1 error, %', title=f'test error from epoch {first} on')
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
 
 
 def _draw_term(axes, runs, name):
@@ -276,23 +206,29 @@ def attention_maps(f, params, pixels, power=2, mapping='sum'):
     return maps
 
 
-def similarity(x, y):
-    """Cosine similarities (N,) of maps (N, H, W) and (N, H', W'), the larger average-pooled as in `utils.at_loss`."""
+def correlation(x, y):
+    """The cosine (N,) of maps (N, H, W) and (N, H', W') less their means; the larger is average-pooled to the smaller.
+
+    NaN where a map has the same value everywhere. Without removing the means, any two maps have a cosine near 1.
+    """
     size = [min(a, b) for a, b in zip(x.shape[1:], y.shape[1:])]
-    x, y = (F.normalize(F.adaptive_avg_pool2d(q, size).flatten(1)) for q in (x, y))  # (N, H, W) -> (N, H*W)
-    return (x * y).sum(1)
+    x, y = (F.adaptive_avg_pool2d(q.double(), size).flatten(1) for q in (x, y))  # (N, H, W) -> (N, H*W)
+    x, y = (q - q.mean(1, keepdim=True) for q in (x, y))
+    lengths = x.norm(dim=1) * y.norm(dim=1)
+    return torch.where(lengths > 0, (x * y).sum(1) / lengths, math.nan)
 
 
 @matplotlib.rc_context(STYLE)
-def draw_attention(pixels, teacher_maps, student_maps, captions):
-    """The Figure of images (N, H, W, 3) uint8, one per row, overlaid with the maps of each group, and their cosine.
+def draw_attention(pixels, maps, names, captions):
+    """The Figure of images (N, H, W, 3) uint8, one per row, overlaid with the maps of each group of each network.
 
-    The maps are those of `attention_maps` for teacher and student, equally many, and each is scaled from its least to
-    its greatest value; captions are the lines above the images.
+    maps: those of `attention_maps` for each network, the teacher first, equally many; each is scaled from its least to
+    its greatest value. Below a student's map is its `correlation` with the teacher's. names: of the networks, above
+    their columns; captions: the lines above the images.
     """
-    groups = len(teacher_maps)
+    groups, networks = len(maps[0]), len(maps)
     near, far, text, top = 0.05, 0.15, 0.2, 0.19 * len(captions) + 0.48  # inches
-    cell = (WIDTH - 2 * near - groups * (near + far)) / (1 + 2 * groups)
+    cell = (WIDTH - 2 * near - groups * ((networks - 1) * near + far)) / (1 + networks * groups)
     pitch = cell + text
     height = top + len(pixels) * pitch + text
     figure = Figure(figsize=(WIDTH, height))
@@ -310,19 +246,22 @@ def draw_attention(pixels, teacher_maps, student_maps, captions):
     label(near + cell / 2, top - 0.1, 'input')
     for row, image in enumerate(pixels):
         panel(near, row).imshow(image.numpy())
-    for i, pair in enumerate(zip(teacher_maps, student_maps)):
-        left = near + cell + far + i * (2 * cell + near + far)
-        label(left + cell + near / 2, top - 0.28, f'group {i}', weight='bold')
-        for x, words in ((left, 'teacher'), (left + cell + near, 'student')):
-            label(x + cell / 2, top - 0.1, words)
-        for row, cosine in enumerate(similarity(*pair).tolist()):
-            for x, maps in zip((left, left + cell + near), pair):
-                _draw_overlay(panel(x, row), pixels[row], maps[row])
-            label(left + cell + near / 2, top + row * pitch + cell + 0.09, f'cosine {cosine:.2f}')
+    for i, of_group in enumerate(zip(*maps)):
+        left = near + cell + far + i * (networks * cell + (networks - 1) * near + far)
+        label(left + (networks * cell + (networks - 1) * near) / 2, top - 0.28, f'group {i}', weight='bold')
+        for j, values in enumerate(of_group):
+            x = left + j * (cell + near)
+            label(x + cell / 2, top - 0.1, names[j])
+            for row, r in enumerate(correlation(values, of_group[0]).tolist()):
+                _draw_overlay(panel(x, row), pixels[row], values[row])
+                if j:
+                    words = 'no r' if math.isnan(r) else f'r {r:.2f}'
+                    label(x + cell / 2, top + row * pitch + cell + 0.09, words)
     bar = figure.add_axes((1 - (near + 1) / WIDTH, 0.07 / height, 1 / WIDTH, 0.1 / height))
     bar.imshow(np.linspace(0, 1, 100)[None], cmap=COLOUR_MAP, aspect='auto')
     bar.set_axis_off()
     label(WIDTH - near - 1.08, height - 0.12, 'each map from its least to its greatest value', ha='right')
+    label(near, height - 0.12, "r: a map's correlation with the teacher's", ha='left')
     return figure
 
 
@@ -335,18 +274,22 @@ def _draw_overlay(axes, image, values):
 
 def attention(opt):
     """The Figure of the subcommand `attention`."""
-    if len(opt.model) != 2:
-        raise ValueError(f'give --model twice, the teacher first; {len(opt.model)} found')
+    if not 2 <= len(opt.model) <= 3:
+        raise ValueError(f'give --model two or three times, the teacher first; {len(opt.model)} found')
+    if opt.label and len(opt.label) != len(opt.model):
+        raise ValueError(f'--label: {len(opt.label)} labels for {len(opt.model)} models')
     networks = [load_teacher(checkpoint_of(model)) for model in opt.model]
     pixels = load_images(opt.images, opt.dataroot, opt.count, opt.image_size, networks[0][0] is imagenet_forward)
     maps = [attention_maps(f, params, pixels, opt.power, opt.mapping) for f, params in networks]
-    if len(maps[0]) != len(maps[1]):
-        raise ValueError(f'the teacher has {len(maps[0])} groups, the student {len(maps[1])}: no maps to pair')
+    for own in maps:
+        if len(own) != len(maps[0]):
+            raise ValueError(f'the teacher has {len(maps[0])} groups, a student {len(own)}: no maps to compare')
+    names = opt.label or NAMES[len(opt.model)]
     captions = [
-        f'{role}: {_shorten(name_of(model))}, {describe(params)}'
-        for role, model, (_, params) in zip(('Teacher', 'Student'), opt.model, networks)
+        f'{name}: {_shorten(name_of(model))}, {describe(params)}'
+        for name, model, (_, params) in zip(names, opt.model, networks)
     ]
-    return draw_attention(pixels, *maps, captions)
+    return draw_attention(pixels, maps, names, captions)
 
 
 def picture(text):
@@ -369,18 +312,37 @@ def write(figure, out):
     write_whole(out, content.getbuffer())
 
 
+def write_csv(paths, out):
+    """Write the logs of runs as one table, a line per epoch, to the file `out` or, without one, to the output."""
+    runs = [read_run(path) for path in paths]
+    rows = [{'run': path, **flat(record)} for path, run in zip(paths, runs) for record in run]
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator='\n')
+    table.writeheader()
+    table.writerows(rows)
+    if out:
+        write_whole(out, text.getvalue().encode(errors='backslashreplace'))
+    else:
+        print(text.getvalue(), end='')
+
+
 def main():
-    """Run the subcommand: curves or attention."""
+    """Run the subcommand: curves, csv or attention."""
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=subcommand)
     flag = commands.add_parser('curves', help='errors and loss terms of runs over epochs').add_argument
     flag('logs', nargs='+', type=path, metavar='LOG', help="a folder with log.txt, or a log, ours or the authors'")
-    label = 'name of a run, once per log in the same order (default: the name of its folder)'
+    label = 'name of a run, once per log in the same order (default: its network and method)'
     flag('--label', action='append', default=[], metavar='NAME', help=label)
     flag('--out', default='curves.png', type=picture, help='.png or .svg')
+    flag('--test_only', action='store_true', help='leave out the training errors')
+    flag = commands.add_parser('csv', help='logs as one table').add_argument
+    flag('logs', nargs='+', type=path, metavar='LOG', help="a folder with log.txt, or a log, ours or the authors'")
+    flag('--out', default='', type=path, help='file to write (default: print the table)')
     flag = commands.add_parser('attention', help='where a teacher and a student look').add_argument
-    model = 'a run, a file or torchvision:NAME; twice, the teacher first'
+    model = 'a run, a file or torchvision:NAME; two or three times, the teacher first'
     flag('--model', action='append', required=True, type=path, help=model)
+    flag('--label', action='append', default=[], metavar='NAME', help='name of a network, once per --model')
     flag('--images', required=True, type=path, help=f'a folder of images, or {", ".join(IMAGE_SETS)}')
     flag('--dataroot', default='.', type=path, help='folder of the data set, as in cifar.py')
     flag('--count', default=4, type=number(int, 1, 32), help='number of images')
@@ -390,7 +352,9 @@ def main():
     flag('--power', default=2, type=number(float, 0, 16, above=True), help='p of |A|^p (section 3.1)')
     flag('--out', default='attention.png', type=picture, help='.png or .svg')
     opt = parser.parse_args()
-    write(draw_curves(opt.logs, opt.label) if opt.command == 'curves' else attention(opt), opt.out)
+    if opt.command == 'csv':
+        return write_csv(opt.logs, opt.out)
+    write(draw_curves(opt.logs, opt.label, not opt.test_only) if opt.command == 'curves' else attention(opt), opt.out)
     print(f'picture: {opt.out}')
 
 

@@ -22,12 +22,12 @@ def groups_of(network, images):
 def test_the_layer_over_an_image_is_its_attention_map_upsampled():
     networks = small_network(1), small_network(2)
     maps = [plot.attention_maps(*network, PIXELS, 4, 'max') for network in networks]
-    figure = plot.draw_attention(PIXELS, *maps, ['caption'])
+    figure = plot.draw_attention(PIXELS, maps, 'ab', ['caption'])
     expected = []
     groups = [groups_of(network, memory.normalize(PIXELS)) for network in networks]
     for pair in zip(*groups):
-        for row in range(2):
-            for group in pair:
+        for group in pair:
+            for row in range(2):
                 small = utils.attention_map(group, 4, 'max')[row : row + 1, None]
                 expected.append(F.interpolate(small, (32, 32), mode='bilinear', align_corners=False)[0, 0])
     assert len(overlays(figure)) == len(expected) == 12
@@ -37,29 +37,32 @@ def test_the_layer_over_an_image_is_its_attention_map_upsampled():
     assert all(np.array_equal(shown, pixels) for shown, pixels in zip(inputs, PIXELS))
 
 
-def test_the_printed_cosines_are_those_of_the_maps():
-    networks = small_network(1), small_network(2, shape=(10, 1, 10))
-    figure = plot.draw_attention(PIXELS, *(plot.attention_maps(*network, PIXELS) for network in networks), [])
+def test_the_printed_correlations_are_those_of_the_maps():
+    networks = small_network(1), small_network(2, shape=(10, 1, 10)), small_network(3)
+    figure = plot.draw_attention(PIXELS, [plot.attention_maps(*network, PIXELS) for network in networks], 'abc', [])
     expected = []
-    for pair in zip(*(groups_of(network, memory.normalize(PIXELS)) for network in networks)):
-        x, y = ((group.double() ** 2).sum(1).reshape(2, -1).numpy() for group in pair)
-        expected += [f'cosine {a @ b / np.linalg.norm(a) / np.linalg.norm(b):.2f}' for a, b in zip(x, y)]
-    assert [text for text in texts(figure) if text.startswith('cosine')] == expected
-    assert len(set(expected)) > 2
+    for teacher, *students in zip(*(groups_of(network, memory.normalize(PIXELS)) for network in networks)):
+        x, *ys = ((group.double() ** 2).sum(1).reshape(2, -1).numpy() for group in (teacher, *students))
+        expected += [f'r {np.corrcoef(a, b)[0, 1]:.2f}' for y in ys for a, b in zip(x, y)]
+    assert [text for text in texts(figure) if text.startswith('r ')] == expected
+    assert len(set(expected)) > 6
 
 
 def test_the_larger_map_is_average_pooled_to_the_smaller():
     small, large = torch.rand(2, 3, 4), torch.rand(2, 6, 8)
     pooled = large.reshape(2, 3, 2, 4, 2).mean((2, 4))
-    expected = F.cosine_similarity(small.flatten(1), pooled.flatten(1))
-    torch.testing.assert_close(plot.similarity(small, large), expected)
-    torch.testing.assert_close(plot.similarity(large, small), expected)
+    expected = torch.tensor([np.corrcoef(a.flatten(), b.flatten())[0, 1] for a, b in zip(small, pooled)])
+    for pair in ((small, large), (large, small)):
+        torch.testing.assert_close(plot.correlation(*pair), expected.double(), rtol=1e-6, atol=1e-6)
 
 
-def test_equal_networks_agree_everywhere():
+def test_equal_networks_agree_everywhere_and_maps_of_one_value_with_none():
     maps = plot.attention_maps(*small_network(), PIXELS)
-    cosines = [text for text in texts(plot.draw_attention(PIXELS, maps, maps, [])) if text.startswith('cosine')]
-    assert cosines == ['cosine 1.00'] * 6
+    figure = plot.draw_attention(PIXELS, [maps, maps], 'ab', [])
+    assert [text for text in texts(figure) if text.startswith('r ')] == ['r 1.00'] * 6
+    assert plot.correlation(torch.ones(2, 1, 1), torch.rand(2, 4, 4)).isnan().all()
+    flat = [torch.ones(2, 1, 1)]
+    assert texts(plot.draw_attention(PIXELS, [flat, flat], 'ab', [])).count('no r') == 2
 
 
 def test_imagenet_networks_see_images_normalised_as_in_their_training():
@@ -76,10 +79,10 @@ def test_looking_changes_no_network():
     assert all(torch.equal(params[key], value) for key, value in before.items())
 
 
-@pytest.mark.parametrize('imagenet', [False, True])
-def test_no_text_of_an_attention_picture_leaves_it_or_covers_another(imagenet):
-    maps = plot.attention_maps(*small_network(**(IMAGENET if imagenet else {})), PIXELS)
-    figure = plot.draw_attention(PIXELS, maps, maps, ['Teacher: ' + 'm' * 60, 'Student: one'])
+@pytest.mark.parametrize('imagenet, networks', [(False, 2), (False, 3), (True, 2), (True, 3)])
+def test_no_text_of_an_attention_picture_leaves_it_or_covers_another(imagenet, networks):
+    maps = [plot.attention_maps(*small_network(**(IMAGENET if imagenet else {})), PIXELS)] * networks
+    figure = plot.draw_attention(PIXELS, maps, plot.NAMES[networks], ['teacher: ' + 'm' * 60, 'student: one'])
     with matplotlib.rc_context(plot.STYLE):
         figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in figure.texts] + [axes.get_window_extent() for axes in figure.axes]

@@ -101,7 +101,9 @@ def test_names_of_any_bytes_are_printed_trained_on_and_logged_on_any_terminal(ph
     assert status == 0 and out.count('note: a file in') == 2, err
     (record,) = read_log(save / 'log.txt')
     assert record['save'] == str(save) and record['train_images'] == 12
-    status, out, err = run('plot.py', 'curves', str(save), '--out', str(save / 'a.svg'), **environment)
+    status, out, err = run(
+        'plot.py', 'curves', str(save), '--label', save.name, '--out', str(save / 'a.svg'), **environment
+    )
     assert status == 0 and '\\udcff' in (save / 'a.svg').read_text(encoding='utf-8'), err
     status, out, err = run('checkpoint.py', 'info', str(save), **environment)
     assert status == 0 and '\\udcff' in out, err

@@ -168,9 +168,11 @@ OTHERS = {  # of the other scripts: {words: {flag: values that it has to refuse}
         'markdown': ['nowhere.md', 'nowhere/a.md'],
         'dataroot': [],  # only passed on to cifar.py
     },
-    'plot curves log.txt': {'label': [], 'out': ['a', 'a.jpg', 'nowhere/a.png']},
+    'plot curves log.txt': {'label': [], 'test_only': ['yes'], 'out': ['a', 'a.jpg', 'nowhere/a.png']},
+    'plot csv log.txt': {'out': ['nowhere/a.csv']},
     'plot attention --model a --model b --images digits': {
         'model': ['c', ''],
+        'label': ['one'],
         'images': ['nowhere', ''],
         'dataroot': [],
         'count': ['0', '-1', '33', '1.5'],
@@ -178,6 +180,11 @@ OTHERS = {  # of the other scripts: {words: {flag: values that it has to refuse}
         'mapping': ['mean'],
         'power': ['0', '-1', 'nan', '17'],
         'out': ['a', 'a.jpg', 'nowhere/a.png'],
+    },
+    'checkpoint predict run a.jpg': {
+        'top': ['0', '-1', '1.5'],
+        'image_size': ['7', '1025', '1.5'],
+        'json': ['yes'],
     },
     'checkpoint export run out --to hkl': {
         'to': ['jpeg', ''],
@@ -202,7 +209,9 @@ def test_every_flag_of_another_script_is_tried_with_wrong_values(monkeypatch, wo
     monkeypatch.setattr(Parser, 'parse_args', lambda self: found.append(parse_args(self)) or sys.exit())
     with pytest.raises(SystemExit):
         importlib.import_module(name).main()
-    assert set(vars(found[0])) - {'table', 'command', 'logs', 'run'} - set(rest) == set(OTHERS[words])
+    assert set(vars(found[0])) - {'table', 'command', 'logs', 'run', 'images' if name == 'checkpoint' else ''} - set(
+        rest
+    ) == set(OTHERS[words])
 
 
 def test_unknown_flag_is_refused(script):

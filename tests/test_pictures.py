@@ -42,7 +42,7 @@ def texts(figure):
 
 
 def overlays(figure):
-    """The map layers of a figure, in the order group, row, teacher and student."""
+    """The map layers of a figure, in the order group, network, row."""
     return [axes.images[1].get_array() for axes in figure.axes if len(axes.images) == 2]
 
 
@@ -76,8 +76,12 @@ def test_the_caption_names_both_models_and_what_they_are(script, model, monkeypa
     model('big', small_network(shape=(16, 1, 10)))
     model('thin', small_network(kind=nin.nin, shape=(0.125, 10)))
     assert script(plot, 'attention --model big --model thin/model.pt7 --images digits --count 1')[0] == 0
+    assert script(plot, 'attention --model big --model thin --model big --images digits --count 1')[0] == 0
+    labels = ['--label', 'A', '--label', 'student, AT', '--label', 'B']
+    assert script(plot, 'attention --model big --model thin --model big --images digits', labels)[0] == 0
+    assert texts(figures[1]).count('student 2') == 3 and texts(figures[2])[1].startswith('student, AT: thin, NIN')
     words = texts(figures[0])
-    assert words[:2] == ['Teacher: big, WRN-16-1, 10 classes', 'Student: thin, NIN-0.125, 10 classes']
+    assert words[:2] == ['teacher: big, WRN-16-1, 10 classes', 'student: thin, NIN-0.125, 10 classes']
     assert words.count('teacher') == words.count('student') == 3 and 'group 2' in words
 
 
@@ -101,10 +105,14 @@ def test_what_is_no_pair_of_networks_is_refused(script, model, photos, tmp_path)
     (tmp_path / 'broken').mkdir()
     (tmp_path / 'broken' / '1.png').write_bytes(b'not an image')
     images = ['--images', photos / 'test']
-    assert refused(script(plot, 'attention --model net', images), 'give --model twice, the teacher first; 1 found')
-    assert refused(script(plot, 'attention --model net --model net --model net', images), '3 found')
+    assert refused(
+        script(plot, 'attention --model net', images), 'give --model two or three times, the teacher first; 1 found'
+    )
+    assert refused(script(plot, 'attention', '--model net ' * 4, images), '4 found')
+    wrong = script(plot, 'attention --model net --model net --label one', images)
+    assert refused(wrong, '--label: 1 labels for 2 models')
     wrong = script(plot, 'attention --model deep --model net --image_size 32', images)
-    assert refused(wrong, 'the teacher has 4 groups, the student 3')
+    assert refused(wrong, 'the teacher has 4 groups, a student 3')
     assert refused(script(plot, 'attention --model net --model empty', images), 'empty/model.pt7')
     assert refused(script(plot, 'attention --model net --model net --images empty'), 'empty holds no images')
     assert refused(script(plot, 'attention --model net --model net --images nowhere'), 'nowhere: no such folder')

@@ -1,5 +1,6 @@
 """Curves show what the logs say, attention maps what the networks compute, and both are legible."""
 
+import csv
 import json
 import math
 
@@ -8,6 +9,7 @@ import pytest
 from conftest import refused
 
 import plot
+from engine import series
 
 NAN = math.nan
 
@@ -146,24 +148,89 @@ def test_a_single_epoch_can_be_seen(log):
     assert all(tick % 1 == 0 for tick in axes.get_xticks())
 
 
-def test_a_label_is_the_name_of_the_folder_and_the_last_test_error(log):
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_a_label_is_the_name_of_the_folder_and_the_last_test_error_if_the_log_names_no_network(log):
     path = log('cost_$5$', [ours(1), ours(2, test_acc=91.234)])
     for given in (path, path + '/', path + '/log.txt'):
-        (legend,) = plot.draw_curves([given]).legends
-        assert [text.get_text() for text in legend.get_texts()] == [r'cost_\$5\$ (8.77%)']
+        assert legend(plot.draw_curves([given])) == [r'cost_\$5\$ (8.77%)']
+
+
+SHAPE = {'net': 'wrn', 'depth': 16, 'width': 1.0}
 
 
 @pytest.mark.parametrize(
-    ('paths', 'labels', 'names'),
+    ('more', 'name'),
     [
-        (['logs/alone', 'logs/at/log.txt'], [], ['alone', 'at']),
-        (['one/run', 'two/run'], [], ['one/run', 'two/run']),
-        (['a', 'x' * 100], [], ['a', 'x' * 30 + '…' + 'x' * 30]),
-        (['one/run', 'two/run'], ['AT', 'KD'], ['AT', 'KD']),
+        ({}, 'WRN-16-1, alone'),
+        ({'beta': 1e3, 'alpha': 0}, 'WRN-16-1, AT'),
+        ({'beta': 1e3, 'alpha': 0.9, 'transfer': 'activation'}, 'WRN-16-1, AT+KD'),
+        ({'beta': 1e5, 'transfer': 'full', 'width': 0.5}, 'WRN-16-0.5, F-ActT'),
+        ({'alpha': 0.9}, 'WRN-16-1, KD'),
+        ({'gamma': 0.1, 'penalty': 'min_l2', 'net': 'nin', 'width': 0.4375}, 'NIN-0.4375, min-l2'),
+        ({'net': None, 'imagenetpath': 'x', 'depth': 18, 'beta': 1e3}, 'ResNet-18, AT'),
+        ({'net': None, 'pretrained': 'x', 'depth': 18, 'width': None}, 'ResNet-18, alone'),
+        ({'net': 'other'}, 'run'),
+        ({'net': ['wrn']}, 'run'),
+        ({'depth': 'deep'}, 'run'),
+        ({'depth': 10**400, 'transfer': [3], 'penalty': {}, 'beta': 'x'}, 'run'),
+        ({'transfer': [3], 'beta': 1.0}, 'WRN-16-1, alone'),
     ],
 )
-def test_runs_are_called_by_their_labels_or_by_their_folders(paths, labels, names):
-    assert plot.names_of(paths, labels) == names
+def test_a_run_is_called_by_its_network_and_its_method(log, more, name):
+    record = {key: value for key, value in ours(1, **{**SHAPE, **more}).items() if value is not None}
+    path = log('run', [record])
+    assert series.names_of([path], [series.read_run(path)]) == [name]
+
+
+def test_runs_of_equal_names_are_told_apart_by_their_seeds_or_their_folders(log):
+    def names(*seeds):
+        runs = [[ours(1, **SHAPE, seed=seed)] for seed in seeds]
+        return series.names_of(['logs/alone', 'one/run', 'two/run'][: len(runs)], runs)
+
+    assert names(0, 1) == ['WRN-16-1, alone, seed 0', 'WRN-16-1, alone, seed 1']
+    assert names(0, 0) == ['alone', 'run']
+    assert names(1, 0, 0) == ['logs/alone', 'one/run', 'two/run']
+    long = 'x' * 100
+    assert series.names_of(['a', 'b'], [[ours(1)]] * 2, ['AT', long]) == ['AT', long]
+    assert plot.name_of('logs/at/log.txt') == 'at'
+
+
+def test_a_long_label_is_shortened(log):
+    assert legend(plot.draw_curves([log('x' * 100, [ours(1)])]))[0].startswith('x' * 30 + '…' + 'x' * 30)
+
+
+def test_the_last_fifth_of_a_long_run_has_a_panel_of_its_own(log):
+    long, short = log('long', [ours(e, ce=1) for e in range(1, 31)]), log('short', [ours(e, ce=1) for e in (1, 2)])
+    figure = plot.draw_curves([long, short])
+    axes = panels(figure)['test error from epoch 24 on']
+    (line,) = lines(axes, '-')
+    assert list(line.get_xdata()) == list(range(24, 31)) and list(line.get_ydata()) == [40 - e for e in range(24, 31)]
+    assert axes.get_xlim()[0] > 20 and line.get_color() == lines(panels(figure)['error'], '-')[0].get_color()
+    assert not any('from epoch' in title for title in panels(plot.draw_curves([short])))
+
+
+def test_training_errors_can_be_left_out(script, log, monkeypatch):
+    figures, path = [], log('a', [ours(e) for e in (1, 2)])
+    monkeypatch.setattr(plot, 'write', lambda figure, out: figures.append(figure))
+    assert script(plot, 'curves', [path], '--test_only')[0] == script(plot, 'curves', [path])[0] == 0
+    assert [len(lines(panels(figure)['error'], '--')) for figure in figures] == [0, 1]
+    assert [len(panels(figure)['error'].get_legend().get_texts()) for figure in figures] == [2, 3]
+
+
+def test_csv_has_a_line_for_each_epoch_of_each_log_and_a_column_for_each_number(script, log):
+    paths = [log('a', [ours(1, classes=['x', 'y']), ours(2)]), log('b', [authors(1)])]
+    status, out, err = script(plot, 'csv', paths)
+    assert (status, err) == (0, '')
+    rows = list(csv.DictReader(out.splitlines()))
+    assert [(row['run'], row['epoch']) for row in rows] == [(paths[0], '1'), (paths[0], '2'), (paths[1], '1')]
+    assert [row['test_acc'] for row in rows] == ['61.0', '62.0', ''] and rows[0]['ce'] == '1.0'
+    assert (rows[2]['test_acc_0'], rows[2]['test_acc_1'], rows[2]['at_losses_0_0']) == ('46.0', '85.0', '1e-05')
+    assert 'classes' not in out and rows[0]['epoch_step'] == '[3,5,60]'
+    assert script(plot, 'csv', paths, '--out runs.csv')[1] == '' and open('runs.csv').read() == out
+    assert refused(script(plot, 'csv nowhere'), 'nowhere: no such log')
 
 
 def test_a_label_for_each_log_stands_in_the_legend(script, log):

@@ -7,9 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import cifar
-import plot
 import utils
-from engine import transfer
+from engine import series, transfer
 from engine.log import read_log
 
 
@@ -81,7 +80,7 @@ def test_a_new_method_is_one_function_and_one_line(train, teacher, monkeypatch):
     assert out.count('beta 5 weights the discrepancy of') == 3 and 'nst0: beta 5' in out
     first, last = read_log('logs/nst/log.txt')
     assert all(0 < last[term] for term in ('nst0', 'nst1', 'nst2')) and last['train_loss'] < first['train_loss']
-    assert list(plot.loss_terms(plot.read_run('logs/nst'))) == ['ce', 'nst0', 'nst1', 'nst2']
+    assert list(series.loss_terms(series.read_run('logs/nst'))) == ['ce', 'nst0', 'nst1', 'nst2']
     status, _, err = train('--teacher_id teacher --beta 5 --share 3')
     assert status == 2 and '--share belongs to --transfer selectivity alone, not to --transfer activation' in err
 
