@@ -48,7 +48,8 @@ def table_lines(opt):
     Cells that were not run are left out unless opt.all. The difference to the paper is given only for its schedule.
     """
     methods, runs, cells = methods_of(opt.table), {}, 0
-    head = ['student <- teacher', 'method', 'our error, %', 'spread', 'seeds', 'paper, %']
+    published = 'published, %' if opt.table == 'crd' else 'paper, %'
+    head = ['student <- teacher', 'method', 'our error, %', 'spread', 'seeds', published]
     paper = any(error for errors in TABLES[opt.table]['rows'].values() for error in errors.values())
     of_paper = paper and opt.epochs == TABLES[opt.table]['epochs'] and not opt.holdout
     lines = [_line([*head, 'difference'] if of_paper else head), '|---' * (len(head) + of_paper) + '|']
@@ -132,9 +133,16 @@ def protocol(record):
         tested = f'{record["test_images"]:,} held-out training'
     return (
         f'{record["dataset"]}: trained on {record["train_images"]:,} images for {record["epochs"]} epochs '
-        f'(lr {record["lr_decay_ratio"]:g} times at {record["epoch_step"]}), batch {record["batch_size"]}, '
+        f'({_rate(record)} times at {record["epoch_step"]}), batch {record["batch_size"]}, '
         f'{record["dtype"]}, last epoch, tested on {tested} images; torch {record["torch"]}, {record["device"]}'
     )
+
+
+def _rate(record):
+    """The learning rate at the start, which older logs do not have, and its factor."""
+    known = 'lr_now' in record and type(record.get('lr')) in (int, float)
+    start = f'{record["lr"]:g}, ' if known else ''
+    return f'lr {start}{record["lr_decay_ratio"]:g}'
 
 
 def around(path, table):

@@ -3,8 +3,7 @@
     python examples/own_networks.py
     python examples/own_networks.py --teacher_weights DEFAULT     # torchvision's own weights, a download of 98 MB
 
-Copy the block from TEACHER to `losses` into your own training loop, with the layers of your own networks; where
-torch.fx cannot trace one, forward hooks give the same activations.
+Copy the block from PAIRS to `losses` into your own training loop, with the layers of your own networks.
 The rest runs it on scikit-learn's digits, enlarged to 64x64: 20 steps in 15 seconds on one CPU core. Nothing is
 saved, and so few steps say nothing about accuracy.
 """
@@ -15,7 +14,6 @@ import sys
 import torch
 import torch.nn.functional as F
 from torchvision.models import mobilenet_v3_large, resnet50
-from torchvision.models.feature_extraction import create_feature_extractor
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 
@@ -26,24 +24,40 @@ from formats.torchvision import download
 from images import memory, photographs
 from utils import at_loss
 
-# Layers of the same name are compared: here the last at strides 4, 8, 16, 32. `get_graph_node_names(network)` lists
-# layers; take none before an in-place layer such as ReLU(inplace=True), which overwrites its activation.
-TEACHER = {'layer1': 'at0', 'layer2': 'at1', 'layer3': 'at2', 'layer4': 'at3'}
-STUDENT = {'features.3': 'at0', 'features.6': 'at1', 'features.12': 'at2', 'features.16': 'at3', 'classifier': 'logits'}
+# (the student's layer, the teacher's): here the last at strides 4, 8, 16, 32. `named_modules()` lists layers.
+PAIRS = [('features.3', 'layer1'), ('features.6', 'layer2'), ('features.12', 'layer3'), ('features.16', 'layer4')]
 
 
-def extractors(student, teacher):
-    """Both networks as functions images -> {name: activation}; they share their parameters with the networks."""
-    return create_feature_extractor(student, STUDENT).train(), create_feature_extractor(teacher, TEACHER).eval()
+def with_groups(student, teacher, pairs):
+    """Two torch.nn modules as functions images -> (logits, groups): groups are the outputs (N, C, H, W) of the layers.
+
+    Raises ValueError where the next layer overwrites an output, as ReLU(inplace=True) does: pair that layer instead.
+    """
+    return [_hooked(network, layers) for network, layers in zip((student, teacher), zip(*pairs))]
+
+
+def _hooked(network, layers):
+    kept = {}
+    for name in layers:
+        hook = lambda _, __, output, name=name: kept.update({name: (output, output._version)})  # noqa: E731
+        network.get_submodule(name).register_forward_hook(hook)
+
+    def f(images):
+        logits, groups = network(images), [kept.pop(name) for name in layers]
+        for name, (group, version) in zip(layers, groups):
+            if group._version != version:
+                raise ValueError(f'the output of {name} is overwritten by the layer after it')
+        return logits, [group for group, _ in groups]
+
+    return f
 
 
 def losses(student, teacher, images, labels):
-    """The student's cross entropy, and {name: attention loss} of each pair of layers, from one pass of each network."""
+    """The student's cross entropy, and the attention loss of each pair of layers, from one pass of each network."""
     with torch.no_grad():
-        taught = teacher(images)
-    learned = student(images)
-    at = {name: at_loss(learned[name], taught[name]) for name in taught}
-    return F.cross_entropy(learned['logits'], labels), at
+        _, taught = teacher(images)
+    logits, learned = student(images)
+    return F.cross_entropy(logits, labels), [at_loss(a, b) for a, b in zip(learned, taught)]
 
 
 def load_teacher(weights):
@@ -77,16 +91,16 @@ def main():
     digits = memory.load('digits', image_size=64)
     student = mobilenet_v3_large(num_classes=digits.num_classes)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.01, momentum=0.9)
-    student, teacher = extractors(student, teacher)
+    student, teacher = with_groups(student.train(), teacher.eval(), PAIRS)
     for step in range(opt.steps):
         index = torch.randperm(len(digits.train.labels))[: opt.batch_size]
         images = photographs.normalize(digits.train.pixels[index])  # as torchvision's weights expect
         ce, at = losses(student, teacher, images, digits.train.labels[index])
         optimizer.zero_grad()
-        (ce + opt.beta * sum(at.values())).backward()
+        (ce + opt.beta * sum(at)).backward()
         optimizer.step()
         if step % 5 == 0 or step == opt.steps - 1:
-            print(f'step {step}: ce {ce:.3f}', *(f'{name} {value:.2e}' for name, value in at.items()))
+            print(f'step {step}: ce {ce:.3f}', *(f'at{i} {value:.2e}' for i, value in enumerate(at)))
 
 
 if __name__ == '__main__':

@@ -11,13 +11,11 @@ import torch
 import torch.nn.functional as F
 from conftest import SMALL, refused
 from torchvision.models import mobilenet_v3_large, resnet50
-from torchvision.models.feature_extraction import get_graph_node_names
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 from engine.log import read_log
 from examples import controls, own_networks
-from examples.own_networks import STUDENT, TEACHER, extractors, losses
-
-PAIRS = ['at0', 'at1', 'at2', 'at3']
+from examples.own_networks import PAIRS, losses
 
 
 def run_script(folder, *flags):
@@ -42,18 +40,11 @@ def batch():
     return torch.randn(4, 3, 64, 64), torch.tensor([0, 3, 9, 3])
 
 
-def hooked(network, layers, images):
-    """Run a network and collect the outputs of some of its modules with hooks: ({name: activation}, output)."""
-    found = {}
-
-    def keep(name):
-        return lambda module, inputs, output: found.update({name: output})
-
-    hooks = [network.get_submodule(layer).register_forward_hook(keep(name)) for layer, name in layers.items()]
-    output = network(images)
-    for hook in hooks:
-        hook.remove()
-    return found, output
+def traced(network, layers, images):
+    """The outputs of some layers of a network, and its own, by torch.fx: ([activation, ...], logits)."""
+    extractor = create_feature_extractor(network, [*layers, get_graph_node_names(network)[1][-1]])
+    *found, logits = extractor(images).values()
+    return found, logits
 
 
 def test_script_runs_from_anywhere_and_prints_finite_terms_of_all_pairs(tmp_path):
@@ -63,7 +54,7 @@ def test_script_runs_from_anywhere_and_prints_finite_terms_of_all_pairs(tmp_path
     assert 'random weights' in notice and len(lines) == 2
     for step, line in enumerate(lines):
         terms = dict(re.findall(r'(\w+) ([-+.\w]+)(?: |$)', line.split(': ')[1]))
-        assert line.startswith(f'step {step}: ') and list(terms) == ['ce', *PAIRS]
+        assert line.startswith(f'step {step}: ') and list(terms) == ['ce', 'at0', 'at1', 'at2', 'at3']
         assert all(math.isfinite(float(value)) and float(value) > 0 for value in terms.values()), line
     assert not list(tmp_path.iterdir())
 
@@ -77,29 +68,27 @@ def test_weights_of_a_file_become_the_teacher_whatever_its_number_of_classes(tmp
     assert 'random' not in capsys.readouterr().out
 
 
-def test_losses_equal_those_of_forward_hooks_on_the_networks_themselves(networks, batch):
+def test_losses_equal_those_of_activations_that_torch_fx_finds(networks, batch):
     images, labels = batch
-    torch.manual_seed(3)  # for dropout
-    ce, at = losses(*extractors(*networks), images, labels)
-
     student, teacher = networks[0].train(), networks[1].eval()
+    torch.manual_seed(3)  # for dropout
+    ce, at = losses(*own_networks.with_groups(student, teacher, PAIRS), images, labels)
+
     torch.manual_seed(3)
-    learned, logits = hooked(student, {k: v for k, v in STUDENT.items() if v != 'logits'}, images)
-    taught, _ = hooked(teacher, TEACHER, images)
+    learned, logits = traced(student, [layer for layer, _ in PAIRS], images)
+    taught, _ = traced(teacher, [layer for _, layer in PAIRS], images)
     torch.testing.assert_close(ce, F.cross_entropy(logits, labels))
-    assert list(at) == PAIRS
-    for name in PAIRS:
-        maps = [F.normalize(a[name].square().sum(1).flatten(1)) for a in (learned, taught)]
-        torch.testing.assert_close(at[name], (maps[0] - maps[1]).square().mean())
+    assert len(at) == len(PAIRS)
+    for loss, pair in zip(at, zip(learned, taught)):
+        maps = [F.normalize(a.square().sum(1).flatten(1)) for a in pair]
+        torch.testing.assert_close(loss, (maps[0] - maps[1]).square().mean())
 
 
 def test_attention_trains_the_student_itself_and_leaves_the_teacher_alone(networks, batch):
-    student, teacher = networks
+    student, teacher = networks[0].train(), networks[1].eval()
     before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    student.eval()  # the previous modes do not matter
-    teacher.train()
-    _, at = losses(*extractors(student, teacher), *batch)
-    sum(at.values()).backward()
+    _, at = losses(*own_networks.with_groups(student, teacher, PAIRS), *batch)
+    sum(at).backward()
     reached = {name for name, p in student.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert {name for name, p in student.named_parameters() if p.dim() == 4} <= reached
     assert not any(name.startswith('classifier.') for name in reached)
@@ -108,18 +97,22 @@ def test_attention_trains_the_student_itself_and_leaves_the_teacher_alone(networ
     student.zero_grad()
 
 
+def test_a_layer_whose_output_is_overwritten_is_refused_by_name(networks, batch):
+    student, _ = own_networks.with_groups(networks[0].train(), networks[1].eval(), [('features.0.1', 'bn1')])
+    with pytest.raises(ValueError, match='the output of features.0.1 is overwritten by the layer after it'):
+        student(batch[0])
+
+
 def test_compared_layers_have_equal_strides_and_are_the_last_of_theirs(networks):
     images = torch.zeros(1, 3, 64, 64)
     student, teacher = networks[0].eval(), networks[1].eval()
+    blocks = [f'features.{i}' for i in range(17)]
     with torch.no_grad():
-        taught, _ = hooked(teacher, TEACHER, images)
-        blocks, _ = hooked(student, {f'features.{i}': f'features.{i}' for i in range(17)}, images)
-    strides = {name: 64 // activation.shape[-1] for name, activation in taught.items()}
-    last = {64 // activation.shape[-1]: layer for layer, activation in blocks.items()}
-    assert strides == dict(zip(PAIRS, (4, 8, 16, 32)))
-    assert {last[stride]: name for name, stride in strides.items()} | {'classifier': 'logits'} == STUDENT
-    for mode in get_graph_node_names(student):  # of training and of evaluation
-        assert all(any(node == layer or node.startswith(f'{layer}.') for node in mode) for layer in STUDENT)
+        taught, _ = traced(teacher, [layer for _, layer in PAIRS], images)
+        outputs, _ = traced(student, blocks, images)
+    last = {64 // activation.shape[-1]: layer for layer, activation in zip(blocks, outputs)}
+    assert [64 // activation.shape[-1] for activation in taught] == [4, 8, 16, 32]
+    assert [last[stride] for stride in (4, 8, 16, 32)] == [layer for layer, _ in PAIRS]
 
 
 @pytest.mark.parametrize(

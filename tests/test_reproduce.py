@@ -53,7 +53,10 @@ def test_dry_run_prints_the_commands_teachers_first_and_each_once(script, fast):
     status, out, _ = script(reproduce, 'table1 --dry_run --seeds 2 --dataroot there')
     *lines, last = out.splitlines()
     assert status == 0 and len(lines) == len(set(lines)) == 2 * (6 + 4 * 4)  # WRN-16-1 and WRN-16-2 appear twice
-    assert last == f'# 44 runs, about {44 * 200 * 391 * 0.01 / 3600:.1f} hours here, one after the other'
+    assert (
+        last
+        == f'# 44 runs, about {44 * 200 * 391 * 0.01 / 3600:.1f} hours here, one after the other ({reproduce.MEASURED})'
+    )
     assert all(line.startswith('python cifar.py --dataset CIFAR10 --dataroot there --epochs 200') for line in lines)
     assert all('[60,120,160]' in line for line in lines)
     saved = [re.search(r'--save logs/(\S+)', line)[1] for line in lines]
@@ -65,7 +68,9 @@ def test_dry_run_prints_the_commands_teachers_first_and_each_once(script, fast):
     assert sum('--net nin --width 0.4375' in line for line in lines) == 10
 
 
-@pytest.mark.parametrize('name, runs', [('table1', 6 + 4 * 4), ('table2', 2 + 7), ('table3', 2 + 2 + 3), ('demo', 5)])
+@pytest.mark.parametrize(
+    'name, runs', [('table1', 6 + 4 * 4), ('table2', 2 + 7), ('table3', 2 + 2 + 3), ('crd', 7), ('demo', 5)]
+)
 def test_every_table_is_made_of_commands_that_are_understood(script, fast, name, runs):
     """Table 3 has NINs without batch norm and weight decay, and its images are only mirrored."""
     _, out, _ = script(reproduce, name, '--dry_run --seeds 1')
@@ -73,6 +78,10 @@ def test_every_table_is_made_of_commands_that_are_understood(script, fast, name,
     assert len(lines) == runs
     for line in lines:
         opt = parse_cifar('', shlex.split(line)[2:])
+        if name == 'crd':
+            assert opt.dataset == 'CIFAR100' and (opt.epochs, opt.epoch_step) == (240, '[151,181,211]')
+            assert (opt.lr, opt.lr_decay_ratio, opt.batch_size, opt.keep_momentum) == (0.05, 0.1, 64, True)
+            assert opt.alpha in (0, 0.9) and opt.beta in (0, 1000) and opt.temperature == 4
         if name == 'table3':
             assert opt.no_bn and opt.weight_decay == opt.randomcrop_pad == 0
         else:
@@ -273,3 +282,23 @@ def test_a_new_transfer_is_a_method_of_the_tables(script, fast, monkeypatch):
     write_log('cifar10-e16/wrn-16-1-nst-wrn-16-2-s0', 11.0)
     _, out, _ = script(reproduce, 'table1 --rows 2 --methods at,nst --epochs 16 --seeds 1 --show')
     assert '| WRN-16-1 <- WRN-16-2 | NST | 11.00 |  | 0 |  |' in out
+
+
+@pytest.mark.skipif(not (ROOT / 'data' / 'cifar-100-python').is_dir(), reason='data/cifar-100-python is not there')
+def test_crd_trains_an_epoch_on_cifar_100(script):
+    words = 'crd --rows 1 --methods student --seeds 1 --epochs 1 --dtype bfloat16 --dataroot'
+    status, out, err = script(reproduce, words, [ROOT / 'data'])
+    assert status == 0 and 'CIFAR100: trained on 50,000 images for 1 epochs (lr 0.05, ' in out, err
+    assert read_log('logs/cifar100-e1/wrn-16-2-s0/log.txt')[0]['test_acc'] > 3  # 1 by chance
+
+
+def test_crd_names_the_published_errors_as_such_and_its_rate(script):
+    for name in ('wrn-40-2-s0', 'wrn-16-2-s0', 'wrn-16-2-at-wrn-40-2-s0'):
+        write_log(f'cifar100-e240/{name}', 25.0, epochs=240, last=1)
+        path = pathlib.Path('logs', 'cifar100-e240', name, 'log.txt')
+        (record,) = read_log(path)
+        record |= {'epoch': 240, 'dataset': 'CIFAR100', 'lr': 0.05, 'lr_now': 5e-5, 'test_images': 10_000}
+        path.write_text(f'json_stats: {json.dumps(record)}\n')
+    _, out, _ = script(reproduce, 'crd --show --rows 1 --seeds 1')
+    assert '| WRN-16-2 <- WRN-40-2 | AT | 25.00 |  | 0 | 25.92 | -0.92 |' in out and 'published, %' in out
+    assert 'for 240 epochs (lr 0.05, 0.2 times at' in out and '3 of 4 cells were run' in out
