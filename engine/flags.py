@@ -3,7 +3,7 @@
 import os
 from argparse import ArgumentTypeError
 
-from engine import transfer
+from engine import events, transfer
 from engine.arguments import MOST, Parser, epoch_list, gpu_list, group_list, number, path
 from engine.log import read_log
 from engine.schedules import BETA_DECAYS
@@ -88,6 +88,7 @@ def _run_flags(parser):
     flag('--resume', default='', type=path, help=resume)
     flag('--save_every', default=0, type=number(float, 0), metavar='MINUTES', help='also within an epoch; 0: not')
     flag('--overwrite', action='store_true', help='replace the run that --save holds')
+    flag('--tensorboard', action='store_true', help='also write event files for TensorBoard beside the log')
     flag('--verbose', action='store_true', help='also print the shape of every parameter')
     flag('--nthread', default=4, type=number(int, 0, 1024), help='threads that decode images')
     flag('--ngpu', default=1, type=number(int, 1, 1024), help='workers: one a GPU, or CPU processes without GPUs')
@@ -177,6 +178,7 @@ def check(opt, teacher, flag):
     if (opt.alpha or opt.beta) and not teacher:
         raise ValueError(f'--{"alpha" if opt.alpha else "beta"} needs a teacher: name one with {flag}')
     transfer.check(opt)
+    events.check(opt)
     if opt.cuda_graphs and not opt.compile:
         raise ValueError('--cuda_graphs goes with --compile')
     if opt.teacher_dtype == 'int8' and (not teacher or transfer.of_image(opt) or DTYPES[opt.dtype].itemsize == 8):

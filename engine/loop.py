@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torchnet.engine import Engine
 from tqdm import tqdm
 
-from engine import log, runs, workers
+from engine import events, log, runs, workers
 from engine.arguments import listed
 from engine.evaluate import evaluate
 from engine.meters import CALMER, Meters
@@ -80,13 +80,14 @@ def fit(opt, step, student, data):
     Raises Stopped after a signal, FloatingPointError for a loss or parameter that is not finite, ValueError if
     another process trains into --save, and OSError if it cannot be written.
     """
-    with runs.locked(opt), Requests() as requests:
+    with runs.locked(opt), Requests() as requests, contextlib.ExitStack() as stack:
         updates = Updates(opt, trained(student.params).values(), data.device)
         done, progress = resume_(opt, student.params, updates, data.topk)
         if done >= opt.epochs:
             return say(f'nothing to do: {done} of {opt.epochs} epochs are done')
         runs.open_run(opt, done)
         run = Run(opt, step, student, data, updates, requests, done, progress)
+        run.note = stack.enter_context(events.writer(opt, done))
         engine = Engine()
         engine.hooks = {name: getattr(run, name) for name in dir(run) if name.startswith('on_')}
         engine.train(run.loss, None, opt.epochs, updates)
@@ -106,6 +107,7 @@ class Run:
         self.facts |= log.environment(data.device)
         self.record = self.batches = self.images = None  # images: the batch of the last step
         self.saved_at, self.warned = time.monotonic(), False
+        self.note = None  # takes the results of an epoch, for TensorBoard
 
     def loss(self, sample):
         """The loss that the Engine differentiates, and the logits."""
@@ -145,14 +147,13 @@ class Run:
         if not math.isfinite(tested[0]):
             raise FloatingPointError(f'epoch {self.epoch}: the test loss is not finite ({tested[0]}); {CALMER}')
         tested_for = time.perf_counter() - since
-        self.record = {
-            **self.facts,
-            **log.results(self.opt, self.epoch, self.meters, trained_for, tested, tested_for),
-        }
+        results = log.results(self.opt, self.epoch, self.meters, trained_for, tested, tested_for)
         if hasattr(batches, 'bad'):
             bad = self.meters.bad + self.batches.bad + batches.bad
-            self.record['bad_images'] = int(sum_over_workers([bad], self.data.device)[0])
+            results['bad_images'] = int(sum_over_workers([bad], self.data.device)[0])
+        self.record = {**self.facts, **results}
         self.keep_epoch()
+        self.note(results)
         _print_epoch(self.opt, self.record, self.meters)
         if tested[0] > HIGH_LOSS and not self.warned:
             say(f'note: a test loss of {tested[0]:.3g} is far above that of guessing: the run may diverge; {CALMER}')

@@ -13,9 +13,10 @@ from formats.torchvision import check_name
 from formats.write import write_whole
 
 MAX_NAMES = 10_000  # of a folder that are compared with a missing name
-NOT_SETTINGS = set(
-    'save resume overwrite save_every verbose nthread gpu_id dataroot imagenetpath follow_links max_restarts'.split()
-)
+NOT_SETTINGS = {
+    *'save resume overwrite save_every tensorboard verbose nthread gpu_id max_restarts'.split(),
+    *'dataroot imagenetpath follow_links'.split(),
+}
 
 
 def find(teacher_id):

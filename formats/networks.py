@@ -4,6 +4,7 @@ A new family is a file with its functions, like `nin`, and a line of `NETWORKS`;
 """
 
 import os
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -14,9 +15,13 @@ import imagenet_resnet as imagenet
 import nin
 import resnet
 from formats.read import read
-from formats.torchvision import download, from_torchvision
+from formats.torchvision import download, from_torchvision, from_transformers
 from formats.unwrap import flat_params, some
 from utils import without_adapters
+
+TRANSFORMERS = (
+    r'resnet\.encoder\.stages\.0\.layers\.0\.layer\.0\.convolution\.weight'  # a name of Hugging Face's ResNets
+)
 
 
 class Family(NamedTuple):
@@ -68,7 +73,7 @@ NETWORKS = {
         script='imagenet.py',
         flags=('depth', 'width'),
         network=lambda opt: partial(imagenet.imagenet_resnet, opt.depth, opt.width),
-        first=r'layer1\.0\.conv1\.weight|group0\.block0\.conv[01](?:\.weight)?',
+        first=rf'layer1\.0\.conv1\.weight|{TRANSFORMERS}|group0\.block0\.conv[01](?:\.weight)?',
         owns=imagenet.is_imagenet_resnet,
         expected=imagenet.imagenet_resnet_expected,
         unit=64,
@@ -115,6 +120,8 @@ def load_params(path, note=print):
     if str(path).startswith('torchvision:'):
         return from_torchvision(download(str(path).removeprefix('torchvision:')))
     params = flat_params(read(path), path, _first(), note)
+    if any(re.fullmatch(TRANSFORMERS, k) for k in params):
+        params = from_transformers(params)
     try:
         return from_torchvision(params) if any(k.startswith('layer1.') for k in params) else params
     except ValueError as error:
@@ -124,9 +131,10 @@ def load_params(path, note=print):
 def load_teacher(path, shape=None, note=print):
     """Read a trained network of any shape: (f, params), as in `resnet`, with params that need no gradient.
 
-    `path` is a checkpoint of ours or of the authors', their folded export, a torchvision ResNet's state_dict, a
-    .safetensors or .hkl of any of these, recognised by content, or `torchvision:resnet34`. Depth, widths and number of
-    classes are read from the params; `shape` is the (depth, width) that they must have, if any. Params are float32.
+    `path` is a checkpoint of ours or of the authors', their folded export, the state_dict of a ResNet of torchvision,
+    timm or Hugging Face, a .safetensors or .hkl of any of these, recognised by content, or `torchvision:resnet34`.
+    Depth, widths and number of classes are read from the params; `shape` is the (depth, width) that they must have, if
+    any. Params are float32.
     Raises as `load_params` does, and ValueError for params that belong to no known network, do not fit it or are not
     finite.
     """

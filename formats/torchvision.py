@@ -1,4 +1,4 @@
-"""torchvision's ResNets: conversion to our names and back, and download of torchvision's weights."""
+"""The names of torchvision's ResNets, which timm shares, and Hugging Face's; the download of torchvision's weights."""
 
 import re
 import warnings
@@ -35,6 +35,27 @@ def _our_name(key):
         return key
     base = f'group{int(layer) - 1}.block{int(i)}.' if layer else ''
     return f'{base}{kind}{int(number) - 1 if number else "dim"}' + ('' if kind == 'conv' else f'.{part}')
+
+
+def from_transformers(state):
+    """The params of Hugging Face's ResNetForImageClassification under the names of torchvision.
+
+    embedder.embedder.convolution -> conv1, encoder.stages.0.layers.0.layer.0.convolution -> layer1.0.conv1, shortcut ->
+    downsample, classifier.1 -> fc, and each normalization likewise. Other names stay.
+    """
+    return {_torchvision_name_of_transformers(key): value for key, value in state.items()}
+
+
+def _torchvision_name_of_transformers(key):
+    place = r'embedder\.embedder|encoder\.stages\.([0-3])\.layers\.(\d{1,2})\.(?:(shortcut)|layer\.([0-2]))'
+    match = re.fullmatch(rf'resnet\.(?:{place})\.(convolution|normalization)\.(\w+)', key)
+    if not match:
+        return re.sub(r'^classifier\.1\.', 'fc.', key)
+    stage, block, shortcut, number, kind, part = match.groups()
+    base = f'layer{int(stage) + 1}.{block}.' if stage else ''
+    if shortcut:
+        return f'{base}downsample.{int(kind == "normalization")}.{part}'
+    return f'{base}{"conv" if kind == "convolution" else "bn"}{int(number or 0) + 1}.{part}'
 
 
 def to_torchvision(params):

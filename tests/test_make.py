@@ -71,6 +71,15 @@ def test_an_environment_is_made_once_and_removed_by_clean(make):
     assert make('clean')[0] and not os.path.exists('.venv')
 
 
+def test_builds_for_cpus_come_from_an_index_of_pytorch(make):
+    from_index = [
+        line.replace('isolation ', 'isolation --extra-index-url https://download.pytorch.org/whl/cpu ')
+        for line in INSTALLS
+    ]
+    assert make('venv', 'CPU=1') == (True, '', ['system -m venv .venv', *from_index])
+    assert make('venv', 'CPU=1') == make('venv') == (True, '', [])
+
+
 def test_an_environment_that_is_there_is_installed_into_and_never_removed(make):
     foreign()
     assert make('venv') == (True, '', INSTALLS)

@@ -1,6 +1,7 @@
 """torchvision's networks keep their logits here, names convert back, and weights are downloaded."""
 
 import pickle
+import re
 import urllib.error
 
 import pytest
@@ -27,6 +28,35 @@ def test_a_torchvision_state_gives_torchvisions_logits_however_it_is_wrapped(tor
         assert_near(logits_of(path, images), expected)
         torch.save({'model': state, 'args': {'lr': 0.1}}, path)
         assert_near(logits_of(path, images), expected)
+
+
+def transformers_name(key):
+    """The name of a torchvision parameter in Hugging Face's ResNetForImageClassification."""
+    for ours, theirs in (
+        (r'^conv1\.', 'embedder.embedder.convolution.'),
+        (r'^bn1\.', 'embedder.embedder.normalization.'),
+        (r'^layer(\d)\.(\d+)\.', lambda m: f'encoder.stages.{int(m[1]) - 1}.layers.{m[2]}.'),
+        (r'downsample\.0', 'shortcut.convolution'),
+        (r'downsample\.1', 'shortcut.normalization'),
+        (r'\.conv(\d)\.', lambda m: f'.layer.{int(m[1]) - 1}.convolution.'),
+        (r'\.bn(\d)\.', lambda m: f'.layer.{int(m[1]) - 1}.normalization.'),
+    ):
+        key = re.sub(ours, theirs, key)
+    return key.replace('fc.', 'classifier.1.') if key.startswith('fc.') else f'resnet.{key}'
+
+
+def test_files_of_timm_and_hugging_face_give_torchvisions_logits(torchvision_net, images, tmp_path):
+    """As they are saved: timm shares torchvision's names, transformers has its own."""
+    net, _ = torchvision_net
+    state = net.state_dict()
+    renamed = {transformers_name(key): value for key, value in state.items()}
+    assert 'resnet.encoder.stages.1.layers.0.shortcut.convolution.weight' in renamed
+    assert {'resnet.encoder.stages.0.layers.0.layer.1.normalization.running_var', 'classifier.1.bias'} < set(renamed)
+    for content in (state, renamed):
+        safetensors.torch.save_file(content, tmp_path / 'model.safetensors', metadata={'format': 'pt'})
+        torch.save(content, tmp_path / 'pytorch_model.bin')
+        for name in ('model.safetensors', 'pytorch_model.bin'):
+            assert_near(logits_of(tmp_path / name, images), net(images))
 
 
 def test_torchvisions_names_become_ours_and_come_back(torchvision_net):
