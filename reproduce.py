@@ -29,7 +29,7 @@ from engine.precision import freeze
 from engine.runs import changed_settings
 from engine.step import seconds_a_step
 from engine.student import initialise
-from engine.table import around, last_epoch, results, table_lines
+from engine.table import around, in_words, last_epoch, results, table_lines
 from formats.networks import NETWORKS, fold, load
 from formats.write import write_whole
 from utils import DTYPES
@@ -45,12 +45,13 @@ def parse():
     flag('table', choices=list(TABLES))
     flag('--rows', default='', help="numbers of the table's rows from 1, like 1,3 (default: all)")
     flag('--methods', default='', help=f'some of {",".join(methods_of("table1"))} (default: those of the table)')
-    flag('--seeds', type=number(int, 1, 1000), help='number of seeds, from 0 on (default: 5, demo: 1)')
-    flag('--epochs', type=number(int, 1), help='the schedule scales with it (default: 200, crd: 240, demo: 10)')
+    flag('--seeds', type=number(int, 1, 1000), help='number of seeds, from 0 on (default: 5)')
+    flag('--epochs', type=number(int, 1), help='the schedule scales with it (default: 200, crd: 240, demo: 20)')
     flag('--dataroot', default='.', type=path, help='as in cifar.py')
     flag('--holdout', default=0, type=number(int, 0), help='as in cifar.py, to choose between variants')
     flag('--dtype', default='', choices=['', *DTYPES], help='as in cifar.py')
-    flag('--jobs', default=1, type=number(int, 1, 1024), help='runs at a time, one per GPU if there are GPUs')
+    jobs_at_a_time = 'runs at a time, one per GPU if there are GPUs (default: 1, demo: 2)'
+    flag('--jobs', type=number(int, 1, 1024), help=jobs_at_a_time)
     markdown = 'also write the table into FILE, between its markers'
     flag('--markdown', default='', type=path, metavar='FILE', help=markdown)
     flag('--compile', action='store_true', help='as in cifar.py')
@@ -64,6 +65,7 @@ def parse():
     if opt.holdout >= table['images']:
         raise ValueError(f'--holdout {opt.holdout}: there are {table["images"]:,} training images')
     opt.seeds = opt.seeds or table['seeds']
+    opt.jobs = opt.jobs or (2 if opt.table == 'demo' else 1)
     methods = methods_of(opt.table)
     opt.methods = (
         opt.methods.split(',') if opt.methods else [m for m in methods if any(m in table['rows'][r] for r in rows)]
@@ -123,7 +125,7 @@ def seconds(opt, missing, runs):
         flags = parse_cifar('', arguments)
         kind = name.rpartition('-s')[0]
         if kind not in measured:
-            images = torch.randn(flags.batch_size, 3, 32, 32, device=device())
+            images = torch.randn(flags.batch_size, 3, flags.image_size, flags.image_size, device=device())
             images = images.contiguous(memory_format=torch.channels_last)
             teacher = _untrained(runs[flags.teacher_id]) if flags.teacher_id else None
             measured[kind] = seconds_a_step(flags, initial_network(flags), teacher, images)
@@ -157,6 +159,35 @@ def run(opt, name, arguments, job):
     return f'{100 - last_epoch(opt, name)["test_acc"]:.2f}% test error'
 
 
+def print_conclusion(opt):
+    """Print what the demo's table shows, and the paths of pictures of its curves and attention maps."""
+    print('\n' + in_words(opt))
+    (row,) = opt.rows
+    shown = [names(opt, row, method)[0] for method in ('teacher', 'student', 'at', 'kd', 'at-kd')]
+    runs = [os.path.join('logs', name) for name in shown if last_epoch(opt, name)]
+    if len(runs) < len(shown):
+        return
+    folder = os.path.dirname(runs[0])
+    models = [part for run in (runs[0], runs[2], runs[1]) for part in ('--model', run)]
+    labels = [part for label in ('teacher', 'student, AT', 'student alone') for part in ('--label', label)]
+    plot = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'plot.py')
+    for words in (
+        ['curves', *runs, '--out', os.path.join(folder, 'curves.png')],
+        [
+            'attention',
+            *models,
+            *labels,
+            '--images',
+            'digits',
+            '--image_size',
+            '8',
+            '--out',
+            os.path.join(folder, 'maps.png'),
+        ],
+    ):
+        jobs.call([sys.executable, plot, *words], 0, 1)
+
+
 def main():
     """Print the commands, or train what is missing and print the table."""
     opt = parse()
@@ -173,6 +204,8 @@ def main():
         failed = jobs.run_all(waits_for, lambda name, job: run(opt, name, runs[name], job), opt.jobs)
     lines = table_lines(opt)
     print('\n'.join(lines))
+    if opt.table == 'demo':
+        print_conclusion(opt)
     if opt.markdown:
         head, tail = around(opt.markdown, opt.table)
         end = b'\r\n' if head.endswith(b'\r\n') else b'\n'

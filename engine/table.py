@@ -47,24 +47,60 @@ def table_lines(opt):
 
     Cells that were not run are left out unless opt.all. The difference to the paper is given only for its schedule.
     """
-    methods, runs, cells = methods_of(opt.table), {}, 0
+    methods, runs = methods_of(opt.table), finished_runs(opt)
     published = 'published, %' if opt.table == 'crd' else 'paper, %'
     head = ['student <- teacher', 'method', 'our error, %', 'spread', 'seeds', published]
     paper = any(error for errors in TABLES[opt.table]['rows'].values() for error in errors.values())
     of_paper = paper and opt.epochs == TABLES[opt.table]['epochs'] and not opt.holdout
     lines = [_line([*head, 'difference'] if of_paper else head), '|---' * (len(head) + of_paper) + '|']
-    for row in opt.rows:
-        for method in columns(opt, row):
-            done = {seed: last_epoch(opt, name) for seed, name in enumerate(names(opt, row, method))}
-            done = runs[row, method] = {seed: record for seed, record in done.items() if record}
-            cells += 1
-            if done or opt.all:
-                lines.append(_line(_cells(opt, row, method, methods[method].label, done, of_paper)))
+    for (row, method), done in runs.items():
+        if done or opt.all:
+            lines.append(_line(_cells(opt, row, method, methods[method].label, done, of_paper)))
     ran = sum(map(bool, runs.values()))
-    lines += [] if ran == cells else ['', f'{ran} of {cells} cells were run.']
+    lines += [] if ran == len(runs) else ['', f'{ran} of {len(runs)} cells were run.']
     lines += differences(opt, runs, {method: methods[method].label for _, method in runs})
     lines += ['', *(f'{line}.' for line in protocols([r for done in runs.values() for r in done.values()]))]
     return lines
+
+
+def finished_runs(opt):
+    """The finished runs of a table's cells, in order: {(row, method): {seed: last record of the log}}."""
+    runs = {}
+    for row in opt.rows:
+        for method in columns(opt, row):
+            last = {seed: last_epoch(opt, name) for seed, name in enumerate(names(opt, row, method))}
+            runs[row, method] = {seed: record for seed, record in last.items() if record}
+    return runs
+
+
+def in_words(opt):
+    """What a table of one row shows of its methods, and how surely, in a sentence; '' without two seeds in common."""
+    done = {method: seeds for (_, method), seeds in finished_runs(opt).items()}
+    labels = {method: known.label for method, known in methods_of(opt.table).items()}
+    found = {method: _paired(seeds, done.get('student', {})) for method, seeds in done.items()}
+    known = {m: of for m, of in found.items() if of and m not in ('teacher', 'student')}
+    signs = {method: (mean + half < 0) - (mean - half > 0) for method, (mean, half, _) in known.items()}
+    parts = []
+    for sign, words in ((1, 'less than'), (-1, 'more than'), (0, 'neither surely less nor surely more than')):
+        chosen = [labels[method] for method in signs if signs[method] == sign]
+        parts += [f'{" and ".join(chosen)} err{"s" * (len(chosen) == 1)} {words} the student alone'] * bool(chosen)
+    if not parts:
+        return ''
+    record = next(iter(done['student'].values()))
+    return (
+        f'With {len(done["student"])} seeds and {record["test_images"]:,} test images, {", ".join(parts)} '
+        '(95 % intervals of the paired differences above; they hold for this teacher and these images).'
+    )
+
+
+def _paired(done, other):
+    """Of paired differences of errors: mean, half the 95 % t-interval, number of pairs; None for fewer than two."""
+    seeds = sorted(done.keys() & other.keys())
+    if len(seeds) < 2:
+        return None
+    pairs = [other[seed]['test_acc'] - done[seed]['test_acc'] for seed in seeds]
+    half = float(t.ppf(0.975, len(pairs) - 1)) * statistics.stdev(pairs) / len(pairs) ** 0.5
+    return statistics.mean(pairs), half, len(pairs)
 
 
 def _line(cells):
@@ -94,19 +130,11 @@ def differences(opt, runs, labels):
     lines = []
     for (row, method), done in runs.items():
         for base in ('student', 'at'):
-            other = runs.get((row, base), {})
-            seeds = sorted(done.keys() & other.keys())
-            if method in ('teacher', 'student', base) or len(seeds) < 2:
-                continue
-            pairs = [other[seed]['test_acc'] - done[seed]['test_acc'] for seed in seeds]
-            half = t.ppf(0.975, len(pairs) - 1) * statistics.stdev(pairs) / len(pairs) ** 0.5
-            cells = (
-                f'{labels[method]} - {labels[base]}',
-                f'{statistics.mean(pairs):+.2f}',
-                f'{half:.2f}',
-                str(len(pairs)),
-            )
-            lines.append(_line([f'{row[0]} <- {row[1]}'.upper(), *cells]))
+            found = _paired(done, runs.get((row, base), {})) if method not in ('teacher', 'student', base) else None
+            if found:
+                mean, half, pairs = found
+                cells = f'{labels[method]} - {labels[base]}', f'{mean:+.2f}', f'{half:.2f}', str(pairs)
+                lines.append(_line([f'{row[0]} <- {row[1]}'.upper(), *cells]))
     head = _line(
         ['student <- teacher', 'difference of errors', 'mean, points', '95 % t-interval, +-', 'pairs of seeds']
     )

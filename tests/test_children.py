@@ -37,7 +37,7 @@ def plant(folder, marks):
     [
         'imagenet.py --imagenetpath . --image_size 32 --width 0.0625 --batch_size 4 --nthread 1 --ngpu 2',
         'cifar.py --dataset digits --image_size 8 --randomcrop_pad 1 --depth 10 --width 0.25 --compile',
-        'reproduce.py demo --methods student --holdout 936 --jobs 2',
+        'reproduce.py demo --methods student --holdout 936 --seeds 2',
         'benchmarks/step.py --only student --pairs 1 --dtype float --eager',
     ],
 )

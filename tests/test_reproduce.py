@@ -82,7 +82,9 @@ def test_every_table_is_made_of_commands_that_are_understood(script, fast, name,
             assert opt.dataset == 'CIFAR100' and (opt.epochs, opt.epoch_step) == (240, '[151,181,211]')
             assert (opt.lr, opt.lr_decay_ratio, opt.batch_size, opt.keep_momentum) == (0.05, 0.1, 64, True)
             assert opt.alpha in (0, 0.9) and opt.beta in (0, 1000) and opt.temperature == 4
-        if name == 'table3':
+        if name == 'demo':
+            assert (opt.image_size, opt.randomcrop_pad, opt.batch_size, opt.epoch_step) == (8, 1, 32, '[6,12,16]')
+        elif name == 'table3':
             assert opt.no_bn and opt.weight_decay == opt.randomcrop_pad == 0
         else:
             assert not opt.no_bn and opt.weight_decay == 5e-4 and opt.randomcrop_pad == 4
@@ -103,7 +105,7 @@ def test_the_schedule_scales_with_the_epochs(script, fast):
 
 def test_the_time_is_that_of_real_steps(script):
     write_log('digits-e2/wrn-16-2-s0', 10.0, epochs=2, last=2)
-    status, out, _ = script(reproduce, 'demo --methods at --epochs 2 --dry_run')
+    status, out, _ = script(reproduce, 'demo --methods at --epochs 2 --seeds 1 --dry_run')
     hours = float(re.search('# 1 runs, about (.*) hours here', out)[1])
     assert status == 0 and out.count('cifar.py') == 1 and 0 <= hours < 1
     opt = parse_cifar('', '--batch_size 8 --beta 1 --teacher_id x --transfer full --depth 10'.split())
@@ -161,7 +163,7 @@ def test_a_taught_run_waits_for_its_own_teacher_alone_and_runs_begin_in_order(ca
 def test_a_failed_run_is_reported_and_the_others_go_on(script):
     pathlib.Path('logs/digits-holdout936-e1').mkdir(parents=True)
     pathlib.Path('logs/digits-holdout936-e1/wrn-16-2-s0').write_text('where the teacher would be saved')
-    status, out, _ = script(reproduce, 'demo --methods teacher,student,kd --epochs 1 --holdout 936 --jobs 2')
+    status, out, _ = script(reproduce, 'demo --methods teacher,student,kd --epochs 1 --seeds 1 --holdout 936')
     assert status == 1 and out.count('failed: exit status 2: cifar.py: error: --save logs/digits-') == 1
     assert 'failed: its teacher digits-holdout936-e1/wrn-16-2-s0 is not trained' in out
     assert '1 of 3 cells were run.' in out and re.search(r'\| student alone \| \d+\.\d\d \|  \| 0 \|', out)
@@ -182,7 +184,7 @@ def instead(monkeypatch, tmp_path):
 
 def test_a_run_that_ends_well_before_its_last_epoch_was_stopped(script, instead):
     instead('exit 0')
-    status, out, _ = script(reproduce, 'demo --methods student')
+    status, out, _ = script(reproduce, 'demo --methods student --seeds 1')
     assert status == 1 and ': failed: it was stopped\n' in out
 
 
@@ -196,13 +198,13 @@ def test_a_signal_is_passed_on_to_the_runs_and_no_other_begins(script, instead, 
         os.kill(os.getpid(), signum)
 
     threading.Thread(target=ask, daemon=True).start()
-    status, out, err = script(reproduce, 'demo --methods teacher,student,kd --jobs 2')
+    status, out, err = script(reproduce, 'demo --methods teacher,student,kd --seeds 1')
     assert (status, err) == (130, 'reproduce.py: error: interrupted\n') and '[3/3]' not in out
     assert len(list(tmp_path.glob('asked-*'))) == len(list(tmp_path.glob('began-*'))) == 2
 
 
 def test_runs_do_not_outlive_what_started_them(tmp_path):
-    command = [sys.executable, reproduce.__file__, 'demo', '--methods', 'student', '--epochs', '1000']
+    command = [sys.executable, reproduce.__file__, 'demo', '--methods', 'student', '--epochs', '1000', '--jobs', '1']
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
         next(line for line in process.stdout if line.startswith('epoch 1/'))
         found = started_by(process.pid)
@@ -211,9 +213,9 @@ def test_runs_do_not_outlive_what_started_them(tmp_path):
 
 
 def test_a_broken_run_goes_on_and_several_at_a_time_end_as_one_after_the_other(script, fast, monkeypatch):
-    flags = 'demo --methods student --epochs 2 --holdout 936 --seeds 2'
-    log = 'logs/digits-holdout936-e2/wrn-16-1-s1/log.txt'
-    status, out, _ = script(reproduce, flags, '--jobs 2')
+    flags = 'demo --methods student --epochs 2 --holdout 936 --seeds 2 --jobs 1'
+    log = 'logs/digits-holdout936-e2/wrn-10-0.25-s1/log.txt'
+    status, out, _ = script(reproduce, flags.replace('--jobs 1', '--jobs 2'))
     assert status == 0 and len(re.findall(r'-s[01]: \d+\.\d\d% test error', out)) == 2
     several = read_log(log)
     os.rename(os.path.dirname(log), 'elsewhere')
@@ -239,13 +241,13 @@ def test_a_broken_run_goes_on_and_several_at_a_time_end_as_one_after_the_other(s
 
 
 def test_a_run_of_other_settings_is_refused_and_left_alone(script):
-    for name, changed in (('digits-e1/wrn-16-1-s0', {'beta': 5.0}), ('digits-e1/wrn-16-2-s0', {'batch_size': 32})):
+    for name, changed in (('digits-e1/wrn-10-0.25-s0', {'beta': 5.0}), ('digits-e1/wrn-16-2-s0', {'batch_size': 64})):
         write_log(name, 12.0, epochs=1, last=1)
         log = pathlib.Path('logs', name, 'log.txt')
         log.write_text(f'json_stats: {json.dumps({**read_log(log)[0], "dataset": "digits", **changed})}\n')
-    status, out, _ = script(reproduce, 'demo --methods teacher,student --epochs 1')
+    status, out, _ = script(reproduce, 'demo --methods teacher,student --epochs 1 --seeds 1')
     assert status == 1 and out.count('holds a run with other settings') == 2
-    assert 'beta 5.0, not 0' in out and 'batch_size 32, not 64' in out
+    assert 'beta 5.0, not 0' in out and 'batch_size 64, not 32' in out
 
 
 def test_the_readme_shows_what_the_published_logs_say(script, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+from argparse import Namespace
 from functools import partial
 
 import pytest
@@ -99,3 +100,27 @@ def test_a_log_with_a_value_of_another_kind_is_named(script, change):
     with open(path, 'a', encoding='utf-8') as file:
         file.write(f'json_stats: {json.dumps({**RECORD, "epoch": 16, "test_acc": 88.0, **change})}\n')
     assert refused(script(reproduce, 'table1 --epochs 16 --show'), f'{path} is not a log of cifar.py')
+
+
+def test_a_sentence_says_which_methods_differ_surely_from_the_student(script):
+    errors = {'': 10, '-at': 12, '-kd': 7, '-at-kd': 8}
+    for seed in range(3):
+        for method, error in errors.items():
+            noise = {'-at-kd': 3 * seed - 2, '-kd': 0.1 * seed}.get(method, 0.1 * seed * (method == '-at'))
+            write_log(f'cifar10-e16/wrn-16-1{method}{"-wrn-16-2" * bool(method)}-s{seed}', error + noise)
+
+    def words(*flags):
+        return table.in_words(Namespace(**{**SHOWN, **dict(flags)}))
+
+    assert words() == (
+        'With 3 seeds and 9,980 test images, KD errs less than the student alone, AT errs more than the student alone, '
+        'AT+KD errs neither surely less nor surely more than the student alone '
+        '(95 % intervals of the paired differences above; they hold for this teacher and these images).'
+    )
+    assert words(('seeds', 1)) == words(('methods', ['at', 'kd'])) == words(('epochs', 4)) == ''
+
+
+SHOWN = {
+    'table': 'table1', 'rows': [('wrn-16-1', 'wrn-16-2')], 'epochs': 16, 'seeds': 3, 'holdout': 0,
+    'methods': ['teacher', 'student', 'at', 'kd', 'at-kd'],
+}  # fmt: skip
