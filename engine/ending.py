@@ -63,6 +63,8 @@ def _status_and_message(error):
     message = str(error) or type(error).__name__
     if isinstance(error, MemoryError) or any(words in message for words in OUT_OF_MEMORY):
         return 1, f'out of memory ({error}); try a smaller --batch_size, --image_size or network'
+    if 'does not have a deterministic implementation' in message:
+        return 2, f'--deterministic: {message.splitlines()[0]}'
     if isinstance(error, OF_THE_RUN) or getattr(error, 'errno', None) in DISK_ERRORS:
         return 1, message
     return (2, message) if isinstance(error, ValueError | OSError) else (1, None)

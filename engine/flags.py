@@ -86,6 +86,8 @@ def _run_flags(parser):
     flag('--save', default='', type=path, help='folder for log.txt and model.pt7; without it, nothing is kept')
     resume = "a checkpoint to go on from, or 'auto' for the one in --save, if there is one"
     flag('--resume', default='', type=path, help=resume)
+    exact = 'on GPUs: the same bits in every run, as an exact resume needs; slower. CPUs always compute so'
+    flag('--deterministic', action='store_true', help=exact)
     flag('--save_every', default=0, type=number(float, 0), metavar='MINUTES', help='also within an epoch; 0: not')
     flag('--overwrite', action='store_true', help='replace the run that --save holds')
     flag('--tensorboard', action='store_true', help='also write event files for TensorBoard beside the log')

@@ -61,7 +61,7 @@ TABLES = {
         'dataset': 'digits',
         'images': 1000,
         'epochs': 20,
-        'beta': '10',  # chosen on held-out training images
+        'beta': '3',  # chosen on held-out training images, of 1, 3, 10, 30 and 100
         'flags': ['--image_size', '8', '--randomcrop_pad', '1', '--batch_size', '32'],
         'rows': DEMO,
     },

@@ -159,11 +159,23 @@ def join(opt):
     device = torch.device('cuda', place().local or 0) if cuda else torch.device('cpu')
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cudnn.deterministic = True  # a resumed run has to be bit-identical
-        torch.set_float32_matmul_precision('high')  # TensorFloat-32, the default for convolutions
+        choose_arithmetic(opt.deterministic)
     keep_memory()
     torch.manual_seed(opt.seed)
     return device
+
+
+def choose_arithmetic(deterministic):
+    """Fast arithmetic on GPUs, which may round differently in every run, or the same bits in every run.
+
+    Where PyTorch has no deterministic algorithm, it then raises an error, which `ending.run` prints in one line.
+    """
+    torch.set_float32_matmul_precision('high')  # TensorFloat-32, the default for convolutions
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    if deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS reads it when it starts
+    torch.use_deterministic_algorithms(deterministic)
 
 
 def _meet(backend):

@@ -60,6 +60,7 @@ WRONG = {  # flag: values that it has to refuse
     'resume': ['auto', 'nowhere.pt7', 'blocked'],
     'keep_momentum': ['yes'],
     'verbose': ['yes'],
+    'deterministic': ['yes'],
     'tensorboard': ['yes', ''],
     'save_every': ['-1', 'nan', 'inf', 'often'],
     'overwrite': ['yes'],

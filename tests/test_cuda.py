@@ -1,0 +1,136 @@
+"""Training steps for GPUs, without one: on fake CUDA tensors, and on the meta device with real gradients.
+
+A fake tensor has a device and a shape, but no values: an operation on tensors of two devices fails, and so does what
+makes the host wait for a value. Without a driver, fake CUDA tensors can be neither differentiated nor given to the
+fused optimizer.
+"""
+
+import os
+import types
+from functools import partial
+
+import pytest
+import torch
+from conftest import refused
+from torch._subclasses import FakeTensorMode
+
+from engine import workers
+from engine.arguments import Parser
+from engine.flags import check, common_flags
+from engine.meters import Meters
+from engine.precision import freeze
+from engine.step import make_step, total_loss
+from engine.student import initialise, pair
+from engine.workers import data_parallel
+from formats.networks import NETWORKS, fold
+from images import memory
+
+SHAPES = {  # flags of student and teacher, and the size of an image
+    'wrn': ('--depth 10 --width 0.5', '--depth 16 --width 1', 32),
+    'nin': ('--width 0.25', '--width 0.5', 32),
+    'nin without batch norm': ('--width 0.25 --no_bn', '--width 0.5 --no_bn', 32),
+    'resnet': ('--depth 18 --width 0.125', '--depth 50 --width 0.125', 64),
+}
+METHODS = [
+    *('', '--alpha 0.9', '--beta 1', '--beta 1 --alpha 0.9 --beta_decay linear', '--beta 1 --transfer full'),
+    *('--beta 1 --transfer gradient', '--penalty symmetry --gamma 1', '--penalty min_l2 --gamma 1'),
+    *('--beta 1 --mapping max', '--beta 1 --at_form paper --power 3', '--beta 1 --groups 1,2'),
+]
+RECIPE = {'batch_size': 4, 'epochs': 2, 'epoch_step': '[2]', 'lr_decay_ratio': 0.1, 'weight_decay': 1e-4}
+
+
+def flags_of(words):
+    parser = Parser('')
+    parser.add_argument('--no_bn', action='store_true')
+    common_flags(parser, '4.1', depth=16, **RECIPE)
+    opt = parser.parse_args(words.split())
+    check(opt, True, '')
+    return opt
+
+
+def prepared(family, method, dtype, device):
+    """The flags, the student, and the step and teacher functions, as a script's main prepares them."""
+    student_shape, teacher_shape, size = SHAPES[family]
+    build = NETWORKS[family.split()[0]].network
+    opt = flags_of(f'{student_shape} {method} --dtype {dtype}')
+    student = initialise(build(opt), opt, 10, device)
+    f, params = build(flags_of(teacher_shape))(10)
+    teacher = partial(f, params=freeze(fold(params), opt.dtype, device), mode=False)
+    trained = pair(opt, student, teacher, torch.zeros(1, 3, size, size, device=device))
+    learner = data_parallel(trained, student.params)
+    return opt, student, make_step(opt, learner, teacher, device)
+
+
+@pytest.fixture(scope='module')
+def mode():
+    return FakeTensorMode()
+
+
+@pytest.fixture
+def cuda(monkeypatch, mode):
+    """The CUDA device of fake tensors; what is differentiated has gradients of no values."""
+    monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)  # else no autocast
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *_: True)
+    monkeypatch.setattr(torch.autograd, 'grad', lambda of, images, **_: [torch.zeros_like(images) * of])
+    with mode:
+        yield torch.device('cuda')
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('family', SHAPES)
+@pytest.mark.parametrize('dtype', ['float', 'double', 'bfloat16', 'half'])
+def test_a_step_stays_on_the_gpu_and_never_waits_for_it(cuda, family, method, dtype):
+    opt, student, step = prepared(family, method, dtype, cuda)
+    size = SHAPES[family][2]
+    images = memory.Images(torch.zeros(10, size, size, 3, dtype=torch.uint8), torch.zeros(10, dtype=torch.long))
+    sample = next(iter(memory.TrainBatches(images.to(cuda), 4, 2, True, 0, 0, 1, 1)))
+    meters = Meters(cuda, (1,))
+    loss, logits = total_loss(opt, step, sample, 1, meters)
+    assert logits.device.type == loss.device.type == 'cuda' and logits.shape == (4, 10)
+    assert loss.dtype == logits.dtype == (torch.float64 if dtype == 'double' else torch.float32)
+    assert all(rows.device.type == 'cuda' for rows, *_ in meters.pending)
+    with torch.no_grad():
+        tested = next(iter(memory.TestBatches(images.to(cuda), 4)))
+        assert student.f(tested[0].to(loss.dtype), student.params, False)[0].device.type == 'cuda'
+
+
+@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('family', SHAPES)
+@pytest.mark.parametrize('dtype', ['float', 'double'])
+def test_a_step_on_the_meta_device_has_gradients_of_all_trained_parameters(family, method, dtype):
+    meta = torch.device('meta')
+    with meta:
+        opt, student, step = prepared(family, method, dtype, meta)
+        size = SHAPES[family][2]
+        images = torch.zeros(4, 3, size, size, dtype=torch.float64 if dtype == 'double' else torch.float32)
+        sample = images, torch.zeros(4, dtype=torch.long), 4
+    loss, _ = total_loss(opt, step, sample, 1, Meters(meta, (1,)))
+    loss.backward()
+    for name, value in student.params.items():
+        assert (value.grad is not None) == value.requires_grad, name
+
+
+@pytest.fixture
+def arithmetic():
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, torch.get_float32_matmul_precision()
+    yield
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic, precision = before
+    torch.set_float32_matmul_precision(precision)
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize('deterministic', [False, True])
+def test_a_gpu_computes_fast_or_with_the_same_bits(arithmetic, monkeypatch, deterministic):
+    monkeypatch.delenv('CUBLAS_WORKSPACE_CONFIG', raising=False)
+    workers.choose_arithmetic(deterministic)
+    assert torch.backends.cudnn.benchmark is not deterministic and torch.backends.cudnn.deterministic is deterministic
+    assert torch.are_deterministic_algorithms_enabled() is deterministic
+    assert ('CUBLAS_WORKSPACE_CONFIG' in os.environ) is deterministic
+
+
+def test_without_a_deterministic_algorithm_the_run_is_refused_in_one_line(script):
+    def main():
+        raise RuntimeError('adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but\nmore')
+
+    greedy = types.SimpleNamespace(__name__='cifar', main=main)
+    assert refused(script(greedy), '--deterministic: adaptive_avg_pool2d_backward_cuda does not have')
