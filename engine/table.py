@@ -49,13 +49,14 @@ def table_lines(opt):
     """
     methods, runs = methods_of(opt.table), finished_runs(opt)
     published = 'published, %' if opt.table == 'crd' else 'paper, %'
-    head = ['student <- teacher', 'method', 'our error, %', 'spread', 'seeds', published]
     paper = any(error for errors in TABLES[opt.table]['rows'].values() for error in errors.values())
+    head = ['student <- teacher', 'method', 'our error, %', 'spread', 'seeds', *[published] * paper]
     of_paper = paper and opt.epochs == TABLES[opt.table]['epochs'] and not opt.holdout
     lines = [_line([*head, 'difference'] if of_paper else head), '|---' * (len(head) + of_paper) + '|']
     for (row, method), done in runs.items():
         if done or opt.all:
-            lines.append(_line(_cells(opt, row, method, methods[method].label, done, of_paper)))
+            cells = _cells(opt, row, method, methods[method].label, done, of_paper)
+            lines.append(_line(cells if paper else cells[:-1]))
     ran = sum(map(bool, runs.values()))
     lines += [] if ran == len(runs) else ['', f'{ran} of {len(runs)} cells were run.']
     lines += differences(opt, runs, {method: methods[method].label for _, method in runs})
@@ -80,16 +81,16 @@ def in_words(opt):
     found = {method: _paired(seeds, done.get('student', {})) for method, seeds in done.items()}
     known = {m: of for m, of in found.items() if of and m not in ('teacher', 'student')}
     signs = {method: (mean + half < 0) - (mean - half > 0) for method, (mean, half, _) in known.items()}
-    parts = []
-    for sign, words in ((1, 'less than'), (-1, 'more than'), (0, 'neither surely less nor surely more than')):
-        chosen = [labels[method] for method in signs if signs[method] == sign]
-        parts += [f'{" and ".join(chosen)} err{"s" * (len(chosen) == 1)} {words} the student alone'] * bool(chosen)
+    less, more, unsure = ([labels[method] for method in signs if signs[method] == sign] for sign in (1, -1, 0))
+    parts = [f'{" and ".join(less)} err{"s" * (len(less) == 1)} less than the student alone'] * bool(less)
+    parts += [f'{" and ".join(more)} err{"s" * (len(more) == 1)} more than the student alone'] * bool(more)
+    parts += [f'for {" and ".join(unsure)}, chance may explain the difference to the student alone'] * bool(unsure)
     if not parts:
         return ''
     record = next(iter(done['student'].values()))
     return (
-        f'With {len(done["student"])} seeds and {record["test_images"]:,} test images, {", ".join(parts)} '
-        '(95 % intervals of the paired differences above; they hold for this teacher and these images).'
+        f'With {len(done["student"])} seeds and {record["test_images"]:,} test images, {"; ".join(parts)} '
+        '(by the 95 % intervals above, which are about this one teacher and these images).'
     )
 
 
