@@ -32,13 +32,16 @@ def plant(folder, marks):
         (folder / f'{name}.py').write_text(PLANTED.format(marks=str(marks)))
 
 
+LONG = pytest.mark.skipif(not os.environ.get('AT_LONG_TESTS'), reason='takes long')
+
+
 @pytest.mark.parametrize(
     'command',
     [
         'imagenet.py --imagenetpath . --image_size 32 --width 0.0625 --batch_size 4 --nthread 1 --ngpu 2',
         'cifar.py --dataset digits --image_size 8 --randomcrop_pad 1 --depth 10 --width 0.25 --compile',
         'reproduce.py demo --methods student --holdout 936 --seeds 2',
-        'benchmarks/step.py --only student --pairs 1 --dtype float --eager',
+        pytest.param('benchmarks/step.py --only student --pairs 1 --dtype float --eager', marks=LONG),
     ],
 )
 def test_nothing_in_the_current_folder_is_executed(folder, tmp_path, command):
