@@ -5,7 +5,6 @@ Their `main` runs unchanged, in float64 and without CUDA, on batches of ours. Tw
 are made equal: the bias of the teacher's shortcuts is 0, and the ImageNet student's shortcuts have no batch norm.
 """
 
-import importlib.util
 import os
 import pathlib
 import sys
@@ -20,6 +19,7 @@ import cifar
 import imagenet
 import imagenet_resnet
 import resnet
+from benchmarks.authors import load
 from engine.log import read_log
 from formats import networks, write
 from images import memory, photographs
@@ -34,34 +34,12 @@ SCHEDULE = '--epochs 3 --epoch_step [2,3] --lr_decay_ratio 0.2'
 METHODS = {'student': '', 'at': '--beta 1e+3', 'kd': '--alpha 0.9', 'at-kd': '--beta 1e+3 --alpha 0.9'}
 
 
-class Nested(dict):
-    """What the authors' code uses of the package nested_dict."""
-
-    def items_flat(self):
-        for key, value in self.items():
-            if isinstance(value, dict):
-                yield from (((key, *inner), leaf) for inner, leaf in Nested(value).items_flat())
-            else:
-                yield (key,), value
-
-
 @pytest.fixture
 def authors(monkeypatch, tmp_path):
     """Load a script of the authors: authors('cifar') -> its module, whose tensors are float64 on the CPU."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, 'nested_dict', types.SimpleNamespace(nested_dict=Nested))
     monkeypatch.setattr(torch.Tensor, 'cuda', lambda self: self)
-
-    def load(name):
-        spec = importlib.util.spec_from_file_location(f'authors_{name}', pathlib.Path(AUTHORS, f'{name}.py'))
-        module = importlib.util.module_from_spec(spec)
-        with monkeypatch.context() as patch:
-            if name != 'utils':
-                patch.setitem(sys.modules, 'utils', load('utils'))
-            spec.loader.exec_module(module)
-        return module
-
-    return load
+    return partial(load, AUTHORS)
 
 
 class Loader:

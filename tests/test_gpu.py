@@ -1,0 +1,61 @@
+"""benchmarks/gpu.py: what it writes, and its refusal without a GPU; its parts run here on the CPU."""
+
+import os
+import sys
+
+import pytest
+import torch
+from conftest import refused
+
+import cifar
+
+sys.path.insert(0, os.path.join(os.path.dirname(cifar.__file__), 'benchmarks'))
+import gpu  # noqa: E402
+
+LONG = pytest.mark.skipif(not os.environ.get('AT_LONG_TESTS'), reason='takes long')
+
+
+@pytest.fixture
+def pretended(monkeypatch):
+    """A GPU that is not there: parts in processes of their own use the CPU."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda i: 'a GPU')
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_without_a_gpu_it_says_so_in_one_line(script, tmp_path):
+    assert refused(script(gpu, '--out table.md'), 'there is no GPU that this PyTorch can use')
+    assert not list(tmp_path.iterdir())
+    assert 'resume' in script(gpu, '--help')[1]
+
+
+def test_the_table_has_a_line_for_each_result_and_for_each_failure(script, pretended, monkeypatch):
+    def fails():
+        yield 'a step', '1 ms | or more'
+        raise ValueError('status 1: out of memory')
+
+    monkeypatch.delenv('AUTHORS', raising=False)
+    monkeypatch.setattr(gpu, 'PARTS', {'steps': fails, 'authors': gpu.authors, 'tests': None})
+    status, out, err = script(gpu, '--skip tests --out table.md')
+    lines = open('table.md', encoding='utf-8').read().splitlines()
+    assert status == 1 and not err and out.splitlines()[-1] == 'table: table.md'
+    assert lines[0].startswith(f'`python benchmarks/gpu.py` on a GPU; torch {torch.__version__}, CUDA ')
+    assert lines[2:] == [
+        '| what | result |',
+        '|---|---|',
+        '| a step | 1 ms / or more |',
+        '| steps | failed: status 1: out of memory |',
+        "| the authors' step | left out: AUTHORS names no clone of szagoruyko/attention-transfer |",
+    ]
+    assert refused(script(gpu, '--out nowhere/table.md'), '--out nowhere/table.md: no such folder')
+    assert refused(script(gpu, '--skip all'), '--skip')
+
+
+@LONG
+def test_workers_and_resume_run_as_they_would_on_a_gpu(script, pretended, monkeypatch):
+    small = '--image_size 8 --randomcrop_pad 1 --depth 10 --width 0.25'
+    monkeypatch.setattr(gpu, 'TRAIN', [*gpu.TRAIN, *small.split()])
+    words = [word for part in ('tests', 'steps', 'authors', 'epoch') for word in ('--skip', part)]
+    status, out, err = script(gpu, words, '--out table.md')
+    assert status == 0 and 'all 40 parameters equal bit for bit' in out and '--ngpu 1: ' in out, (out, err)
