@@ -144,7 +144,7 @@ class _StridedConv(torch.autograd.Function):
 
 def _sync_batch_norm(x, running_mean, running_var, weight, bias, momentum=0.1, eps=1e-5):
     x32 = full(x)
-    n = _SumOverWorkers.apply(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
+    n = _SumOverWorkers.apply(x32.new_full((), x.numel() // x.shape[1]))  # filled on the device, not copied to it
     mean = _SumOverWorkers.apply(x32.sum((0, 2, 3))) / n
     centred = x32 - mean.view(-1, 1, 1)
     var = _SumOverWorkers.apply(centred.square().sum((0, 2, 3))) / n

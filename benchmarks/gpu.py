@@ -128,7 +128,7 @@ def resume():
         words = [*TRAIN, '--deterministic', '--dtype', 'bfloat16']
         run([*words, '--save', 'whole'], folder)
         command = [sys.executable, '-u', os.path.join(ROOT, words[0]), *words[1:], '--save', 'part']
-        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, encoding='utf-8') as process:
             for line in process.stdout:
                 if line.startswith('epoch 1/'):
                     process.send_signal(signal.SIGKILL)

@@ -59,7 +59,7 @@ def pair(opt, student, teacher, image):
             set_requires_grad_except_bn_(adapters)
             params.update(adapters)
     if opt.cuda_graphs:
-        for value in params.values():
+        for value in [*params.values(), *getattr(teacher, 'keywords', {}).get('params', {}).values()]:
             torch._dynamo.mark_static_address(value)  # it is only updated in place, so graphs need no copy of it
     if opt.verbose and rank() == 0:
         print_tensor_dict(params)
