@@ -17,7 +17,7 @@ from engine.log import line_of, read_log
 from engine.loop import Run
 from formats import networks, write
 
-TIMES = {'train_time', 'test_time', 'images_per_second', 'save', 'save_every', 'resume'}
+TIMES = {'train_time', 'test_time', 'images_per_second', 'save', 'save_every', 'resume', 'commit'}
 
 
 def logged(run):
