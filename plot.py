@@ -315,13 +315,14 @@ def write(figure, out):
 def write_csv(paths, out):
     """Write the logs of runs as one table, a line per epoch, to the file `out` or, without one, to the output."""
     runs = [read_run(path) for path in paths]
-    rows = [{'run': path, **flat(record)} for path, run in zip(paths, runs) for record in run]
+    rows = [{'run': '', **flat(record)} | {'run': path} for path, run in zip(paths, runs) for record in run]
+    rows = [{ending.printable(k): ending.printable(v) if isinstance(v, str) else v for k, v in r.items()} for r in rows]
     text = io.StringIO()
     table = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator='\n')
     table.writeheader()
     table.writerows(rows)
     if out:
-        write_whole(out, text.getvalue().encode(errors='backslashreplace'))
+        write_whole(out, text.getvalue().encode())
     else:
         print(text.getvalue(), end='')
 

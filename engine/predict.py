@@ -27,6 +27,8 @@ def open_network(run):
     f, params = build(load_params(path), path)
     facts = _facts(path)
     classes, size = facts.get('classes'), facts.get('image_size')
+    if classes is None and facts.get('dataset') == 'CIFAR10':  # of older runs
+        classes = memory.CIFAR10_CLASSES
     number = len(params['fc.bias'])
     if not (isinstance(classes, list | tuple) and len(classes) == number and all(type(c) is str for c in classes)):
         classes = map(str, range(number))

@@ -137,12 +137,14 @@ def name_of(path):
     return (os.path.basename(folder) if name in ('log.txt', 'model.pt7') else name) or path
 
 
-def flat(record):
-    """A record with a key for each number of its lists, as in test_acc_0; other lists are left out."""
-    values = {}
-    for key, value in record.items():
+def flat(record, depth=2):
+    """A record with a key for each number of its lists and of lists in these, as in test_acc_0 and at_losses_0_1.
+
+    Texts in lists, deeper lists and dictionaries are left out.
+    """
+    values = {key: value for key, value in record.items() if not isinstance(value, list | dict)}
+    for key, value in record.items() if depth else ():
         if isinstance(value, list):
-            values |= flat({f'{key}_{i}': item for i, item in enumerate(value) if type(item) in (int, float, list)})
-        elif not isinstance(value, dict):
-            values[key] = value
+            numbers = {f'{key}_{i}': item for i, item in enumerate(value) if type(item) in (int, float, list)}
+            values |= flat(numbers, depth - 1)
     return values

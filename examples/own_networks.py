@@ -43,7 +43,8 @@ def _hooked(network, layers):
         network.get_submodule(name).register_forward_hook(hook)
 
     def f(images):
-        logits, groups = network(images), [kept.pop(name) for name in layers]
+        logits, groups = network(images), [kept[name] for name in layers]
+        kept.clear()
         for name, (group, version) in zip(layers, groups):
             if group._version != version:
                 raise ValueError(f'the output of {name} is overwritten by the layer after it')

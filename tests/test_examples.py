@@ -97,6 +97,13 @@ def test_attention_trains_the_student_itself_and_leaves_the_teacher_alone(networ
     student.zero_grad()
 
 
+def test_a_layer_can_be_in_two_pairs(networks, batch):
+    student, _ = own_networks.with_groups(*networks, [('features.3', 'layer1'), ('features.3', 'layer2')])
+    for _ in range(2):
+        first, second = student(batch[0])[1]
+        assert first is second and first.shape[0] == 4
+
+
 def test_a_layer_whose_output_is_overwritten_is_refused_by_name(networks, batch):
     student, _ = own_networks.with_groups(networks[0].train(), networks[1].eval(), [('features.0.1', 'bn1')])
     with pytest.raises(ValueError, match='the output of features.0.1 is overwritten by the layer after it'):

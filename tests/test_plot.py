@@ -221,14 +221,16 @@ def test_training_errors_can_be_left_out(script, log, monkeypatch):
 
 
 def test_csv_has_a_line_for_each_epoch_of_each_log_and_a_column_for_each_number(script, log):
-    paths = [log('a', [ours(1, classes=['x', 'y']), ours(2)]), log('b', [authors(1)])]
+    hostile = {'run': 'evil', 'a\x1b': '\ud800', 'deep': [[[1]]]}
+    paths = [log('a', [ours(1, classes=['x', 'y']), ours(2, **hostile)]), log('b', [authors(1)])]
     status, out, err = script(plot, 'csv', paths)
     assert (status, err) == (0, '')
     rows = list(csv.DictReader(out.splitlines()))
     assert [(row['run'], row['epoch']) for row in rows] == [(paths[0], '1'), (paths[0], '2'), (paths[1], '1')]
     assert [row['test_acc'] for row in rows] == ['61.0', '62.0', ''] and rows[0]['ce'] == '1.0'
     assert (rows[2]['test_acc_0'], rows[2]['test_acc_1'], rows[2]['at_losses_0_0']) == ('46.0', '85.0', '1e-05')
-    assert 'classes' not in out and rows[0]['epoch_step'] == '[3,5,60]'
+    assert out.splitlines()[0].startswith('run,epoch,') and 'classes' not in out and rows[0]['epoch_step'] == '[3,5,60]'
+    assert rows[1]['a?'] == '?' and '\x1b' not in out and 'deep' not in out
     assert script(plot, 'csv', paths, '--out runs.csv')[1] == '' and open('runs.csv').read() == out
     assert refused(script(plot, 'csv nowhere'), 'nowhere: no such log')
 

@@ -68,6 +68,12 @@ def test_names_that_do_not_fit_are_replaced_by_numbers(script, train, photos, cl
     assert status == 0 and sorted(c['class'] for c in predictions(out)[0]['classes']) == ['0', '1', '2'], err
 
 
+def test_the_published_networks_name_the_classes_of_cifar_10(script, photos):
+    published = os.path.join(os.path.dirname(checkpoint.__file__), 'logs', 'cifar10-e16', 'wrn-16-2-s0')
+    status, out, err = script(checkpoint, 'predict', [published, photos / 'test' / 'ant' / '0.png'], '--top 10')
+    assert status == 0 and 'airplane' in out and 'truck' in out, err
+
+
 def test_hostile_names_print_as_plain_text(script, train, photos):
     assert train('--epochs 1 --save logs/run')[0] == 0
     state = networks.load('logs/run/model.pt7')
