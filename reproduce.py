@@ -1,8 +1,8 @@
 """Reproduces a table: runs cifar.py where results are missing, then prints ours beside the published ones.
 
     python reproduce.py demo                       # handwritten digits: needs no download, minutes on two cores
-    python reproduce.py table1 --dataroot data     # table 1: 5 seeds of 200 epochs
-    python reproduce.py table2 --dataroot data     # table 2: mapping functions, and one group only
+    python reproduce.py table1 --dataroot data --dtype bfloat16 --compile  # table 1: 5 seeds of 200 epochs
+    python reproduce.py table2 --dataroot data --dtype bfloat16 --compile  # table 2: mapping functions, one group only
     python reproduce.py table3 --dataroot data     # table 3: gradients, on networks without batch norm
     python reproduce.py crd --dataroot data        # CIFAR-100, as papers on distillation do: 5 seeds of 240 epochs
     python reproduce.py table1 --show              # the table from the logs that are there
