@@ -168,24 +168,14 @@ def print_conclusion(opt):
     if len(runs) < len(shown):
         return
     folder = os.path.dirname(runs[0])
-    models = [part for run in (runs[0], runs[2], runs[1]) for part in ('--model', run)]
-    labels = [part for label in ('teacher', 'student, AT', 'student alone') for part in ('--label', label)]
+    labelled = zip((runs[0], runs[2], runs[1]), ('teacher', 'student, AT', 'student alone'))
+    models = [word for run, label in labelled for word in ('--model', run, '--label', label)]
     plot = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'plot.py')
-    for words in (
-        ['curves', *runs, '--out', os.path.join(folder, 'curves.png')],
-        [
-            'attention',
-            *models,
-            *labels,
-            '--images',
-            'digits',
-            '--image_size',
-            '8',
-            '--out',
-            os.path.join(folder, 'maps.png'),
-        ],
-    ):
-        jobs.call([sys.executable, plot, *words], 0, 1)
+    for out, words in {
+        'curves.png': ['curves', *runs],
+        'maps.png': ['attention', *models, '--images', 'digits', '--image_size', '8'],
+    }.items():
+        jobs.call([sys.executable, plot, *words, '--out', os.path.join(folder, out)], 0, 1)
 
 
 def main():

@@ -48,9 +48,13 @@ TRAIN = 'cifar.py --dataset digits --depth 16 --width 1 --epochs 3 --epoch_step 
 
 def run(words, folder=ROOT, **environment):
     """The output of a script of the repository. Raises ValueError with its last line of errors if it fails."""
-    command = [sys.executable, os.path.join(ROOT, words[0]), *words[1:]]
-    environment = {**os.environ, **environment}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, encoding='utf-8', errors='replace')
+    return output([os.path.join(ROOT, words[0]), *words[1:]], folder, {**os.environ, **environment})
+
+
+def output(words, folder, environment=None):
+    """The output of Python with these arguments. Raises ValueError with its last line of errors if it fails."""
+    text = {'encoding': 'utf-8', 'errors': 'replace'}
+    done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, capture_output=True, **text)
     if done.returncode:
         last = (done.stderr or done.stdout).strip().splitlines()[-1:]
         raise ValueError(f'status {done.returncode}: {"".join(last)}')
@@ -58,15 +62,13 @@ def run(words, folder=ROOT, **environment):
 
 
 def tests():
-    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider']
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding='utf-8', errors='replace')
-    last = done.stdout.strip().splitlines()[-1:]
-    if done.returncode:
-        raise ValueError(f'status {done.returncode}: {"".join(last)}')
+    """Run all tests, those that need a GPU included."""
+    output(['-m', 'pytest', '-q', '-p', 'no:cacheprovider'], ROOT)
     yield 'all tests', 'passed'
 
 
 def steps():
+    """Time training steps beside the plain ones."""
     for name, (flags, rounded) in STEPS.items():
         exact = {} if rounded else {'NVIDIA_TF32_OVERRIDE': '0'}
         words = ['benchmarks/step.py', '--only', CASES, '--json', *flags.split()]
@@ -108,6 +110,7 @@ def authors():
 
 
 def epoch():
+    """Time an epoch beside the plain one."""
     found = json.loads(run(['benchmarks/epoch.py', '--json']).splitlines()[-1])
     for part in ('train', 'test'):
         r = found[part]
@@ -115,6 +118,7 @@ def epoch():
 
 
 def workers():
+    """Train with one process and with one for each GPU."""
     for count in sorted({1, torch.cuda.device_count()}):
         with tempfile.TemporaryDirectory() as folder:
             run([*TRAIN, '--batch_size', str(64 * count), '--ngpu', str(count), '--save', 'run'], folder)

@@ -86,8 +86,8 @@ def fit(opt, step, student, data):
         if done >= opt.epochs:
             return say(f'nothing to do: {done} of {opt.epochs} epochs are done')
         runs.open_run(opt, done)
-        run = Run(opt, step, student, data, updates, requests, done, progress)
-        run.note = stack.enter_context(events.writer(opt, done))
+        note = stack.enter_context(events.writer(opt, done))
+        run = Run(opt, step, student, data, updates, requests, done, progress, note)
         engine = Engine()
         engine.hooks = {name: getattr(run, name) for name in dir(run) if name.startswith('on_')}
         engine.train(run.loss, None, opt.epochs, updates)
@@ -99,15 +99,15 @@ def fit(opt, step, student, data):
 class Run:
     """The state of a training run, and the hooks (on_*) that torchnet's Engine calls."""
 
-    def __init__(self, opt, step, student, data, updates, requests, done, progress):
+    def __init__(self, opt, step, student, data, updates, requests, done, progress, note):
         self.opt, self.step, self.student, self.data, self.updates = opt, step, student, data, updates
         self.requests, self.epoch, self.progress = requests, done, progress
+        self.note = note  # takes the results of an epoch, for TensorBoard
         self.meters = Meters(data.device, data.topk)
         self.facts = {**vars(opt), **data.counts, 'n_parameters': num_trained(student.params)}
         self.facts |= log.environment(data.device)
         self.record = self.batches = self.images = None  # images: the batch of the last step
         self.saved_at, self.warned = time.monotonic(), False
-        self.note = None  # takes the results of an epoch, for TensorBoard
 
     def loss(self, sample):
         """The loss that the Engine differentiates, and the logits."""

@@ -65,8 +65,8 @@ def _load_(opt, params, updates, topk):
     if not isinstance(optimizer, dict) or type(epoch) is not int or not isinstance(progress, dict | None):
         raise ValueError(f'{path} holds only parameters, without optimizer and epoch: it can teach, but not be resumed')
     check_fit({k: v.shape for k, v in params.items()}, state['params'], path)
-    momentum = _optimizer_state(optimizer, updates.optimizer, list(trained(params)))
-    if epoch < 0 or momentum is None:
+    inner = _optimizer_state(optimizer, updates.optimizer, list(trained(params)))
+    if epoch < 0 or inner is None:
         raise ValueError(f'{path}: its optimizer or epoch does not fit this run')
     scale = state.get('scaler', {})  # empty except for float16, and in older checkpoints
     expected = _types(torch.amp.GradScaler('cpu').state_dict())
@@ -77,7 +77,7 @@ def _load_(opt, params, updates, topk):
     restore_(params, state['params'], path)
     place = f'step {progress["steps"]} of epoch {epoch + 1}' if progress else f'epoch {epoch}'
     say(f'resumed from {path} after {place}')
-    return epoch, progress, scale, momentum
+    return epoch, progress, scale, inner
 
 
 def _optimizer_state(saved, optimizer, names):
@@ -103,14 +103,14 @@ def _optimizer_state(saved, optimizer, names):
 
 
 def _entries(state, shape):
-    """A parameter's part of an optimizer's state: tensors of the parameter's shape, and scalars.
+    """A parameter's part of an optimizer's state: tensors of the parameter's shape, and the number of steps.
 
     Raises TypeError for anything else. A momentum of None, just after a drop of the learning rate, is left out.
     """
     state = {key: value for key, value in state.items() if value is not None}
     for key, value in state.items():
-        scalar = type(value) in (int, float) or torch.is_tensor(value) and value.dim() == 0 and key == 'step'
-        if not isinstance(key, str) or not (scalar or torch.is_tensor(value) and value.shape == shape):
+        steps = key == 'step' and (type(value) in (int, float) or torch.is_tensor(value) and value.dim() == 0)
+        if not isinstance(key, str) or not (steps or torch.is_tensor(value) and value.shape == shape):
             raise TypeError
     return {key: value.to('cpu', copy=True) if torch.is_tensor(value) else value for key, value in state.items()}
 

@@ -1,7 +1,9 @@
 """Two controls of attention transfer (section 3.1): does it matter where this teacher looks in this image?
 
-    python examples/controls.py shifted --teacher_id cifar10-e16/wrn-16-2-s0 --beta 1e+3 --dataroot data
-    python examples/controls.py untrained --teacher_id cifar10-e16/wrn-16-2-s0 --beta 1e+3 --dataroot data
+    python examples/controls.py shifted --teacher_id cifar10-e16/wrn-16-2-s0 --beta 1e+3 --dataroot data \\
+        --epochs 16 --epoch_step '[5,10,13]' --save logs/shifted
+    python examples/controls.py untrained --teacher_id cifar10-e16/wrn-16-2-s0 --beta 1e+3 --dataroot data \\
+        --epochs 16 --epoch_step '[5,10,13]' --save logs/untrained
 
 `shifted` compares each image's maps with the teacher's of another image of its batch. `untrained` takes a teacher of
 the same shape with initial weights. All else is as in cifar.py, whose flags this program takes: compare its run with

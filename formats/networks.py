@@ -19,9 +19,8 @@ from formats.torchvision import download, from_torchvision, from_transformers
 from formats.unwrap import flat_params, some
 from utils import without_adapters
 
-TRANSFORMERS = (
-    r'resnet\.encoder\.stages\.0\.layers\.0\.layer\.0\.convolution\.weight'  # a name of Hugging Face's ResNets
-)
+# A name of Hugging Face's ResNets.
+TRANSFORMERS = r'resnet\.encoder\.stages\.0\.layers\.0\.layer\.0\.convolution\.weight'
 
 
 class Family(NamedTuple):

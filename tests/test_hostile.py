@@ -164,6 +164,7 @@ def test_a_checkpoint_that_no_run_wrote_is_not_resumed(train):
         {'optimizer': {}},
         {'optimizer': {**state['optimizer'], 'state': {0: {'momentum_buffer': torch.zeros(3)}}}},
         {'optimizer': {**state['optimizer'], 'state': {999: {'momentum_buffer': torch.zeros(3)}}}},
+        {'optimizer': {**state['optimizer'], 'state': {0: {'momentum_buffer': 3.0}}}},
         {'optimizer': {**state['optimizer'], 'state': [3]}},
         {'progress': progress},  # without a loss
         {'progress': {**progress, 'values': {'loss': value}}},

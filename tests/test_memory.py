@@ -58,7 +58,8 @@ def test_digits_need_no_files_and_are_never_mirrored():
 
 
 def test_unknown_data_set_is_refused():
-    with pytest.raises(ValueError, match='--dataset MNIST: expected CIFAR10, CIFAR100, folder or digits'):
+    *names, last = memory.DATASETS
+    with pytest.raises(ValueError, match=f'--dataset MNIST: expected {", ".join(names)} or {last}'):
         memory.load('MNIST')
 
 

@@ -122,11 +122,11 @@ def test_cifar(script, authors, digits, monkeypatch, method):
         return f, start if (depth, width) == (16, 1) else params
 
     batches = partial(memory.TrainBatches, digits.train, 16, 4, True, 7, 0, 1)
-    tests = memory.TestBatches(digits.test, 16)
+    unseen = memory.TestBatches(digits.test, 16)
     for name, value in {
         'resnet': same_start,
         'create_dataset': lambda opt, train: train,
-        'DataLoader': lambda train, *_, **__: Loader(batches if train else lambda _: tests),
+        'DataLoader': lambda train, *_, **__: Loader(batches if train else lambda _: unseen),
     }.items():
         monkeypatch.setattr(theirs, name, value)
     monkeypatch.setattr(theirs.utils, 'cast', cast)
@@ -174,12 +174,12 @@ def test_imagenet(script, authors, monkeypatch, tmp_path, method):
     def batches(epoch):
         return photographs.TrainBatches(files, 4, 64, 7, 0, 1, 0, torch.device('cpu'), epoch)
 
-    def tests(_):
+    def unseen(_):
         return photographs.TestBatches(files, 4, 64, 0, 1, 0, torch.device('cpu'))
 
     for name, value in {
         'define_student': same_start,
-        'get_iterator': lambda path, size, nthread, train: Loader(batches if train else tests),
+        'get_iterator': lambda path, size, nthread, train: Loader(batches if train else unseen),
         'tqdm': lambda loader, **_: Bar(loader),
         'F': types.SimpleNamespace(**{**vars(F), 'avg_pool2d': lambda x, *_: F.avg_pool2d(x, x.shape[-1])}),
     }.items():
