@@ -167,6 +167,7 @@ def print_conclusion(opt):
     runs = [os.path.join('logs', name) for name in shown if last_epoch(opt, name)]
     if len(runs) < len(shown):
         return
+    print('The pictures show the runs of seed 0:')
     folder = os.path.dirname(runs[0])
     labelled = zip((runs[0], runs[2], runs[1]), ('teacher', 'student, AT', 'student alone'))
     models = [word for run, label in labelled for word in ('--model', run, '--label', label)]

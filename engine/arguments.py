@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import sys
 
 TEACHERS = {'--teacher_id': '--teacher_params', '--teacher_params': '--teacher_id'}  # its name in other scripts
 GPU = r'\d+|(GPU|MIG)-[\w/-]+'  # a GPU in CUDA_VISIBLE_DEVICES and --gpu_id
@@ -59,9 +60,9 @@ def number(kind, low, high=math.inf, above=False):
             value = kind(text)
         except (ValueError, OverflowError):
             raise argparse.ArgumentTypeError(f'{text!r} is not {"an integer" if kind is int else "a number"}') from None
-        if not (low < value if above else low <= value) or not value <= high or not math.isfinite(value):
+        if not (low < value if above else low <= value) or not value <= high or not abs(value) <= sys.float_info.max:
             bounds = f'{"above" if above else "at least"} {low:g}' + ('' if high == math.inf else f', at most {high:g}')
-            raise argparse.ArgumentTypeError(f'{text} is out of range ({bounds})')
+            raise argparse.ArgumentTypeError(f'{text:.99} is out of range ({bounds})')
         return value
 
     return parse

@@ -1,6 +1,7 @@
 """Evaluates a network on a test set; each image counts once over all workers."""
 
 import json
+import math
 import time
 
 import torch
@@ -44,7 +45,8 @@ def evaluate(network, batches, device, dtype='float', topk=(1,), on_batch=lambda
 def report(opt, data):
     """Print and return, as a dictionary, the test loss and accuracies of the network of --evaluate, a run or a file.
 
-    With --json they are the last line. Raises ValueError if the network has not as many classes as the data set.
+    With --json they are the last line. Raises ValueError if the network has not as many classes as the data set, and
+    FloatingPointError for a loss that is not finite.
     """
     path = checkpoint_of(opt.evaluate)
     f, params = load_teacher(path, note=say)
@@ -52,6 +54,8 @@ def report(opt, data):
         raise ValueError(f'{path} has {len(params["fc.bias"])} output classes, the data set has {data.num_classes}')
     network, since = Network(f, place(params, opt.dtype, data.device)), time.perf_counter()
     loss, accuracies = evaluate(network, data.test(), data.device, opt.dtype, data.topk)
+    if not math.isfinite(loss):
+        raise FloatingPointError(f'{path}: the test loss is not finite ({loss})')
     images = data.counts['test_images']
     speed = images / (time.perf_counter() - since)
     scores = {f'top{k}': accuracy for k, accuracy in zip(data.topk, accuracies)}

@@ -65,11 +65,13 @@ def normalized(pixels, imagenet):
 def predict(f, params, path, size, top):
     """The `top` most probable classes of an image file: [(number of the class, probability), ...].
 
-    Raises OSError or ValueError if it cannot be read.
+    Raises OSError or ValueError if it cannot be read, and ValueError for an output that is not finite.
     """
     imagenet = f is imagenet_forward
     pixels = torch.from_numpy(np.ascontiguousarray(read_pixels(path, size, imagenet)))[None]
     with torch.no_grad():
         probabilities = f(normalized(pixels, imagenet), params, False)[0].softmax(1)[0]
+    if not probabilities.isfinite().all():
+        raise ValueError(f'{path}: the output of the network is not finite')
     best = probabilities.topk(min(top, len(probabilities)))
     return list(zip(best.indices.tolist(), best.values.tolist()))

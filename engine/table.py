@@ -169,7 +169,7 @@ def protocol(record):
 
 def _rate(record):
     """The learning rate at the start, which older logs do not have, and its factor."""
-    known = 'lr_now' in record and type(record.get('lr')) in (int, float)
+    known = 'lr_now' in record and type(record.get('lr')) in (int, float) and abs(record['lr']) < 1e300
     start = f'{record["lr"]:g}, ' if known else ''
     return f'lr {start}{record["lr_decay_ratio"]:g}'
 

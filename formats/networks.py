@@ -119,9 +119,9 @@ def load_params(path, note=print):
     if str(path).startswith('torchvision:'):
         return from_torchvision(download(str(path).removeprefix('torchvision:')))
     params = flat_params(read(path), path, _first(), note)
-    if any(re.fullmatch(TRANSFORMERS, k) for k in params):
-        params = from_transformers(params)
     try:
+        if any(re.fullmatch(TRANSFORMERS, k) for k in params):
+            params = from_transformers(params)
         return from_torchvision(params) if any(k.startswith('layer1.') for k in params) else params
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from None
@@ -206,6 +206,6 @@ def check_fit(shapes, loaded, path):
 
 def checkpoint_of(run):
     """The path of a run's checkpoint, for its folder or its name in logs/; other paths are returned as they are."""
-    folders = [] if not run or os.path.isfile(run) else [run, os.path.join('logs', run)]
-    folder = next(filter(os.path.isdir, folders), None)
-    return os.path.join(folder, 'model.pt7') if folder else run
+    named = [] if not run or os.path.isfile(run) else [run, os.path.join('logs', run)]
+    paths = [os.path.join(folder, 'model.pt7') for folder in named if os.path.isdir(folder)]
+    return next(filter(os.path.isfile, paths), paths[0] if paths else run)

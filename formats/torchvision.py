@@ -41,9 +41,16 @@ def from_transformers(state):
     """The params of Hugging Face's ResNetForImageClassification under the names of torchvision.
 
     embedder.embedder.convolution -> conv1, encoder.stages.0.layers.0.layer.0.convolution -> layer1.0.conv1, shortcut ->
-    downsample, classifier.1 -> fc, and each normalization likewise. Other names stay.
+    downsample, classifier.1 -> fc, and each normalization likewise. Other names stay. Raises ValueError if two names
+    become one.
     """
-    return {_torchvision_name_of_transformers(key): value for key, value in state.items()}
+    params = {}
+    for key, value in state.items():
+        name = _torchvision_name_of_transformers(key)
+        if name in params:
+            raise ValueError(f'{key} appears twice')
+        params[name] = value
+    return params
 
 
 def _torchvision_name_of_transformers(key):

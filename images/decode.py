@@ -29,7 +29,7 @@ def read_image(path, box=None):
         if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_BYTES:
             raise ValueError(f'{path} is not a regular file of at most {MAX_BYTES:,} bytes: it is not read')
         content = file.read()
-    whole, frame = _scan_jpeg(content) if content.startswith(b'\xff\xd8') else (bool(content), None)
+    whole, frame = _scan_jpeg(content) if content.startswith(b'\xff\xd8') else (_has_whole_chunks(content), None)
     image = None
     if whole and box and frame:
         image = _decode_box(content, frame, box)
@@ -132,6 +132,21 @@ def _scan_jpeg(content):
         segments[marker] = at
         at += 1 if marker == 0xFF else 2 + int.from_bytes(content[at + 2 : at + 4], 'big')  # FF FF: a fill byte
     return False, None
+
+
+def _has_whole_chunks(content):
+    """Whether a file is not empty and, if a PNG, holds all its chunks: OpenCV reserves the memory that one declares."""
+    if not content.startswith(b'\x89PNG\r\n\x1a\n'):
+        return bool(content)
+    at = 8
+    while at + 12 <= len(content):  # length (4 bytes), name (4), data, checksum (4)
+        end = at + 12 + int.from_bytes(content[at : at + 4], 'big')
+        if end > len(content):
+            return False
+        if content[at + 4 : at + 8] == b'IEND':
+            return True
+        at = end
+    return False
 
 
 def _decode_box(content, frame, box):

@@ -216,3 +216,23 @@ def test_grey_progressive_and_turned_jpegs_are_read_as_pil_reads_them(tmp_path):
             assert difference(decode.read_image(path), theirs.convert('RGB'))[1] == 0
     grey = decode.read_image(tmp_path / 'grey.jpg')
     assert (grey[..., 0] == grey[..., 1]).all() and (grey[..., 0] == grey[..., 2]).all()
+
+
+@pytest.mark.parametrize('chunk', [b'tEXt', b'IDAT', b'PLTE'])
+def test_a_png_that_declares_more_than_it_holds_is_refused_before_memory_is_reserved(tmp_path, chunk):
+    """OpenCV would take 4.5 GB for these 47 bytes."""
+    header = b'\x89PNG\r\n\x1a\n' + (13).to_bytes(4, 'big') + b'IHDR' + (8).to_bytes(4, 'big') * 2 + b'\x08\x02\0\0\0'
+    (tmp_path / 'a.png').write_bytes(header + bytes(4) + (0xFFFFFFF0).to_bytes(4, 'big') + chunk + b'data')
+    with pytest.raises(ValueError, match='a.png is not a readable image: it is empty or cut short'):
+        decode.read_image(tmp_path / 'a.png')
+
+
+def test_what_follows_the_end_of_a_png_does_not_matter(tmp_path):
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(image).save(tmp_path / 'a.png')
+    content = (tmp_path / 'a.png').read_bytes()
+    (tmp_path / 'a.png').write_bytes(content + b'more')
+    assert np.array_equal(decode.read_image(tmp_path / 'a.png'), image)
+    (tmp_path / 'a.png').write_bytes(content[:-6])
+    with pytest.raises(ValueError, match='cut short'):
+        decode.read_image(tmp_path / 'a.png')

@@ -10,10 +10,12 @@ import pytest
 from conftest import HANGS, draw, refused
 from test_workers import ENVIRONMENT
 
+import checkpoint
 import cifar
 import finetune
 import imagenet
 from engine.log import read_log
+from formats import networks, write
 
 
 def scores(out):
@@ -37,7 +39,7 @@ def test_a_run_scores_what_its_log_says(script, train, photos):
     assert scores(script(cifar, file, [photos])[1])['top1'] == found['top1']
 
 
-@pytest.mark.parametrize('size', [True, 99999999999999, '16; rm', 'x', None])
+@pytest.mark.parametrize('size', [True, 99999999999999, 10**400, '16; rm', 'x', None])
 def test_what_a_log_has_wrong_is_not_taken(script, train, photos, size):
     assert train('--epochs 1 --save logs/run')[0] == 0
     (record,) = read_log('logs/run/log.txt')
@@ -88,3 +90,21 @@ def test_two_workers_score_as_one(script, train, photos, tmp_path):
     assert done.returncode == 0, done.stderr
     two = scores(done.stdout)
     assert one['top1'] == two['top1'] and one['loss'] == pytest.approx(two['loss'], rel=1e-6)
+
+
+def test_an_output_that_is_not_finite_is_no_score(script, train, photos):
+    """Finite weights can overflow."""
+    assert train('--epochs 1 --save logs/run')[0] == 0
+    state = networks.load('logs/run/model.pt7')
+    write.save('loud.pt7', {'params': {k: v * 1e38 if k == 'conv0' else v for k, v in state['params'].items()}})
+    words = '--dataset folder --image_size 16 --evaluate loud.pt7 --json --dataroot'
+    status, out, err = script(cifar, words, [photos])
+    assert status == 1 and 'loud.pt7: the test loss is not finite' in err and err.count('\n') == 1 and 'NaN' not in out
+    status, out, err = script(checkpoint, 'predict loud.pt7', [photos / 'test' / 'ant' / '0.png'])
+    assert status == 1 and not out and '0.png: the output of the network is not finite' in err
+
+
+def test_a_folder_without_a_network_hides_no_run_of_its_name(script, train, photos, tmp_path):
+    assert train('--epochs 1 --save logs/run')[0] == 0
+    (tmp_path / 'run').mkdir()
+    assert script(cifar, '--evaluate run --dataroot', [photos])[0] == 0

@@ -34,7 +34,7 @@ WRONG = {  # flag: values that it has to refuse
     'teacher_dtype': ['int4', 'int8'],
     'compile': ['yes'],
     'cuda_graphs': ['yes'],
-    'epochs': ['0', '-1', '1.5', '1e3'],
+    'epochs': ['0', '-1', '1.5', '1e3', '9' * 400],
     'batch_size': ['0', '1', '-128', '1e2', '9' * 30],
     'lr': ['0', '-0.1', 'nan', 'inf', '1e300', 'fast'],
     'epoch_step': ['60', '[60', '[2,1]', '[1,1]', '[0]', '[1.5]', '["1"]', '[true]', '{}', '[' * 100_000, 'null'],
@@ -184,7 +184,7 @@ OTHERS = {  # of the other scripts: {words: {flag: values that it has to refuse}
         'out': ['a', 'a.jpg', 'nowhere/a.png'],
     },
     'checkpoint predict run a.jpg': {
-        'top': ['0', '-1', '1.5'],
+        'top': ['0', '-1', '1.5', '9' * 400],
         'image_size': ['7', '1025', '1.5'],
         'json': ['yes'],
     },

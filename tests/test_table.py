@@ -102,6 +102,15 @@ def test_a_log_with_a_value_of_another_kind_is_named(script, change):
     assert refused(script(reproduce, 'table1 --epochs 16 --show'), f'{path} is not a log of cifar.py')
 
 
+def test_a_rate_that_no_float_holds_is_not_printed(script):
+    write_log('cifar10-e16/wrn-16-1-s0', 12.0)
+    path = pathlib.Path('logs/cifar10-e16/wrn-16-1-s0/log.txt')
+    record = {**RECORD, 'epoch': 16, 'test_acc': 88.0, 'lr_now': 1, 'lr': 10**400}
+    path.write_text(f'json_stats: {json.dumps(record)}\n')
+    status, out, err = script(reproduce, 'table1 --rows 2 --epochs 16 --show')
+    assert status == 0 and '(lr 0.2 times at' in out, err
+
+
 def test_a_sentence_says_which_methods_differ_surely_from_the_student(script):
     errors = {'': 10, '-at': 12, '-kd': 7, '-at-kd': 8}
     for seed in range(3):

@@ -59,6 +59,12 @@ def test_files_of_timm_and_hugging_face_give_torchvisions_logits(torchvision_net
             assert_near(logits_of(tmp_path / name, images), net(images))
 
 
+def test_two_names_for_one_parameter_of_hugging_face_are_refused(tmp_path, torchvision_net):
+    state = {transformers_name(key): value for key, value in torchvision_net[0].state_dict().items()}
+    torch.save({**state, 'fc.bias': torch.zeros(7)}, tmp_path / 'both')
+    assert 'fc.bias appears twice' in reason(tmp_path / 'both')
+
+
 def test_torchvisions_names_become_ours_and_come_back(torchvision_net):
     net, _ = torchvision_net
     state = net.state_dict()
