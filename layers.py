@@ -14,6 +14,14 @@ def synchronise(on):
     _synchronised = on
 
 
+def keep_strides():
+    """To be called before torch.compile: if Dynamo traced these functions, it would make the gradients of x contiguous.
+
+    It is not a decorator since that imports Dynamo, which takes longer than all else that a script imports after torch.
+    """
+    torch.compiler.allow_in_graph([_normalize_batch, strided_conv])
+
+
 def full(x):
     """x in the precision that losses are computed in: float32, or float64 where that is its dtype."""
     return x if x.dtype == torch.float64 else x.float()
@@ -46,7 +54,6 @@ def compiled_batch_norm(x, running_mean, running_var, weight, bias, momentum=0.1
     return y
 
 
-@torch.compiler.allow_in_graph  # if Dynamo traced it, it would make the gradient of x contiguous
 def _normalize_batch(x, weight, bias, eps):
     return _BatchNorm.apply(x, weight, bias, eps)
 
@@ -107,7 +114,6 @@ def conv2d(x, weight, bias=None, stride=1, padding=0):
     return F.conv2d(x, weight, bias, stride, padding)
 
 
-@torch.compiler.allow_in_graph  # for the same reason as _normalize_batch
 def strided_conv(x, weight):
     return _StridedConv.apply(x, weight)
 

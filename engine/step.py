@@ -17,7 +17,7 @@ from engine.schedules import beta_at
 from engine.student import pair
 from engine.workers import world
 from images import children
-from layers import full
+from layers import full, keep_strides
 from utils import DTYPES
 
 FLUSH = 20  # steps between two reads of the losses: each read makes the host wait for the device
@@ -105,6 +105,7 @@ def make_step(opt, student, teacher, device):
 
 def _compiled(opt, both, learn, teach, device):
     """`both` compiled, on CPUs without the teacher, which gains nothing there; with --cuda_graphs, as CUDA graphs."""
+    keep_strides()
     children.import_safely()  # the compiler starts a Python process to query the processor
     if device.type == 'cpu':
         compiled = torch.compile(learn, dynamic=False)

@@ -4,7 +4,7 @@ import os
 import re
 import statistics
 
-from scipy.stats import t  # comes with scikit-learn
+from scipy.special import stdtrit  # comes with scikit-learn; scipy.stats takes half a second to import
 
 from engine.log import read_log
 from engine.paper import TABLES, columns, methods_of, names
@@ -100,7 +100,7 @@ def _paired(done, other):
     if len(seeds) < 2:
         return None
     pairs = [other[seed]['test_acc'] - done[seed]['test_acc'] for seed in seeds]
-    half = float(t.ppf(0.975, len(pairs) - 1)) * statistics.stdev(pairs) / len(pairs) ** 0.5
+    half = float(stdtrit(len(pairs) - 1, 0.975)) * statistics.stdev(pairs) / len(pairs) ** 0.5
     return statistics.mean(pairs), half, len(pairs)
 
 

@@ -64,6 +64,7 @@ def test_compiled_convolutions_in_bfloat16_equal_the_eager_ones_and_so_do_their_
             x = x.to(torch.bfloat16)
             return layers.conv2d(x, weight, stride=2, padding=1) + layers.conv2d(x, shortcut, stride=2)
 
+    layers.keep_strides()
     results = []
     for f in (convolutions, torch.compile(convolutions)):
         y = f(*inputs)
