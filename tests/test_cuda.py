@@ -7,58 +7,19 @@ fused optimizer.
 
 import os
 import types
-from functools import partial
 
 import pytest
 import torch
 from conftest import refused
+from every_method import METHODS, SHAPES, prepared
 from torch._subclasses import FakeTensorMode
 
 from engine import workers
-from engine.arguments import Parser
-from engine.flags import check, common_flags
 from engine.meters import Meters
-from engine.precision import freeze
-from engine.step import make_step, total_loss
-from engine.student import initialise, pair
-from engine.workers import data_parallel
-from formats.networks import NETWORKS, fold
+from engine.step import total_loss
 from images import memory
 
-SHAPES = {  # flags of student and teacher, and the size of an image
-    'wrn': ('--depth 10 --width 0.5', '--depth 16 --width 1', 32),
-    'nin': ('--width 0.25', '--width 0.5', 32),
-    'nin without batch norm': ('--width 0.25 --no_bn', '--width 0.5 --no_bn', 32),
-    'resnet': ('--depth 18 --width 0.125', '--depth 50 --width 0.125', 64),
-}
-METHODS = [
-    *('', '--alpha 0.9', '--beta 1', '--beta 1 --alpha 0.9 --beta_decay linear', '--beta 1 --transfer full'),
-    *('--beta 1 --transfer gradient', '--penalty symmetry --gamma 1', '--penalty min_l2 --gamma 1'),
-    *('--beta 1 --mapping max', '--beta 1 --at_form paper --power 3', '--beta 1 --groups 1,2'),
-]
-RECIPE = {'batch_size': 4, 'epochs': 2, 'epoch_step': '[2]', 'lr_decay_ratio': 0.1, 'weight_decay': 1e-4}
-
-
-def flags_of(words):
-    parser = Parser('')
-    parser.add_argument('--no_bn', action='store_true')
-    common_flags(parser, '4.1', depth=16, **RECIPE)
-    opt = parser.parse_args(words.split())
-    check(opt, True, '')
-    return opt
-
-
-def prepared(family, method, dtype, device):
-    """The flags, the student, and the step and teacher functions, as a script's main prepares them."""
-    student_shape, teacher_shape, size = SHAPES[family]
-    build = NETWORKS[family.split()[0]].network
-    opt = flags_of(f'{student_shape} {method} --dtype {dtype}')
-    student = initialise(build(opt), opt, 10, device)
-    f, params = build(flags_of(teacher_shape))(10)
-    teacher = partial(f, params=freeze(fold(params), opt.dtype, device), mode=False)
-    trained = pair(opt, student, teacher, torch.zeros(1, 3, size, size, device=device))
-    learner = data_parallel(trained, student.params)
-    return opt, student, make_step(opt, learner, teacher, device)
+METHODS = [*METHODS, '--beta 1 --mapping max', '--beta 1 --at_form paper --power 3', '--beta 1 --groups 1,2']
 
 
 @pytest.fixture(scope='module')

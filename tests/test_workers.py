@@ -1,5 +1,6 @@
 """One worker and several compute the same; dead workers are reported, and a run resumes where it was."""
 
+import json
 import os
 import socket
 import subprocess
@@ -59,6 +60,16 @@ def test_each_of_several_workers_normalises_by_the_statistics_of_its_own_share(t
         if 'running' not in key:  # these do not affect training
             torch.testing.assert_close(two['params'][key], value, rtol=1e-6, atol=1e-9)
     assert not torch.allclose(two['losses'], twenty_steps[0]['sync']['losses'], rtol=1e-3)
+
+
+def test_two_workers_train_every_parameter_and_keep_it_equal_bit_for_bit(tmp_path):
+    """By every method, each on half of a batch; every trained parameter has a gradient in every step and changes."""
+    finished(torchrun('--standalone', '--nproc-per-node', 2, os.path.join(HERE, 'every_method.py'), tmp_path))
+    one, two = (json.loads((tmp_path / f'{rank}.json').read_text()) for rank in (0, 1))
+    for case, found in one.items():
+        assert found == two[case] and not found['without gradient'], case
+        assert all(found['after'][name] != value for name, value in found['before'].items()), case
+        assert all(found['state'].values()), case
 
 
 def free_port():
