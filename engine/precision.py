@@ -16,8 +16,21 @@ def autocast(device, dtype):
 
 
 def place(params, dtype, device):
-    """A network's parameters on the device: float64 for --dtype double, else float32."""
-    return cast(params, 'double' if DTYPES[dtype] == torch.float64 else 'float', device)
+    """A network's parameters on the device: float64 for --dtype double, else float32; see `wants_channels_last`."""
+    params = cast(params, 'double' if DTYPES[dtype] == torch.float64 else 'float', device)
+    # contiguous(memory_format=...) would leave the strides of 1x1 weights as they are.
+    return {k: v.clone(memory_format=torch.channels_last) if wants_channels_last(v) else v for k, v in params.items()}
+
+
+def wants_channels_last(value):
+    """Whether a parameter is a convolution's weight whose gradient is in channels-last order, so that it should be too.
+
+    On CPUs only 1x1 weights are reordered, whose values stay in their places: with larger ones some convolutions would
+    round differently. On GPUs none are in float64, which cuDNN computes in contiguous order.
+    """
+    if value.device.type == 'cpu':
+        return value.shape[2:] == (1, 1)
+    return value.dim() == 4 and value.dtype != torch.float64
 
 
 def freeze(params, dtype, device):

@@ -97,22 +97,24 @@ def _optimizer_state(saved, optimizer, names):
         if flags - own and own - flags:  # another optimizer's; another version of PyTorch only adds some
             return None
         values = dict(enumerate(value for group in optimizer.param_groups for value in group['params']))
-        return {i: _entries(state, values[i].shape) for i, state in saved['state'].items()}
+        return {i: _entries(state, values[i]) for i, state in saved['state'].items()}
     except (AttributeError, IndexError, KeyError, TypeError):
         return None
 
 
-def _entries(state, shape):
-    """A parameter's part of an optimizer's state: tensors of the parameter's shape, and the number of steps.
+def _entries(state, param):
+    """A parameter's part of an optimizer's state: tensors of its shape and strides, and the number of steps.
 
-    Raises TypeError for anything else. A momentum of None, just after a drop of the learning rate, is left out.
+    A fused optimizer pairs values by their places in memory, whatever the strides are. Raises TypeError for anything
+    else. A momentum of None, just after a drop of the learning rate, is left out.
     """
     state = {key: value for key, value in state.items() if value is not None}
     for key, value in state.items():
         steps = key == 'step' and (type(value) in (int, float) or torch.is_tensor(value) and value.dim() == 0)
-        if not isinstance(key, str) or not (steps or torch.is_tensor(value) and value.shape == shape):
+        if not isinstance(key, str) or not (steps or torch.is_tensor(value) and value.shape == param.shape):
             raise TypeError
-    return {key: value.to('cpu', copy=True) if torch.is_tensor(value) else value for key, value in state.items()}
+    tensors = {key: value for key, value in state.items() if torch.is_tensor(value) and value.dim()}
+    return {**state, **{key: torch.empty_like(param, device='cpu').copy_(value) for key, value in tensors.items()}}
 
 
 def _types(values):

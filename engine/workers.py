@@ -7,7 +7,6 @@ import os
 import re
 import socket
 import sys
-import warnings
 from functools import partial
 from typing import NamedTuple
 
@@ -244,7 +243,6 @@ def data_parallel(f, params, mode=True, sync_bn=False):
     synchronise(sync_bn and world() > 1)
     if world() == 1:
         return partial(f, params=params, mode=mode)
-    warnings.filterwarnings('ignore', 'Grad strides do not match')  # 1x1 convolutions in channels-last order
     device = next(iter(params.values())).device
     ids = [device.index] if device.type == 'cuda' else None
     return torch.nn.parallel.DistributedDataParallel(_Module(f, params, mode), device_ids=ids)

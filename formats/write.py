@@ -2,10 +2,12 @@
 
 import io
 import os
+from functools import partial
 
 import h5py
 import safetensors.torch
 import torch
+from torch.utils._pytree import tree_map_only
 
 from formats.networks import describe
 from formats.torchvision import to_torchvision
@@ -15,10 +17,12 @@ from imagenet_resnet import fold_batch_norm, imagenet_forward
 def save(path, state):
     """Write a checkpoint whole or not at all: to a file beside it, flushed to the disk, then renamed over it.
 
+    Tensors are written in contiguous order, whatever their order in memory: files do not depend on the device.
     Raises OSError (no space, no permission) and leaves the old checkpoint unchanged.
     """
+    contiguous = partial(torch.clone, memory_format=torch.contiguous_format)
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(tree_map_only(torch.Tensor, contiguous, state), buffer)
     write_whole(path, buffer.getbuffer())
 
 

@@ -16,8 +16,11 @@ from torch._subclasses import FakeTensorMode
 
 from engine import workers
 from engine.meters import Meters
+from engine.precision import freeze
 from engine.step import total_loss
+from formats.networks import fold
 from images import memory
+from utils import without_adapters
 
 METHODS = [*METHODS, '--beta 1 --mapping max', '--beta 1 --at_form paper --power 3', '--beta 1 --groups 1,2']
 
@@ -53,6 +56,18 @@ def test_a_step_stays_on_the_gpu_and_never_waits_for_it(cuda, family, method, dt
     with torch.no_grad():
         tested = next(iter(memory.TestBatches(images.to(cuda), 4)))
         assert student.f(tested[0].to(loss.dtype), student.params, False)[0].device.type == 'cuda'
+
+
+@pytest.mark.parametrize('family', SHAPES)
+@pytest.mark.parametrize('dtype', ['float', 'double', 'bfloat16', 'half'])
+def test_convolution_weights_on_a_gpu_are_channels_last_except_in_float64(cuda, family, dtype):
+    """The student's, its adapters' and the folded teacher's."""
+    _, student, _ = prepared(family, '--beta 1 --transfer full', dtype, cuda)
+    frozen = freeze(fold(without_adapters(student.params)), dtype, cuda)
+    weights = [v for v in (*student.params.values(), *frozen.values()) if v.dim() == 4]
+    order = torch.contiguous_format if dtype == 'double' else torch.channels_last
+    assert 'adapter.0' in student.params
+    assert all(v.stride() == torch.empty_like(v, memory_format=order).stride() for v in weights)
 
 
 @pytest.mark.parametrize('method', METHODS)

@@ -155,7 +155,8 @@ def test_a_step_normalises_with_the_statistics_of_pretraining(cub, pretrained, m
     """The first step's logits are those of the evaluated network, with a last layer drawn from the seed."""
     monkeypatch.setattr('sys.argv', ['finetune.py', '--pretrained', str(pretrained), '--dataroot', str(cub)])
     f, params = finetune.build_student(finetune.parse(), 3, torch.device('cpu'))
-    images, labels = torch.randn(5, 3, SIZE, SIZE), torch.tensor([0, 1, 2, 0, 1])
+    images = torch.randn(5, 3, SIZE, SIZE).contiguous(memory_format=torch.channels_last)  # as they are read
+    labels = torch.tensor([0, 1, 2, 0, 1])
     logits, _ = f(images, params, False)
     torch.manual_seed(0)
     new = utils.linear_params(params['fc.weight'].shape[1], 3)

@@ -1,4 +1,4 @@
-"""float16 with its scale, and float64."""
+"""float16 with its scale, float64, and the order of weights in memory."""
 
 from functools import partial
 
@@ -7,7 +7,9 @@ import torch
 from conftest import refused
 
 import resnet
+from engine import resume
 from engine.flags import parse_cifar
+from engine.loop import Data
 from engine.step import Updates, make_update
 from engine.student import Network
 from engine.teacher import frozen
@@ -80,3 +82,31 @@ def test_a_float64_teacher_is_folded_in_float64():
     x = torch.randn(2, 3, 16, 16, dtype=torch.double)
     expected = f(x, {k: v.double() for k, v in params.items()}, False)[0]
     torch.testing.assert_close(f(x, folded, False)[0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_resumed_momentum_has_the_strides_of_its_weight_and_files_are_contiguous(tmp_path):
+    """A fused optimizer would otherwise pair wrong values, without an error."""
+    opt = parse_cifar('', ['--resume', str(tmp_path / 'model.pt7')])
+    weight, gradients = torch.randn(4, 3, 2, 2), torch.randn(2, 4, 3, 2, 2)
+
+    def begin():
+        params = {'conv': weight.clone(memory_format=torch.channels_last).requires_grad_()}
+        return params, Updates(opt, params.values(), torch.device('cpu'))
+
+    def step(params, updates, gradient):
+        params['conv'].grad = torch.empty_like(params['conv']).copy_(gradient)
+        updates.step(lambda: None)
+
+    whole, part = begin(), begin()
+    for run in (whole, part):
+        step(*run, gradients[0])
+    data = Data(None, None, {'classes': ['a']}, torch.zeros(1, 3, 8, 8))
+    write.save(opt.resume, resume.state_of(*part, 1, None, data))
+    saved = networks.load(opt.resume)
+    assert saved['params']['conv'].is_contiguous()
+    assert saved['optimizer']['state'][0]['momentum_buffer'].is_contiguous()
+    part = begin()
+    resume.resume_(opt, *part, (1,))
+    for run in (whole, part):
+        step(*run, gradients[1])
+    assert torch.equal(part[0]['conv'], whole[0]['conv']) and part[0]['conv'].stride() == (12, 1, 6, 3)
