@@ -78,7 +78,8 @@ def print_predictions(run, images, top, image_size=None, as_json=False):
             found = [{'class': name, 'number': number, 'probability': p} for name, number, p in best]
             print(json.dumps({'image': path, 'classes': found}))
         else:
-            print(ending.printable(f'{path}: ' + ', '.join(f'{name} {100 * p:.2f}%' for name, _, p in best)))
+            line = f'{path}: ' + ', '.join(f'{name} {100 * p:.2f}%' for name, _, p in best)
+            print(arguments.printable(line.replace('\n', '?')))
     if failed:
         sys.exit(1)
 

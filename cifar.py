@@ -65,9 +65,9 @@ def main():
     """Train a network on small images, or evaluate one."""
     opt = parse()
     device = start(opt)
-    data, sample = build_data(opt, device)
     if opt.evaluate:
-        return report(opt, data)
+        return report(opt, device, build_data)
+    data, sample = build_data(opt, device)
     student = initialise(network(opt), opt, data.num_classes, device)
     teacher = build_teacher(opt, data, sample)
     trained = pair(opt, student, teacher, data.image)

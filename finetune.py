@@ -57,6 +57,11 @@ def parse():
     return opt
 
 
+def build_data(opt, device):
+    """Photographs as `Data`, and a function that returns training images for int8 calibration."""
+    return photographs.build_data(opt, DATASETS[opt.dataset](opt.dataroot, opt.follow_links, say), device)
+
+
 def build_student(opt, num_classes, device):
     """The pretrained `Network` with a new last layer; batch norm and the first --fixed_groups are not trained."""
     f, params = load_teacher(checkpoint_of(opt.pretrained), note=say)
@@ -80,9 +85,9 @@ def main():
     """Fine-tune a pretrained ResNet, or evaluate a network."""
     opt = parse()
     device = start(opt)
-    data, sample = photographs.build_data(opt, DATASETS[opt.dataset](opt.dataroot, opt.follow_links, say), device)
     if opt.evaluate:
-        return report(opt, data)
+        return report(opt, device, build_data)
+    data, sample = build_data(opt, device)
     student = build_student(opt, data.num_classes, device)
     teacher = photographs.build_teacher(opt, data, sample)
     trained = pair(opt, student, teacher, data.image)

@@ -53,9 +53,9 @@ def main():
     """Train a ResNet on a folder of photographs, or evaluate one."""
     opt = parse()
     device = start(opt)
-    data, sample = build_data(opt, device)
     if opt.evaluate:
-        return report(opt, data)
+        return report(opt, device, build_data)
+    data, sample = build_data(opt, device)
     student = initialise(NETWORKS['resnet'].network(opt), opt, data.num_classes, device)
     teacher = photographs.build_teacher(opt, data, sample)
     trained = pair(opt, student, teacher, data.image)

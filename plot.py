@@ -25,7 +25,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from engine import ending
-from engine.arguments import Parser, number, path, subcommand
+from engine.arguments import Parser, number, path, printable, subcommand
 from engine.predict import normalized, read_pixels
 from engine.series import errors, flat, loss_terms, name_of, names_of, rate_drops, read_run, term_of
 from formats.networks import checkpoint_of, describe, load_teacher
@@ -36,6 +36,7 @@ from images.folders import IMAGE_SUFFIXES, is_hidden
 from utils import attention_map
 
 ZOOMED = 10  # epochs: longer runs have a second panel for their last fifth
+MOST_TERMS = 40  # panels of a picture
 WIDTH, DPI = 9, 160  # inches, and pixels per inch: sharp at the 900 pixels of a README
 COLOURS = '#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000'.split()  # Okabe & Ito: safe for colour-blind eyes
 MARKERS = ('', 'o', '^', 's', 'x')  # none for the first seven runs, a circle for the next seven, and so on
@@ -63,6 +64,8 @@ def draw_curves(paths, labels=(), training=True):
     """
     runs = [read_run(path) for path in paths]
     terms = sorted({name for run in runs for name in loss_terms(run)}, key=term_of)
+    if len(terms) > MOST_TERMS:
+        raise ValueError(f'the logs have {len(terms):,} loss terms; at most {MOST_TERMS} are drawn')
     columns = 0 if not terms else 1 if len(terms) < 4 else 2
     rows = math.ceil(len(terms) / columns) if terms else 1
     last = [next((e for e in reversed(errors(run, 'test')) if e == e), math.nan) for run in runs]
@@ -126,6 +129,8 @@ def _draw_errors(axes, runs, training):
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     key = {'test': ('-', 1.4), 'training': ('--', 0.5), 'learning rate drops': (':', 0.8)}
     key = {name: look for name, look in key.items() if training or name != 'training'}
+    if not any(map(rate_drops, runs)):
+        del key['learning rate drops']
     axes.legend([Line2D([], [], color='0.3', linestyle=s, linewidth=w) for s, w in key.values()], key, loc='best')
 
 
@@ -316,7 +321,7 @@ def write_csv(paths, out):
     """Write the logs of runs as one table, a line per epoch, to the file `out` or, without one, to the output."""
     runs = [read_run(path) for path in paths]
     rows = [{'run': '', **flat(record)} | {'run': path} for path, run in zip(paths, runs) for record in run]
-    rows = [{ending.printable(k): ending.printable(v) if isinstance(v, str) else v for k, v in r.items()} for r in rows]
+    rows = [{printable(k): printable(v) if isinstance(v, str) else v for k, v in r.items()} for r in rows]
     text = io.StringIO()
     table = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator='\n')
     table.writeheader()

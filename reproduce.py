@@ -49,7 +49,7 @@ def parse():
     flag('--epochs', type=number(int, 1), help='the schedule scales with it (default: 200, crd: 240, demo: 20)')
     flag('--dataroot', default='.', type=path, help='as in cifar.py')
     flag('--holdout', default=0, type=number(int, 0), help='as in cifar.py, to choose between variants')
-    flag('--dtype', default='', choices=['', *DTYPES], help='as in cifar.py')
+    flag('--dtype', default='', choices=list(DTYPES), help='as in cifar.py')
     jobs_at_a_time = 'runs at a time, one per GPU if there are GPUs (default: 1, demo: 2)'
     flag('--jobs', type=number(int, 1, 1024), help=jobs_at_a_time)
     markdown = 'also write the table into FILE, between its markers'
@@ -139,15 +139,29 @@ def _untrained(arguments):
     return partial(f, params=freeze(fold(params), flags.dtype, device()), mode=False)
 
 
+def check_settings(name, flags):
+    """Raise ValueError if logs/ has the run with other settings than these flags of cifar.py."""
+    changed = changed_settings(flags, results(name))
+    if changed:
+        raise ValueError(f'logs/{name} holds a run with other settings ({"; ".join(changed)})')
+
+
+def print_refusals(runs):
+    """Print which of the runs {name: arguments} are in logs/ with other settings, so that they would fail."""
+    for name, arguments in runs.items():
+        try:
+            check_settings(name, parse_cifar('', arguments))
+        except ValueError as error:
+            print(f'# {error}')
+
+
 def run(opt, name, arguments, job):
     """Train a run to its end, on the GPU of its job number if there are GPUs; return the outcome to print.
 
     Raises ValueError if it cannot start or fails, and KeyboardInterrupt if it was stopped.
     """
     flags = parse_cifar('', arguments)
-    changed = changed_settings(flags, results(name))
-    if changed:
-        raise ValueError(f'logs/{name} holds a run with other settings ({"; ".join(changed)})')
+    check_settings(name, flags)
     if finished(opt, name):
         return 'done'
     if flags.teacher_id and not last_epoch(opt, flags.teacher_id):
@@ -184,6 +198,7 @@ def main():
     opt = parse()
     runs = commands(opt)
     if opt.dry_run:
+        print_refusals(runs)
         missing = {name: arguments for name, arguments in runs.items() if not last_epoch(opt, name)}
         print('\n'.join(shlex.join(['python', 'cifar.py', *arguments]) for arguments in missing.values()))
         hours = seconds(opt, missing, runs) / 3600

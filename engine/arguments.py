@@ -52,6 +52,11 @@ def listed(opt):
     return '\n'.join(lines)
 
 
+def printable(text):
+    """A text that may quote a hostile file, without what could control a terminal; lines stay lines."""
+    return ''.join(c if c.isprintable() or c == '\n' else '?' for c in text)
+
+
 def number(kind, low, high=math.inf, above=False):
     """An argparse type: an int or float from low to high, with `above` excluding low."""
 

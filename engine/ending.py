@@ -6,6 +6,7 @@ import sys
 
 import torch
 
+from engine.arguments import printable
 from engine.launch import LOST_PEER, claim
 from engine.stopping import Stopped
 from engine.workers import rank, world
@@ -79,8 +80,3 @@ def _print_error(status, message, final):
 def print_line(message):
     """Print a message as one line on stderr, after the script's name."""
     print(f'{os.path.basename(sys.argv[0])}: {printable(" ".join(message.split()))}', file=sys.stderr, flush=True)
-
-
-def printable(text):
-    """A text that may quote a hostile file, without what could control a terminal."""
-    return ''.join(c if c.isprintable() else '?' for c in text)

@@ -42,14 +42,16 @@ def evaluate(network, batches, device, dtype='float', topk=(1,), on_batch=lambda
     return loss / n, [100 * (1 - w / n) for w in wrong]
 
 
-def report(opt, data):
+def report(opt, device, build_data):
     """Print and return, as a dictionary, the test loss and accuracies of the network of --evaluate, a run or a file.
 
-    With --json they are the last line. Raises ValueError if the network has not as many classes as the data set, and
+    build_data(opt, device) -> (Data, ...) is called once the network is read. With --json the results are the last
+    line. Raises ValueError if the network has not as many classes as the data set, and
     FloatingPointError for a loss that is not finite.
     """
     path = checkpoint_of(opt.evaluate)
     f, params = load_teacher(path, note=say)
+    data, _ = build_data(opt, device)
     if len(params['fc.bias']) != data.num_classes:
         raise ValueError(f'{path} has {len(params["fc.bias"])} output classes, the data set has {data.num_classes}')
     network, since = Network(f, place(params, opt.dtype, data.device)), time.perf_counter()

@@ -79,7 +79,7 @@ def _transfer_flags(parser, groups):
 
 def _run_flags(parser):
     flag = parser.add_argument_group('evaluation').add_argument
-    flag('--evaluate', default='', type=path, metavar='RUN', help='print the test scores of a run or a network file')
+    flag('--evaluate', type=path, metavar='RUN', help='print the test scores of a run or a network file')
     flag('--json', action='store_true', help='with --evaluate: as JSON, in the last line')
 
     flag = parser.add_argument_group('run').add_argument
@@ -92,7 +92,12 @@ def _run_flags(parser):
     flag('--overwrite', action='store_true', help='replace the run that --save holds')
     flag('--tensorboard', action='store_true', help='also write event files for TensorBoard beside the log')
     flag('--verbose', action='store_true', help='also print the shape of every parameter')
-    flag('--nthread', default=4, type=number(int, 0, 1024), help='threads that decode images')
+    flag(
+        '--nthread',
+        default=4,
+        type=number(int, 0, 1024),
+        help='threads or processes that decode images',
+    )
     flag('--ngpu', default=1, type=number(int, 1, 1024), help='workers: one a GPU, or CPU processes without GPUs')
     flag('--sync_bn', action='store_true', help="batch norm over all workers' images, not each worker's share")
     flag(
@@ -148,7 +153,7 @@ def parse_cifar(description, words=None):
 def parse(parser, logged, words=None):
     """The parsed flags; with --evaluate, the run's log gives the defaults of the flags in `logged`."""
     opt = parser.parse_args(words)
-    folder, name = os.path.split(checkpoint_of(opt.evaluate))
+    folder, name = os.path.split(checkpoint_of(opt.evaluate or ''))
     log = os.path.join(folder, 'log.txt')
     if name == 'model.pt7' and os.path.isfile(log):
         *_, last = read_log(log) or [{}]
@@ -170,6 +175,8 @@ def _is_valid(action, text):
 
 def check(opt, teacher, flag):
     """Raise ValueError for flags that contradict each other; `teacher` is the value of `flag`, the teacher's name."""
+    if opt.evaluate == '':
+        raise ValueError('--evaluate is empty: name a run or a file')
     if opt.json and not opt.evaluate:
         raise ValueError('--json goes with --evaluate')
     if opt.evaluate:

@@ -19,6 +19,8 @@ def read_log(path):
 
     Raises OSError if there is no such file and ValueError if another line cannot be read.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f'{path} is a folder, device or pipe, not a log')
     with open(path, encoding='utf-8', errors='replace') as file:
         text = file.read(MAX_LOG + 1)
     if len(text) > MAX_LOG:

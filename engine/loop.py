@@ -259,7 +259,8 @@ def _print_epoch(opt, record, meters):
     terms = '  '.join(f'{k} {record[k]:.3g}' for k in meters.values if k != 'loss')
     say(
         f'epoch {record["epoch"]}/{opt.epochs}  lr {record["lr_now"]:.3g}  '
-        f'train {record["train_loss"]:.4f} {_percent(record["train_acc"])}  '
-        f'test {record["test_loss"]:.4f} {_percent(record["test_acc"])}  {terms}  '
-        f'{record["images_per_second"]:.0f} images/s  {record["train_time"]:.0f}+{record["test_time"]:.0f} s'
+        f'train loss {record["train_loss"]:.4f} acc {_percent(record["train_acc"])}  '
+        f'test loss {record["test_loss"]:.4f} acc {_percent(record["test_acc"])}  {terms}  '
+        f'{record["images_per_second"]:.0f} images/s  '
+        f'{record["train_time"]:.0f} s, tested in {record["test_time"]:.0f} s'
     )

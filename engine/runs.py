@@ -26,8 +26,10 @@ def find(teacher_id):
     """
     names_model = os.path.basename(teacher_id) == 'model.pt7'
     folder = os.path.normpath(os.path.dirname(teacher_id) if names_model else teacher_id)
-    candidates = [folder] if names_model and os.path.isfile(teacher_id) else [os.path.join('logs', folder), folder]
-    run = next((path for path in candidates if os.path.isdir(path)), folder if os.sep in folder else candidates[0])
+    candidates = [folder] if names_model and os.path.isfile(teacher_id) else [folder, os.path.join('logs', folder)]
+    runs = [path for path in candidates if os.path.isfile(os.path.join(path, 'model.pt7'))]
+    runs += filter(os.path.isdir, reversed(candidates))
+    run = next(iter(runs), folder if os.sep in folder else candidates[-1])
     log, model = (os.path.join(run, name) for name in ('log.txt', 'model.pt7'))
     missing = next((path for path in (log, model) if not os.path.isfile(path)), None)
     if missing:
@@ -44,10 +46,16 @@ def find(teacher_id):
 def _nearest(name, folder):
     """A hint with the names in a folder that are similar to a missing one; empty if there are none."""
     with contextlib.suppress(OSError):
-        near = difflib.get_close_matches(name, sorted(os.listdir(folder))[:MAX_NAMES])
+        near = difflib.get_close_matches(name, _networks(folder)[:MAX_NAMES])
         if near:
             return f'; {folder} holds {", ".join(near)}'
     return ''
+
+
+def _networks(folder):
+    """The names in a folder that may be of a run or of a network's file."""
+    with os.scandir(folder) as entries:
+        return sorted(e.name for e in entries if e.is_dir() or not e.name.endswith(('.py', '.md', '.txt')))
 
 
 def check_files(opt):
@@ -62,14 +70,17 @@ def check_files(opt):
     for flag, name in {**vars(opt), 'resume': resumed}.items():
         if flag not in ('teacher_params', 'pretrained', 'resume', 'evaluate'):
             continue
-        path = checkpoint_of(name)
+        path = checkpoint_of(name or '')
         if not path or os.path.isfile(path):
             continue
         if path.startswith('torchvision:') and flag != 'resume':
             check_name(path.removeprefix('torchvision:'))
             continue
         missing = f'there is no {path}' if path != name else 'no such checkpoint'
-        raise OSError(f'--{flag} {name}: {missing}{_nearest(os.path.basename(name), os.path.dirname(name) or ".")}')
+        folder = os.path.dirname(name)
+        nearby = [folder] if os.path.isdir(folder) else [os.path.join('logs', folder), '.']
+        advice = filter(None, (_nearest(os.path.basename(name), place) for place in nearby))
+        raise OSError(f'--{flag} {name}: {missing}{next(advice, "")}')
 
 
 def check_save(opt):

@@ -9,17 +9,19 @@ from engine.log import read_log
 from engine.transfer import PENALTIES, TRANSFERS
 from formats.networks import NETWORKS
 
+MOST_DROPS = 1000
 PHOTOGRAPHS = 'imagenetpath', 'pretrained'  # one of them is in each log of imagenet.py and finetune.py
 
 
 def read_run(path):
-    """The records of a run's folder or a log: one dictionary per epoch, in order; of a repeated epoch, the last.
+    """The records of a run, by its folder, name in logs/ or log: one dictionary per epoch, in order.
 
-    Raises OSError if there is no log and ValueError if it is empty or damaged.
+    Of a repeated epoch it is the last. Raises OSError if there is no log and ValueError if it is empty or damaged.
     """
-    log = os.path.join(path, 'log.txt') if os.path.isdir(path) else path
+    folder = next(filter(os.path.isdir, (path, os.path.join('logs', path))), '')
+    log = os.path.join(folder, 'log.txt') if folder and not os.path.isfile(path) else path
     if not os.path.isfile(log):
-        raise OSError(f'{log}: no such log; expected the folder of a run, which holds log.txt, or a log')
+        raise OSError(f'{log}: no such log; expected the folder of a run, its name in logs/, or a log')
     records = read_log(log)
     if not records:
         raise ValueError(f'{log} has no line of results (json_stats: ...)')
@@ -80,10 +82,12 @@ def rate_drops(records):
     steps = records[-1].get('epoch_step', [])
     try:
         steps = json.loads(steps) if isinstance(steps, str) else steps
-        if not all(type(step) is int for step in steps):
+        if not isinstance(steps, list) or not all(type(step) is int for step in steps):
             raise TypeError
     except (ValueError, TypeError, RecursionError):
         raise ValueError('its epoch_step is not a JSON list of epochs') from None
+    if len(steps) > MOST_DROPS:
+        raise ValueError(f'its epoch_step has {len(steps):,} epochs; at most {MOST_DROPS} are drawn')
     return [step for step in steps if 0 < step <= records[-1]['epoch']]
 
 

@@ -1,11 +1,13 @@
 """A table of the paper in Markdown, from logs alone: errors, paired differences and the protocols of the runs."""
 
+import html
 import os
 import re
 import statistics
 
 from scipy.special import stdtrit  # comes with scikit-learn; scipy.stats takes half a second to import
 
+from engine.arguments import printable
 from engine.log import read_log
 from engine.paper import TABLES, columns, methods_of, names
 
@@ -50,7 +52,7 @@ def table_lines(opt):
     methods, runs = methods_of(opt.table), finished_runs(opt)
     published = 'published, %' if opt.table == 'crd' else 'paper, %'
     paper = any(error for errors in TABLES[opt.table]['rows'].values() for error in errors.values())
-    head = ['student <- teacher', 'method', 'our error, %', 'spread', 'seeds', *[published] * paper]
+    head = ['student <- teacher', 'method', 'our median error, %', 'spread', 'seeds', *[published] * paper]
     of_paper = paper and opt.epochs == TABLES[opt.table]['epochs'] and not opt.holdout
     lines = [_line([*head, 'difference'] if of_paper else head), '|---' * (len(head) + of_paper) + '|']
     for (row, method), done in runs.items():
@@ -58,6 +60,8 @@ def table_lines(opt):
             cells = _cells(opt, row, method, methods[method].label, done, of_paper)
             lines.append(_line(cells if paper else cells[:-1]))
     ran = sum(map(bool, runs.values()))
+    if not ran and not opt.all:
+        return [f'logs/ has no finished run of {opt.table} with {opt.epochs} epochs.']
     lines += [] if ran == len(runs) else ['', f'{ran} of {len(runs)} cells were run.']
     lines += differences(opt, runs, {method: methods[method].label for _, method in runs})
     lines += ['', *(f'{line}.' for line in protocols([r for done in runs.values() for r in done.values()]))]
@@ -160,11 +164,12 @@ def protocol(record):
     tested = f'{record["test_images"]:,}' + ('' if record['test_images'] == full_size else f' of {full_size:,}')
     if record['holdout']:
         tested = f'{record["test_images"]:,} held-out training'
-    return (
+    line = (
         f'{record["dataset"]}: trained on {record["train_images"]:,} images for {record["epochs"]} epochs '
         f'({_rate(record)} times at {record["epoch_step"]}), batch {record["batch_size"]}, '
         f'{record["dtype"]}, last epoch, tested on {tested} images; torch {record["torch"]}, {record["device"]}'
     )
+    return html.escape(printable(line), quote=False)  # a log may be hostile, and the line goes into Markdown
 
 
 def _rate(record):
@@ -176,6 +181,8 @@ def _rate(record):
 
 def around(path, table):
     """A file's bytes up to the line <!-- table -->, and from <!-- /table --> on. Raises ValueError without them."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f'{path} is a folder, device or pipe, not a text')
     with open(path, 'rb') as file:
         text = file.read()
     begin, end = f'<!-- {table} -->', f'<!-- /{table} -->'

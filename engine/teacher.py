@@ -99,7 +99,7 @@ def check_accuracy(record, accuracy, same_test_set, teacher_dtype='same'):
     logged = record.get('test_acc')
     logged = logged[0] if isinstance(logged, list) and logged else logged
     if not isinstance(logged, (int, float)) or not same_test_set:
-        say(f'teacher: {accuracy:.2f}% on these test images; its log has no accuracy to compare with')
+        say(f'teacher: {accuracy:.2f}% on these test images; its log has no accuracy on the same ones')
     elif not abs(logged - accuracy) <= 0.5:
         raise ValueError(
             f'the teacher has an accuracy of {accuracy:.2f}% on the test images, but {logged:.2f}% by its own log: '

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from engine import launch
-from engine.arguments import GPU
+from engine.arguments import GPU, printable
 from images import children
 from layers import STATISTICS, synchronise
 
@@ -47,9 +47,9 @@ def world():
 
 
 def say(*words):
-    """Print, from the first worker only."""
+    """Print, from the first worker only, words that may quote a hostile file."""
     if rank() == 0:
-        print(*words, flush=True)
+        print(*(printable(str(word)) for word in words), flush=True)
 
 
 def launches(opt):

@@ -10,6 +10,7 @@ saved, and so few steps say nothing about accuracy.
 
 import os
 import sys
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -31,22 +32,34 @@ PAIRS = [('features.3', 'layer1'), ('features.6', 'layer2'), ('features.12', 'la
 def with_groups(student, teacher, pairs):
     """Two torch.nn modules as functions images -> (logits, groups): groups are the outputs (N, C, H, W) of the layers.
 
-    Raises ValueError where the next layer overwrites an output, as ReLU(inplace=True) does: pair that layer instead.
+    They raise ValueError for a layer that is not called or has another output, and for an output that the next layer
+    overwrites, as ReLU(inplace=True) does: pair that layer instead.
     """
+    if not pairs:
+        raise ValueError('no pairs of layers to compare')
     return [_hooked(network, layers) for network, layers in zip((student, teacher), zip(*pairs))]
 
 
 def _hooked(network, layers):
     kept = {}
+
+    def keep(name, _, __, output):
+        kept[name] = output, None if torch.is_inference_mode_enabled() else getattr(output, '_version', None)
+
     for name in layers:
-        hook = lambda _, __, output, name=name: kept.update({name: (output, output._version)})  # noqa: E731
-        network.get_submodule(name).register_forward_hook(hook)
+        network.get_submodule(name).register_forward_hook(partial(keep, name))
 
     def f(images):
-        logits, groups = network(images), [kept[name] for name in layers]
         kept.clear()
+        logits = network(images)
+        unused = [name for name in layers if name not in kept]
+        if unused:
+            raise ValueError(f'the network does not call {unused[0]}: pair another layer')
+        groups = [kept[name] for name in layers]
         for name, (group, version) in zip(layers, groups):
-            if group._version != version:
+            if not torch.is_tensor(group) or group.dim() != 4:
+                raise ValueError(f'the output of {name} is no tensor (N, C, H, W): pair another layer')
+            if version is not None and group._version != version:
                 raise ValueError(f'the output of {name} is overwritten by the layer after it')
         return logits, [group for group, _ in groups]
 

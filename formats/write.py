@@ -28,6 +28,8 @@ def save(path, state):
 
 def write_whole(path, content):
     """Replace a file's content (bytes) so that readers see the old or the new one, even after a crash, never a part."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f'{path} is a folder, device or pipe, which a file would replace')
     temporary = f'{path}.tmp'
     try:
         if os.path.lexists(temporary):

@@ -108,3 +108,11 @@ def test_a_folder_without_a_network_hides_no_run_of_its_name(script, train, phot
     assert train('--epochs 1 --save logs/run')[0] == 0
     (tmp_path / 'run').mkdir()
     assert script(cifar, '--evaluate run --dataroot', [photos])[0] == 0
+
+
+def test_a_network_that_cannot_be_read_is_reported_before_data_are_read(script, tmp_path):
+    (tmp_path / 'bad.pt7').write_bytes(b'x' * 99)
+    (tmp_path / 'logs' / 'students').mkdir(parents=True)
+    assert refused(script(cifar, '--dataroot nowhere --evaluate bad.pt7'), 'bad.pt7 is not a checkpoint')
+    assert refused(script(cifar, '--dataroot nowhere --evaluate student'), 'no such checkpoint; logs/ holds students')
+    assert refused(script(cifar, '--dataroot nowhere', '--evaluate='), '--evaluate is empty')

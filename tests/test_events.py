@@ -2,11 +2,13 @@
 
 import importlib.util
 import os
+import sys
 
 import pytest
 from conftest import refused
 
 import cifar
+from engine import loop
 from engine.log import read_log
 
 RUN = '--epoch_step [] --lr 0.05 --tensorboard --save logs/run'
@@ -33,3 +35,17 @@ def test_without_the_package_or_a_folder_it_is_refused_before_data_are_read(scri
     told = '--tensorboard needs the package tensorboard: pip install tensorboard'
     assert refused(script(cifar, '--dataroot nowhere --tensorboard --save logs/run'), told)
     assert not os.path.exists('logs')
+
+
+def test_a_run_that_fails_at_the_start_leaves_nothing(train, monkeypatch):
+    pytest.importorskip('tensorboard')
+    monkeypatch.setattr(loop, 'evaluate', lambda *_: [1][1])
+    with pytest.raises(IndexError):
+        train('--epochs 1', RUN)
+    assert not os.path.exists('logs/run')
+
+
+def test_a_broken_package_is_named_in_one_line(train, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
+    assert refused(train('--epochs 1', RUN), 'the package tensorboard cannot be imported')
+    assert refused(train('--epochs 1 --tensorboard', ['--save', os.fsdecode(b'\xff')]), 'is not UTF-8')

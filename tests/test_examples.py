@@ -163,3 +163,34 @@ def test_what_is_no_control_is_refused(script):
     assert refused(script(controls, 'other'), "'other' is not a control: expected shifted or untrained")
     assert refused(script(controls, 'shifted --teacher_id x --beta 1 --alpha 0.5'), 'takes --beta, and no --alpha')
     assert 'CIFAR10' in script(controls, '--help')[1]
+
+
+class Odd(torch.nn.Module):
+    """A layer with two outputs, one that is flat, and one that is not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.pair, self.flat, self.unused = torch.nn.Identity(), torch.nn.Flatten(), torch.nn.Identity()
+
+    def forward(self, x):
+        self.pair((x, x))
+        return self.flat(x)
+
+
+@pytest.mark.parametrize(
+    'layer, reason',
+    [('pair', 'pair is no tensor'), ('flat', 'flat is no tensor'), ('unused', 'does not call unused')],
+)
+def test_a_layer_that_has_no_activation_to_compare_is_named(layer, reason):
+    student, _ = own_networks.with_groups(Odd(), torch.nn.Identity(), [(layer, '')])
+    with pytest.raises(ValueError, match=reason):
+        student(torch.zeros(2, 3, 4, 4))
+    with pytest.raises(ValueError, match='no pairs'):
+        own_networks.with_groups(Odd(), Odd(), [])
+
+
+def test_a_teacher_may_run_in_inference_mode(batch):
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.Identity())
+    _, teacher = own_networks.with_groups(net, net, [('0', '0')])
+    with torch.inference_mode():
+        assert teacher(batch[0])[1][0].shape[1] == 4

@@ -217,7 +217,7 @@ def test_training_errors_can_be_left_out(script, log, monkeypatch):
     monkeypatch.setattr(plot, 'write', lambda figure, out: figures.append(figure))
     assert script(plot, 'curves', [path], '--test_only')[0] == script(plot, 'curves', [path])[0] == 0
     assert [len(lines(panels(figure)['error'], '--')) for figure in figures] == [0, 1]
-    assert [len(panels(figure)['error'].get_legend().get_texts()) for figure in figures] == [2, 3]
+    assert [len(panels(figure)['error'].get_legend().get_texts()) for figure in figures] == [1, 2]
 
 
 def test_csv_has_a_line_for_each_epoch_of_each_log_and_a_column_for_each_number(script, log):
@@ -274,3 +274,15 @@ def test_a_log_without_results_is_refused_by_name(script, tmp_path, content, wor
     (tmp_path / 'some.txt').write_text(content)
     assert refused(script(plot, 'curves some.txt'), 'some.txt', *words)
     assert not (tmp_path / 'curves.png').exists()
+
+
+def test_a_log_with_more_terms_or_drops_than_a_picture_can_show_is_refused(script, log):
+    terms = {f'at{i}': 0.1 for i in range(900)}
+    assert refused(script(plot, 'curves', [log('a', [ours(1, **terms)])]), 'loss terms; at most 40 are drawn')
+    drops = json.dumps(list(range(1, 10**5)))
+    assert refused(script(plot, 'curves', [log('b', [ours(1, epoch_step=drops)])]), '99,999 epochs; at most 1000')
+
+
+def test_a_run_is_also_named_as_in_logs(script, log):
+    log('logs/mine', [ours(1), ours(2)])
+    assert script(plot, 'csv mine')[1] == script(plot, 'csv logs/mine')[1].replace('logs/mine', 'mine') != ''

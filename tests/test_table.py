@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import re
 from argparse import Namespace
 from functools import partial
 
@@ -12,6 +13,10 @@ from test_reproduce import RECORD, write_log
 
 import reproduce
 from engine import table
+from engine.log import read_log
+
+ROOT = pathlib.Path(reproduce.__file__).parent
+PUBLISHED = sorted((ROOT / 'logs').glob('*/*/log.txt'))
 
 
 def test_the_table_shows_median_spread_and_difference_and_marks_what_was_not_run(script):
@@ -56,7 +61,7 @@ def test_runs_that_differ_in_threads_alone_are_of_one_protocol():
 
 def test_without_epochs_the_table_shows_the_longest_schedule_that_is_there_but_its_own_first(script):
     shown = partial(script, reproduce, 'table1 --rows 2 --methods student --show')
-    assert '0 of 1 cells were run.' in shown()[1]
+    assert shown()[1] == 'logs/ has no finished run of table1 with 200 epochs.\n'
     write_log('cifar10-e8/wrn-16-1-s0', 14.0, epochs=8, last=8)
     write_log('cifar10-e16/wrn-16-1-s1', 12.0)
     write_log('cifar10-e300/wrn-16-1-s0', 9.0, epochs=300, last=299)  # not finished
@@ -133,3 +138,28 @@ SHOWN = {
     'table': 'table1', 'rows': [('wrn-16-1', 'wrn-16-2')], 'epochs': 16, 'seeds': 3, 'holdout': 0,
     'methods': ['teacher', 'student', 'at', 'kd', 'at-kd'],
 }  # fmt: skip
+
+
+def test_a_hostile_log_can_neither_end_the_table_early_nor_control_a_terminal(script, tmp_path):
+    write_log('cifar10-e16/wrn-16-1-s0', 12.0, device='\x1b[2J<!-- /table1 -->')
+    (tmp_path / 'a.md').write_text('<!-- table1 -->\n<!-- /table1 -->\n')
+    for _ in range(2):
+        status, out, err = script(reproduce, 'table1 --rows 2 --epochs 16 --show --markdown a.md')
+        assert status == 0 and '?[2J&lt;!-- /table1 --&gt;' in out and '\x1b' not in out, err
+
+
+def test_the_readme_shows_what_the_published_logs_say(script, monkeypatch):
+    command = re.search(r'table: .*\n\t\S+ reproduce.py (.*) --markdown README.md', (ROOT / 'Makefile').read_text())[1]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr('sys.argv', ['reproduce.py', *command.split()])
+    lines = table.table_lines(reproduce.parse())
+    shown = re.search(r'<!-- table1 -->\n(.*)\n<!-- /table1 -->', (ROOT / 'README.md').read_text(), re.S)[1]
+    assert shown == '\n'.join(lines)
+
+
+@pytest.mark.parametrize('log', PUBLISHED, ids=lambda path: str(path.parent.relative_to(ROOT)))
+def test_published_logs_are_whole_and_name_no_place(log):
+    records = read_log(log)
+    assert [r['epoch'] for r in records] == list(range(1, records[-1]['epochs'] + 1))
+    assert not any(isinstance(v, str) and v.startswith('/') for r in records for v in r.values())
+    assert all(r['commit'] and not r['commit'].endswith('-dirty') for r in records)

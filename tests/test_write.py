@@ -1,5 +1,6 @@
 """Networks in other formats keep their logits, and nothing is written by halves."""
 
+import os
 import sys
 
 import hickle
@@ -15,6 +16,8 @@ from saved import assert_near, logits_of, small_export, wide_resnet
 import checkpoint
 import imagenet_resnet
 import nin
+from engine.log import read_log
+from engine.table import around
 from formats import networks, write
 from formats.torchvision import from_torchvision
 
@@ -126,3 +129,14 @@ def test_info_says_what_a_file_holds(script, tmp_path, torchvision_net, run):
     widths = {18: '64/128/256/512', 50: '256/512/1024/2048'}[torchvision_net[1]]
     assert f'ResNet-{torchvision_net[1]}, 7 classes, widths {widths}' in script(checkpoint, 'info', [run])[1]
     assert refused(script(checkpoint, 'info', 'nothing.pth'), 'no such checkpoint')
+
+
+@pytest.mark.parametrize(
+    'use', [lambda path: write.write_whole(path, b'x'), read_log, lambda path: around(path, 'table1')]
+)
+def test_pipes_and_devices_are_neither_replaced_nor_waited_for(tmp_path, use):
+    os.mkfifo(tmp_path / 'pipe')
+    for path in (tmp_path / 'pipe', '/dev/full'):
+        with pytest.raises(OSError, match='is a folder, device or pipe'):
+            use(str(path))
+        assert not os.path.isfile(path)
