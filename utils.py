@@ -25,12 +25,17 @@ DTYPES = {
 
 def conv_params(ni, no, k=1):
     """A (no, ni, k, k) convolution weight, Kaiming-normal (He et al. 2015, eq. 10), without a bias."""
-    return torch.nn.init.kaiming_normal_(torch.empty(no, ni, k, k))
+    return _kaiming_normal(no, ni, k, k)
 
 
 def linear_params(ni, no):
     """The (no, ni) Kaiming-normal weight and zero (no,) bias of a linear layer."""
-    return {'weight': torch.nn.init.kaiming_normal_(torch.empty(no, ni)), 'bias': torch.zeros(no)}
+    return {'weight': _kaiming_normal(no, ni), 'bias': torch.zeros(no)}
+
+
+def _kaiming_normal(*shape):
+    x = torch.empty(shape)
+    return x if x.is_meta else torch.nn.init.kaiming_normal_(x)  # on meta it would import Dynamo
 
 
 def bnparams(n):
