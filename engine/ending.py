@@ -1,8 +1,11 @@
 """How a script ends: an error as one line, and an exit status (2 wrong use, 1 failed run)."""
 
+import atexit
+import contextlib
 import errno
 import os
 import sys
+import traceback
 
 import torch
 
@@ -27,6 +30,30 @@ def run(main):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')  # else a name that the terminal cannot show would end the run
     try:
+        _call(main)
+    except BaseException as error:
+        if not torch.distributed.is_initialized():
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        leave(error.code or 0 if isinstance(error, SystemExit) else 1)
+    if torch.distributed.is_initialized():
+        leave(0)
+
+
+def leave(status):
+    """End a worker that has joined others, without the interpreter's own end: threads of gloo can crash it there."""
+    with contextlib.suppress(RuntimeError):  # of a connection that another worker has closed
+        torch.distributed.destroy_process_group()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            stream.flush()
+    os._exit(status)
+
+
+def _call(main):
+    try:
         children.import_safely()
         main()
     except Stopped as stop:
@@ -48,9 +75,6 @@ def run(main):
             raise
         _print_error(status, message, final)
         sys.exit(status)
-    finally:
-        if torch.distributed.is_initialized():  # else one of its threads may crash the interpreter at exit
-            torch.distributed.destroy_process_group()
 
 
 def _is_lost_peer(error):

@@ -156,3 +156,24 @@ def test_a_launcher_whose_restarts_would_hang_is_refused(train, monkeypatch):
     monkeypatch.setenv('TORCHELASTIC_MAX_RESTARTS', '2')
     monkeypatch.setenv('TORCHELASTIC_USE_AGENT_STORE', 'True')
     assert refused(train('--epochs 1'), '--max-restarts 2', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1')
+
+
+ENDS = """
+import atexit, torch
+from engine import ending
+class Late:
+    def __del__(self):
+        print('the interpreter ended by itself')
+late = Late()
+atexit.register(print, 'at exit')
+def main():
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    raise ValueError('wrong')
+ending.run(main)
+"""
+
+
+def test_a_worker_that_has_joined_ends_without_the_interpreters_own_end():
+    """There, gloo's threads would now and then abort it: signal 6 instead of its status."""
+    done = subprocess.run([sys.executable, '-c', ENDS], env=ENVIRONMENT, timeout=HANGS, capture_output=True, text=True)
+    assert refused((done.returncode, done.stdout, done.stderr), 'wrong') and done.stdout == 'at exit\n'
