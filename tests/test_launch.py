@@ -123,8 +123,8 @@ def test_a_restart_does_not_repeat_an_error_that_no_restart_mends(bad_image):
 
 
 @needs_proc
-def test_a_restart_before_the_run_was_opened_begins_the_new_run_and_not_the_old(photos, tmp_path):
-    assert ended(start(photos, tmp_path, '--seed', '1'))[0] == 0
+def test_a_restart_before_the_run_was_opened_begins_the_new_run_and_not_the_old(train, photos, tmp_path):
+    assert train('--epochs 5 --seed 1 --save logs/run')[0] == 0
     more = '--seed', '2', '--overwrite', '--ngpu', '2', '--max_restarts', '1'
     status, out, err = ended(start(photos, tmp_path, *more, DIES_ONCE=str(tmp_path / 'died')))
     assert status == 0 and (tmp_path / 'died').exists() and 'resumed' not in out, err
