@@ -167,9 +167,11 @@ def imagenet_resnet_expected(loaded):
     """The function, {name: shape} and (depth, width) of the ImageNet ResNet that params should fit.
 
     Channels are read from the stem, the first block of each group and the last layer; all other shapes follow.
-    Raises ValueError as `imagenet_resnet_shape` does, and for a ResNeXt.
+    Raises ValueError as `imagenet_resnet_shape` does, for a ResNeXt and without a last layer.
     """
     depth, counts, convs = imagenet_resnet_shape(loaded)
+    if 'fc.weight' not in loaded:
+        raise ValueError('a ResNet whose last layer is not one linear layer named fc')
     folded, shapes = 'conv0.weight' in loaded, {}
     shortcut_norm = any('.bndim.' in k for k in loaded)
     if convs == 3:

@@ -13,9 +13,10 @@ def from_torchvision(state):
     """A torchvision ResNet's state_dict under the names of `imagenet_resnet`, without num_batches_tracked.
 
     conv1.weight -> conv0, bn1.* -> bn0.*, layer1.0.conv1.weight -> group0.block0.conv0, downsample.0.weight ->
-    convdim, downsample.1.* -> bndim.*. Other names stay. Raises ValueError if two names become one.
+    convdim, downsample.1.* -> bndim.*, and a last layer after dropout, fc.1.* -> fc.*. Other names stay. Raises
+    ValueError if two names become one.
     """
-    params = {}
+    params, state = {}, _plain_fc(state)
     for key, value in state.items():
         name = _our_name(key)
         if name in params:
@@ -23,6 +24,14 @@ def from_torchvision(state):
         if not key.endswith('.num_batches_tracked'):
             params[name] = value
     return params
+
+
+def _plain_fc(state):
+    """The state with the only linear layer of a Sequential `fc` named fc: the layers beside it have no weights."""
+    inside = {key: re.fullmatch(r'fc\.\d{1,2}\.(weight|bias)', key) for key in state if key.startswith('fc.')}
+    if not all(inside.values()) or sorted(match[1] for match in inside.values()) != ['bias', 'weight']:
+        return state
+    return {f'fc.{inside[key][1]}' if key in inside else key: value for key, value in state.items()}
 
 
 def _our_name(key):

@@ -59,6 +59,18 @@ def test_files_of_timm_and_hugging_face_give_torchvisions_logits(torchvision_net
             assert_near(logits_of(tmp_path / name, images), net(images))
 
 
+def test_a_last_layer_after_dropout_is_read_and_any_other_head_is_named(torchvision_net, images, tmp_path):
+    net, depth = torchvision_net
+    state = {k.replace('fc.', 'fc.1.'): v for k, v in net.state_dict().items()}
+    torch.save(state, tmp_path / 'dropout.pth')
+    assert_near(logits_of(tmp_path / 'dropout.pth', images), net(images))
+    headless = {k: v for k, v in state.items() if not k.startswith('fc.')}
+    two = {**state, 'fc.3.weight': torch.zeros(7, 7), 'fc.3.bias': torch.zeros(7)}
+    for wrong in (headless, two):
+        torch.save(wrong, tmp_path / 'wrong.pth')
+        assert 'last layer is not one linear layer named fc' in reason(tmp_path / 'wrong.pth')
+
+
 def test_two_names_for_one_parameter_of_hugging_face_are_refused(tmp_path, torchvision_net):
     state = {transformers_name(key): value for key, value in torchvision_net[0].state_dict().items()}
     torch.save({**state, 'fc.bias': torch.zeros(7)}, tmp_path / 'both')
