@@ -54,7 +54,7 @@ format: venv-dev
 
 # Writes the results in README.md from the logs in logs/.
 table: venv
-	$(BIN)/python reproduce.py table1 --rows 2 --epochs 16 --seeds 3 --show --markdown README.md
+	$(BIN)/python reproduce.py table1 --rows 2 --methods teacher,student,at,full-const,kd,at-kd --epochs 16 --seeds 3 --show --markdown README.md
 
 clean:
 	[ -L .venv ] || [ ! -e $(MADE) ] || rm -rf .venv

@@ -209,14 +209,14 @@ def main():
         waits_for = {name: teacher_of(arguments) for name, arguments in runs.items()}
         failed = jobs.run_all(waits_for, lambda name, job: run(opt, name, runs[name], job), opt.jobs)
     lines = table_lines(opt)
-    print('\n'.join(lines))
-    if opt.table == 'demo':
-        print_conclusion(opt)
-    if opt.markdown:
+    if opt.markdown:  # before the output, which may be a closed pipe
         head, tail = around(opt.markdown, opt.table)
         end = b'\r\n' if head.endswith(b'\r\n') else b'\n'
         table = b''.join(line.encode(errors='backslashreplace') + end for line in lines)
         write_whole(opt.markdown, head + table + tail)
+    print('\n'.join(lines))
+    if opt.table == 'demo':
+        print_conclusion(opt)
     if failed:
         sys.exit(1)
 

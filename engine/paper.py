@@ -89,7 +89,11 @@ def methods_of(table):
             methods['at'] = Method(row.label, at)
             methods |= {variant: Method(label, at + flags) for variant, (label, flags) in VARIANTS.items()}
         else:
-            methods[row.term] = Method(row.label, ['--transfer', name, '--beta', row.beta])
+            constant = ['--transfer', name, '--beta', row.beta]
+            methods[row.term] = Method(row.label, constant)
+            if row.beta_decay != 'none':
+                methods[row.term] = Method(row.label, [*constant, '--beta_decay', row.beta_decay])
+                methods[f'{row.term}-const'] = Method(f'{row.label}, constant beta', constant)
     kd = ['--alpha', '0.9']
     return methods | {'kd': Method('KD', kd), 'at-kd': Method('AT+KD', [*at, '--beta_decay', 'linear', *kd])}
 

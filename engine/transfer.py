@@ -22,6 +22,7 @@ class Transfer(NamedTuple):
     keep: Callable = lambda x, opt: x  # (the teacher's activation (N, C, H, W), flags) -> what stays in memory
     adapts: bool = False  # whether 1x1 convolutions give the student's groups the teacher's channels
     beta: str = '1'  # its weight in reproduce.py's tables
+    beta_decay: str = 'none'  # how that falls there
     at_image: bool = False  # whether it compares input gradients (N, 3, H, W) instead of activations
     flags: dict[str, dict] = {}  # its own: {name: arguments of add_argument, including a default}
 
@@ -74,6 +75,7 @@ TRANSFERS = {
         loss=lambda x, kept, opt: utils.full_activation_loss(x, kept),
         weighs=activation_weight,
         beta='1e+5',  # weights a sample's squared distance about as 1e+3 does in attention transfer
+        beta_decay='linear',
         adapts=True,
     ),
     'gradient': Transfer(
