@@ -165,12 +165,25 @@ def test_an_image_that_has_gone_counts_as_bad_and_a_batch_of_none_is_passed_over
     assert f'No such file or directory: {damaged.test.paths[1]!r}' in capfd.readouterr().err
 
 
+def benchmark(*flags):
+    """What benchmarks/input.py prints."""
+    command = [sys.executable, os.path.join('benchmarks', 'input.py'), *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 def test_the_benchmark_prints_ratio_and_pixel_difference(folder):
     root = os.path.dirname(os.path.dirname(os.path.dirname(folder.train.paths[0])))
-    flags = ['--imagenetpath', root, '--image_size', '16', '--repeats', '2']
-    command = [sys.executable, os.path.join('benchmarks', 'input.py'), *flags]
-    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    out = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout
+    out = benchmark('--imagenetpath', root, '--image_size', '16', '--repeats', '2')
     assert 'ours, uint8 batch' in out and 'torchvision on PIL' in out
     mean = float(out.split('on equal crops, of 255: mean ')[1].split(',')[0])
     assert 0 <= mean < 0.3
+
+
+@pytest.mark.skipif(not os.path.exists('/proc/self/smaps_rollup'), reason='reads memory from /proc')
+def test_the_benchmark_prints_time_and_memory_of_many_names():
+    lines = benchmark('--files', '2000', '--nthread', '1', '--image_size', '16').splitlines()
+    assert '2,000 training and 1,000 validation images' in lines
+    table = [line.split() for line in lines[-3:]]
+    assert [row[0] for row in table] == ['1', '2', '3']
+    for _, seconds, alone, together in table:
+        assert 0 < float(seconds) < 600 and 0 < float(alone) < float(together)
