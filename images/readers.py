@@ -15,8 +15,10 @@ import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
 import signal
+import sys
 import tempfile
 import traceback
+import types
 import warnings
 from multiprocessing.connection import wait
 from multiprocessing.reduction import recv_handle, send_handle
@@ -39,7 +41,7 @@ def context():
     and waits forever. Raises ValueError if TMPDIR is too long for the server's socket.
     """
     forkserver = multiprocessing.get_context('forkserver')
-    forkserver.set_forkserver_preload(['__main__', 'images.photographs'])
+    forkserver.set_forkserver_preload(['images.photographs'])
     children.import_safely()
     warnings.filterwarnings('ignore', 'resource_tracker: process died')  # it is restarted
     multiprocessing.resource_tracker.ensure_running()  # first, since it unblocks signals
@@ -56,6 +58,19 @@ def context():
     return forkserver
 
 
+@contextlib.contextmanager
+def _without_script():
+    """Start a process that does not run this program's script once more, as multiprocessing would have it.
+
+    Its imports would take seconds and 150 MB in each process, which needs no function of the script.
+    """
+    script, sys.modules['__main__'] = sys.modules['__main__'], types.ModuleType('__main__')
+    try:
+        yield
+    finally:
+        sys.modules['__main__'] = script
+
+
 class Reader:
     """A process that fills its slots of memory, uint8 arrays of `shape`, one task after another."""
 
@@ -64,7 +79,8 @@ class Reader:
         self.process = context().Process(target=_serve, args=(theirs, read, shape), daemon=True)
         file = _memory(SLOTS * math.prod(shape))
         try:
-            self.process.start()
+            with _without_script():
+                self.process.start()
             send_handle(self.connection, file, self.process.pid)
         except (EOFError, ConnectionError):
             raise ChildProcessError('a process that reads images died as it was started') from None

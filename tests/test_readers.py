@@ -157,17 +157,27 @@ def test_a_folder_for_temporary_files_of_too_long_a_name_is_named(folder, tmp_pa
     assert refused((done.returncode, done.stdout, done.stderr), str(long), 'set a shorter TMPDIR')
 
 
-def test_loader_processes_begin_with_everything_imported_from_wherever_the_run_is_started(folder, tmp_path):
-    """Otherwise each process would import for seconds in each epoch."""
+READING = """
+import sys
+BEFORE = set(sys.modules)
+import torch
+def read(task, out):
+    return torch.from_numpy(out[:1]), {'images.photographs', 'torch', 'cv2'} <= BEFORE
+"""
+
+
+def test_loader_processes_begin_with_everything_imported_and_do_not_run_the_script_again(tmp_path):
+    """Otherwise each process would import for seconds, wherever the run is started."""
     script = (
-        'import os, sys; sys.path[0] = os.environ["ROOT"]; from images import readers\n'
-        'def loaded(): os._exit(not {"images.photographs", "torch", "cv2"} <= set(sys.modules))\n'
+        'import os, sys; sys.path = [os.environ["ROOT"], *sys.path]; from images import readers; import reading\n'
+        'print("the script runs")\n'
         'if __name__ == "__main__":\n'
-        '    process = readers.context().Process(target=loaded); process.start(); process.join()\n'
-        '    sys.exit(process.exitcode)\n'
+        '    print([found for _, found in readers.read_ahead(reading.read, [0, 1], (1, 1, 1, 3), 2)])\n'
     )
     (tmp_path / 'script.py').write_text(script)
+    (tmp_path / 'reading.py').write_text(READING)
     environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {'ROOT': ROOT}
     (tmp_path / 'elsewhere').mkdir()
-    done = subprocess.run([sys.executable, '../script.py'], cwd=tmp_path / 'elsewhere', env=environment)
-    assert done.returncode == 0
+    command = [sys.executable, '../script.py']
+    out = subprocess.check_output(command, cwd=tmp_path / 'elsewhere', env=environment, text=True)
+    assert out == 'the script runs\n[True, True]\n'
