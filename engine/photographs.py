@@ -31,12 +31,13 @@ def build_data(opt, dataset, device, least=1):
 
     A training batch has at least `least` images over all workers.
     """
-    dataset = images.hold_out(dataset, opt.holdout)
+    shared = images.share(images.hold_out(dataset, opt.holdout))
+    dataset = shared.value
     say(f'{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} validation images')
     share = rank(), world(), opt.nthread, device
     sizes = opt.batch_size, opt.image_size, opt.seed
-    train = partial(images.TrainBatches, dataset.train, *sizes, *share, least=least)
-    test = partial(images.TestBatches, dataset.test, opt.batch_size, opt.image_size, *share, opt.skip_bad_images)
+    train = partial(images.TrainBatches, shared, *sizes, *share, least=least)
+    test = partial(images.TestBatches, shared, opt.batch_size, opt.image_size, *share, opt.skip_bad_images)
     blank = torch.zeros(1, 3, opt.image_size, opt.image_size, device=device)
     sample = partial(images.sample, dataset.train, opt.image_size)
     return Data(train, test, count(dataset), blank, (1, min(5, dataset.num_classes))), sample

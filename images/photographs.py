@@ -8,13 +8,14 @@ sample index): they depend neither on the number of workers nor on where a run w
 import functools
 import itertools
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-from images import batches, crops, folders, readers
+from images import batches, crops, folders, readers, shared
 
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet's training images, red, green, blue: 255 * (0.485, 0.456, 0.406)
 STD = (58.395, 57.12, 57.375)  # 255 * (0.229, 0.224, 0.225)
@@ -23,8 +24,8 @@ STD = (58.395, 57.12, 57.375)  # 255 * (0.229, 0.224, 0.225)
 class Files(NamedTuple):
     """Image files with their labels."""
 
-    paths: list  # N paths
-    labels: torch.Tensor  # (N,) int64
+    paths: Sequence  # N paths
+    labels: torch.Tensor | np.ndarray  # (N,) int64
     boxes: list | None = None  # the used part of each file: (left, top, width, height) in pixels, or None for all
     scaled: bool = False  # training crops have the scale of test crops, and are not a random_box
 
@@ -66,6 +67,13 @@ def hold_out(dataset, count):
 
     kept, held = batches.hold_out(files.labels, count)
     return dataset._replace(train=part(kept), test=part(held))
+
+
+def share(dataset):
+    """A `Dataset` as `shared.Shared`, with names and labels in memory that processes can share."""
+    parts = dataset.train, dataset.test
+    parts = (f._replace(paths=shared.Names(f.paths), labels=np.asarray(f.labels)) for f in parts)
+    return shared.share(Dataset(*parts, dataset.classes))
 
 
 def _files(files, **fields):
@@ -172,14 +180,17 @@ def sample(files, size, count=64):
     return normalize(pixels)
 
 
-def _read(files, batches, size, augment, nthread):
+def _read(dataset, part, batches, size, augment, nthread):
     """Yield `read_batch` of each batch of indices, read by `nthread` processes, or by this one if that is 0."""
+    read = functools.partial(_read_part, part, size, augment)
     if not nthread:
-        yield from (read_batch(files, size, augment, batch) for batch in batches)
+        yield from (read(dataset.value, batch) for batch in batches)
     elif batches:
-        files = files._replace(labels=files.labels.numpy())  # tensors would be sent through /dev/shm
-        read = functools.partial(read_batch, files, size, augment)
-        yield from readers.read_ahead(read, batches, (max(map(len, batches)), size, size, 3), nthread)
+        yield from readers.read_ahead(read, dataset, batches, (max(map(len, batches)), size, size, 3), nthread)
+
+
+def _read_part(part, size, augment, dataset, indices, pixels=None):
+    return read_batch(getattr(dataset, part), size, augment, indices, pixels)
 
 
 def _on_device(pixels, labels, device):
@@ -198,15 +209,17 @@ def _warn_once(message):
 class TrainBatches:
     """One epoch of augmented batches: (images (B, 3, H, W), labels (B,), size of the global batch).
 
-    `files` is the training part of what `load` returns. The first `start` batches are skipped, and a last one of fewer
+    `dataset` is what `share` returns. The first `start` batches are skipped, and a last one of fewer
     than `least` images, over all workers, is dropped. `bad` counts the images of this worker's share that could not be
     read; the next good one replaces each. Raises ValueError if no image at all can be read.
     """
 
-    def __init__(self, files, batch_size, image_size, seed, rank, world, nthread, device, epoch, start=0, least=1):
-        global_batches = batches.global_batches(len(files.paths), batch_size, seed, epoch, max(world, least))[start:]
+    def __init__(self, dataset, batch_size, image_size, seed, rank, world, nthread, device, epoch, start=0, least=1):
+        n = len(dataset.value.train.paths)
+        global_batches = batches.global_batches(n, batch_size, seed, epoch, max(world, least))[start:]
         self.sizes = [len(b) for b in global_batches]
-        self.read = files, [batches.share(b, rank, world) for b in global_batches], image_size, (seed, epoch), nthread
+        own = [batches.share(b, rank, world) for b in global_batches]
+        self.read = dataset, 'train', own, image_size, (seed, epoch), nthread
         self.device, self.bad = device, 0
 
     def __len__(self):
@@ -224,19 +237,20 @@ class TrainBatches:
 
 
 class TestBatches:
-    """The centre of every image once, in order: (images (B, 3, H, W), labels (B,), B).
+    """The centre of every test image once, in order: (images (B, 3, H, W), labels (B,), B).
 
+    `dataset` is what `share` returns.
     Raises ValueError naming an image that cannot be read, unless `skip_bad_images` leaves it out; `bad` counts them.
     """
 
-    def __init__(self, files, batch_size, image_size, rank, world, nthread, device, skip_bad_images=False):
-        share = batches.share(np.arange(len(files.paths)), rank, world)
+    def __init__(self, dataset, batch_size, image_size, rank, world, nthread, device, skip_bad_images=False):
+        share = batches.share(np.arange(len(dataset.value.test.paths)), rank, world)
         own = [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
-        self.read = files, own, image_size, None, nthread
+        self.read = dataset, 'test', own, image_size, None, nthread
         self.device, self.skip_bad_images, self.bad = device, skip_bad_images, 0
 
     def __len__(self):
-        return len(self.read[1])
+        return len(self.read[2])
 
     def __iter__(self):
         self.bad = 0

@@ -1,4 +1,4 @@
-"""Processes that read batches of images for the training process.
+"""Processes that read batches of images for the training process, started once and kept over epochs.
 
 They share memory outside /dev/shm, of which a container may have little, and no lock: each has its own connection, so
 that its death is noticed at once and blocks no other process.
@@ -28,6 +28,7 @@ import torch
 
 from images import children
 from images.children import STATUS
+from images.shared import Shared, memory
 
 SLOTS = 2  # batches that a process has memory for: it reads one while another waits to be used
 ENDING = 2  # seconds that a process has to end by itself
@@ -72,23 +73,35 @@ def _without_script():
 
 
 class Reader:
-    """A process that fills its slots of memory, uint8 arrays of `shape`, one task after another."""
+    """A process that fills slots of memory, one task after another, until it is closed."""
 
-    def __init__(self, read, shape):
+    def __init__(self):
         self.connection, theirs = context().Pipe()
-        self.process = context().Process(target=_serve, args=(theirs, read, shape), daemon=True)
-        file = _memory(SLOTS * math.prod(shape))
+        self.process = context().Process(target=_serve, args=(theirs,), daemon=True)
+        self.slots, self.busy = None, True
         try:
             with _without_script():
                 self.process.start()
-            send_handle(self.connection, file, self.process.pid)
         except (EOFError, ConnectionError):
             raise ChildProcessError('a process that reads images died as it was started') from None
         theirs.close()
+        _running.append(self)
+
+    def begin(self, read, given, shape, count):
+        """Announce `count` tasks, and share with the process what is given and the slots, uint8 arrays of `shape`."""
+        file = memory(SLOTS * math.prod(shape))
+        with contextlib.suppress(ConnectionError):  # `_receive` reports its death
+            # Names may be relative to the current folder.
+            self.connection.send((read, given.rest, given.sizes, shape, count, os.getcwd()))
+            for shared in (given.file, file):
+                send_handle(self.connection, shared, self.process.pid)
         self.slots = torch.from_numpy(_slots(file, shape))
 
     def close(self):
-        """End the process; kill it if it does not end by itself."""
+        """End the process, unless it is closed already; kill it if it does not end by itself."""
+        if self not in _running:
+            return
+        _running.remove(self)
         self.connection.close()
         self.process.join(ENDING)
         if self.process.exitcode is None:
@@ -96,31 +109,51 @@ class Reader:
             self.process.join()
 
 
-def read_ahead(read, tasks, shape, number):
-    """Yield what read(task, out) returns for each task in order, computed by `number` processes some batches ahead.
+_running = []  # the `Reader`s of this process, for the next batches or the end of the program
 
-    read fills the first rows of out, a uint8 array of `shape`, and returns them as a tensor, then values that can be
-    pickled. The rows are valid until the next ones are requested. Raises ChildProcessError if a process dies.
+
+@atexit.register  # registered after multiprocessing's own, so called before it, which would wait for idle processes
+def _close_all():
+    for reader in list(_running):
+        reader.close()
+
+
+@contextlib.contextmanager
+def _reader():
+    """A `Reader`, one that was left if there is any; it is left for the next use, unless this one ends early."""
+    left = [reader for reader in _running if not reader.busy]
+    for reader in left:
+        if reader.process.exitcode is not None:  # the system may have killed it for lack of memory
+            reader.close()
+    reader = next((reader for reader in left if reader in _running), None) or Reader()
+    reader.busy = True
+    try:
+        yield reader
+    except BaseException:
+        reader.close()
+        raise
+    reader.slots, reader.busy = None, False
+
+
+def read_ahead(read, given, tasks, shape, number):
+    """Yield what read(value, task, out) returns for each task in order, computed by `number` processes some ahead.
+
+    `given` is the value, as `Shared`. read fills the first rows of out, a uint8 array of `shape`, and returns them as a
+    tensor, then values that can be pickled. The rows are valid until the next ones are requested. The processes are
+    kept for the next call. Raises ChildProcessError if one dies.
     """
     with contextlib.ExitStack() as stack:
-        readers = []
-        for _ in range(min(number, len(tasks))):
-            readers.append(Reader(read, shape))
-            stack.callback(readers[-1].close)
-        close = stack.pop_all().close
-        atexit.register(close)  # the program may end while this generator is suspended and its processes wait for tasks
-        try:
-            ahead = SLOTS * len(readers)
-            for task, reader in zip(tasks[:ahead], itertools.cycle(readers)):
-                _send(reader, task)
-            for i, reader in zip(range(len(tasks)), itertools.cycle(readers)):
-                count, *values = _receive(reader, readers)
-                yield reader.slots[i // len(readers) % SLOTS, :count], *values
-                if i + ahead < len(tasks):
-                    _send(reader, tasks[i + ahead])
-        finally:
-            atexit.unregister(close)
-            close()
+        readers = [stack.enter_context(_reader()) for _ in range(min(number, len(tasks)))]
+        for i, reader in enumerate(readers):
+            reader.begin(read, given, shape, len(tasks[i :: len(readers)]))
+        ahead = SLOTS * len(readers)
+        for task, reader in zip(tasks[:ahead], itertools.cycle(readers)):
+            _send(reader, task)
+        for i, reader in zip(range(len(tasks)), itertools.cycle(readers)):
+            count, *values = _receive(reader, readers)
+            yield reader.slots[i // len(readers) % SLOTS, :count], *values
+            if i + ahead < len(tasks):
+                _send(reader, tasks[i + ahead])
 
 
 def _send(reader, task):
@@ -149,17 +182,6 @@ def _receive(reader, readers):
     return answer
 
 
-def _memory(size):
-    """An unnamed file of `size` bytes that processes can map."""
-    if hasattr(os, 'memfd_create'):
-        file = os.memfd_create('images')
-    else:
-        with tempfile.TemporaryFile() as named:
-            file = os.dup(named.fileno())
-    os.truncate(file, size)
-    return file
-
-
 def _slots(file, shape):
     """The memory in a file as an array (SLOTS, *shape); closes the file."""
     memory = mmap.mmap(file, SLOTS * math.prod(shape))
@@ -167,18 +189,26 @@ def _slots(file, shape):
     return np.frombuffer(memory, np.uint8).reshape(SLOTS, *shape)
 
 
-def _serve(connection, read, shape):
+def _serve(connection):
     children.end_with_parent(os.getppid())
     torch.set_num_threads(1)
     for signum in STATUS:  # the training process decides when to stop
         signal.signal(signum, signal.SIG_IGN)
     with contextlib.suppress(EOFError, ConnectionError):  # the training process has ended, or needs no more
-        slots = _slots(recv_handle(connection), shape)
-        for i in itertools.count():
-            task = connection.recv()
-            try:
-                rows, *values = read(task, slots[i % SLOTS])
-                answer = len(rows), *values
-            except Exception:
-                answer = traceback.format_exc()
-            connection.send(answer)
+        while True:
+            _fill(connection, *connection.recv())
+
+
+def _fill(connection, read, rest, sizes, shape, count, folder):
+    """Read `count` tasks after a `Reader.begin`."""
+    os.chdir(folder)
+    value = Shared(recv_handle(connection), rest, sizes).value
+    slots = _slots(recv_handle(connection), shape)
+    for i in range(count):
+        task = connection.recv()
+        try:
+            rows, *values = read(value, task, slots[i % SLOTS])
+            answer = len(rows), *values
+        except Exception:
+            answer = traceback.format_exc()
+        connection.send(answer)

@@ -147,6 +147,7 @@ def test_imagenet(script, authors, monkeypatch, tmp_path, method):
 
     files = photographs.Files([str(i) for i in range(28)], labels)
     dataset = photographs.Dataset(files, files, list(map(str, range(1000))))
+    shared = photographs.share(dataset)
     monkeypatch.setattr(photographs, 'read_batch', read)
     monkeypatch.setattr(imagenet, 'load', lambda *_: dataset)
 
@@ -172,10 +173,10 @@ def test_imagenet(script, authors, monkeypatch, tmp_path, method):
         return define(depth, width)[0], start
 
     def batches(epoch):
-        return photographs.TrainBatches(files, 4, 64, 7, 0, 1, 0, torch.device('cpu'), epoch)
+        return photographs.TrainBatches(shared, 4, 64, 7, 0, 1, 0, torch.device('cpu'), epoch)
 
     def unseen(_):
-        return photographs.TestBatches(files, 4, 64, 0, 1, 0, torch.device('cpu'))
+        return photographs.TestBatches(shared, 4, 64, 0, 1, 0, torch.device('cpu'))
 
     for name, value in {
         'define_student': same_start,

@@ -26,12 +26,14 @@ def damaged(tmp_path):
     return loaded
 
 
-def train_batches(files, nthread=0, rank=0, world=1, seed=5, epoch=2, batch_size=8):
-    return photographs.TrainBatches(files, batch_size, SIZE, seed, rank, world, nthread, CPU, epoch)
+def train_batches(dataset, nthread=0, rank=0, world=1, seed=5, epoch=2, batch_size=8):
+    return photographs.TrainBatches(
+        photographs.share(dataset), batch_size, SIZE, seed, rank, world, nthread, CPU, epoch
+    )
 
 
-def eval_batches(files, nthread=0, rank=0, world=1, **options):
-    return photographs.TestBatches(files, 4, SIZE, rank, world, nthread, CPU, **options)
+def eval_batches(dataset, nthread=0, rank=0, world=1, **options):
+    return photographs.TestBatches(photographs.share(dataset), 4, SIZE, rank, world, nthread, CPU, **options)
 
 
 def all_equal(found, expected):
@@ -53,16 +55,16 @@ def test_normalisation_is_imagenets_in_channels_last_order():
 
 @pytest.mark.parametrize('nthread', [1, 2])
 def test_worker_processes_make_the_very_batches_of_none(folder, nthread):
-    assert all_equal(train_batches(folder.train, nthread), train_batches(folder.train))
-    assert all_equal(eval_batches(folder.test, nthread), eval_batches(folder.test))
+    assert all_equal(train_batches(folder, nthread), train_batches(folder))
+    assert all_equal(eval_batches(folder, nthread), eval_batches(folder))
 
 
 @pytest.mark.parametrize('world', [2, 3])
 def test_workers_share_the_very_batches_of_one(folder, world):
-    parts = [list(train_batches(folder.train, rank=rank, world=world)) for rank in range(world)]
-    one = list(train_batches(folder.train))
+    parts = [list(train_batches(folder, rank=rank, world=world)) for rank in range(world)]
+    one = list(train_batches(folder))
     assert [size for *_, size in one] == [8, 8, 8, 1]
-    assert {len(part) for part in parts} == {len(train_batches(folder.train, world=world))} == {3}  # not the last
+    assert {len(part) for part in parts} == {len(train_batches(folder, world=world))} == {3}  # not the last
     for number, (images, labels, size) in enumerate(one[:3]):
         for rank in range(world):
             assert torch.equal(parts[rank][number][0], images[rank::world])
@@ -84,15 +86,15 @@ def test_an_image_is_augmented_by_seed_epoch_and_its_index_alone(folder):
 
 def test_an_epoch_is_a_permutation_that_seed_and_epoch_choose(folder):
     expected = folder.train.labels[batches.order(TRAINING, 5, 2)]
-    assert torch.equal(torch.cat([labels for _, labels, _ in train_batches(folder.train)]), expected)
-    other = torch.cat([labels for _, labels, _ in train_batches(folder.train, epoch=3)])
+    assert torch.equal(torch.cat([labels for _, labels, _ in train_batches(folder)]), expected)
+    other = torch.cat([labels for _, labels, _ in train_batches(folder, epoch=3)])
     assert not torch.equal(other, expected) and torch.equal(other.sort()[0], expected.sort()[0])
-    assert all_equal(train_batches(folder.train), train_batches(folder.train))
+    assert all_equal(train_batches(folder), train_batches(folder))
 
 
 def test_loading_leaves_the_global_random_numbers_alone(folder):
     torch.manual_seed(3)
-    list(train_batches(folder.train))
+    list(train_batches(folder))
     found = torch.rand(1)
     torch.manual_seed(3)
     assert torch.equal(torch.rand(1), found)
@@ -102,7 +104,7 @@ def test_loading_leaves_the_global_random_numbers_alone(folder):
 def test_every_test_image_comes_exactly_once_over_all_workers(folder, world):
     seen = []
     for rank in range(world):
-        batches = eval_batches(folder.test, rank=rank, world=world)
+        batches = eval_batches(folder, rank=rank, world=world)
         parts = list(batches)
         assert len(parts) == len(batches) == math.ceil(len(range(rank, TESTING, world)) / 4)
         for images, labels, size in parts:
@@ -113,7 +115,7 @@ def test_every_test_image_comes_exactly_once_over_all_workers(folder, world):
 
 
 def test_a_bad_training_image_is_named_once_counted_and_replaced_by_the_next_good_one(damaged, capfd):
-    batches = train_batches(damaged.train, nthread=1)
+    batches = train_batches(damaged, nthread=1)
     first = list(batches)
     assert batches.bad == 3 and sum(len(labels) for _, labels, _ in first) == TRAINING
     assert all_equal(batches, first) and batches.bad == 3
@@ -131,7 +133,7 @@ def test_a_bad_training_image_is_named_once_counted_and_replaced_by_the_next_goo
 
 @pytest.mark.parametrize('world', [2, 3])
 def test_bad_images_are_counted_once_over_all_workers(damaged, world):
-    parts = [train_batches(damaged.train, rank=rank, world=world, batch_size=25) for rank in range(world)]
+    parts = [train_batches(damaged, rank=rank, world=world, batch_size=25) for rank in range(world)]
     labels = [torch.cat([labels for _, labels, _ in part]) for part in parts]
     assert sum(part.bad for part in parts) == 3 and sum(map(len, labels)) == TRAINING
 
@@ -140,17 +142,17 @@ def test_without_any_good_image_training_is_refused(damaged):
     for path in damaged.train.paths:
         os.truncate(path, 9)
     with pytest.raises(ValueError, match='not a readable image.*; no other training image can be read') as caught:
-        list(train_batches(damaged.train, nthread=1))
+        list(train_batches(damaged, nthread=1))
     assert '\n' not in str(caught.value)
 
 
 @pytest.mark.parametrize('nthread', [0, 1])
 def test_a_bad_test_image_is_refused_by_name_unless_it_may_be_left_out(damaged, nthread, capfd):
     with pytest.raises(ValueError) as caught:
-        list(eval_batches(damaged.test, nthread))
+        list(eval_batches(damaged, nthread))
     assert str(caught.value).startswith(f'{damaged.test.paths[0]} is not a readable image')
     assert '\n' not in str(caught.value) and not capfd.readouterr().err
-    batches = eval_batches(damaged.test, nthread, skip_bad_images=True)
+    batches = eval_batches(damaged, nthread, skip_bad_images=True)
     found, good = list(batches), [i for i in range(TESTING) if i not in (0, 5)]
     assert batches.bad == 2 and [size for *_, size in found] == [3, 3, 1]
     assert torch.cat([labels for _, labels, _ in found]).tolist() == damaged.test.labels[good].tolist()
@@ -160,7 +162,7 @@ def test_a_bad_test_image_is_refused_by_name_unless_it_may_be_left_out(damaged, 
 def test_an_image_that_has_gone_counts_as_bad_and_a_batch_of_none_is_passed_over(damaged, capfd):
     for path in damaged.test.paths[:4]:
         os.unlink(path) if os.path.exists(path) else None
-    batches = eval_batches(damaged.test, skip_bad_images=True)
+    batches = eval_batches(damaged, skip_bad_images=True)
     assert [size for *_, size in batches] == [3, 1] and batches.bad == 5
     assert f'No such file or directory: {damaged.test.paths[1]!r}' in capfd.readouterr().err
 

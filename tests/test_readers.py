@@ -8,48 +8,63 @@ import sys
 import cv2
 import paced
 import pytest
-import torch
+import reading
 from conftest import HANGS, ends, proc, refused, state, write_photographs
 
 from images import readers
+from images.shared import share
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(readers.__file__)))
-
-
-def threads(task, out):
-    return torch.from_numpy(out[:1]), cv2.getNumThreads(), torch.get_num_threads()
+NOTHING = share(None)
 
 
 def test_a_loader_process_decodes_on_one_thread():
     cv2.setNumThreads(2)
     try:
-        found = [more for _, *more in readers.read_ahead(threads, [0, 1], (1, 1, 1, 3), 1)]
+        found = [more for _, *more in readers.read_ahead(reading.threads, NOTHING, [0, 1], (1, 1, 1, 3), 1)]
     finally:
         cv2.setNumThreads(0)
     assert found == [[1, 1]] * 2
 
 
-def filled(task, out):
-    """Fill rows for a task (number, images): as many rows as images, of that number; number 9 raises an error."""
-    number, count = task
-    if number == 9:
-        raise KeyError('no such thing')
-    out[:count] = number
-    return torch.from_numpy(out[:count]), number, os.getpid()
-
-
 @pytest.mark.parametrize('number', [1, 2, 3, 8])
 def test_batches_come_whole_and_in_order_from_any_number_of_processes(number):
     tasks, processes = [(i, i % 3) for i in range(7)], set()
-    for task, (rows, found, pid) in zip(tasks, readers.read_ahead(filled, tasks, (2, 4, 4, 3), number), strict=True):
+    batches = readers.read_ahead(reading.filled, NOTHING, tasks, (2, 4, 4, 3), number)
+    for task, (rows, found, pid) in zip(tasks, batches, strict=True):
         processes.add(pid)
         assert task == (found, len(rows)) and (rows == found).all()
-    assert len(processes) == min(number, 7) and ends(processes)
+    assert len(processes) == min(number, 7)
+
+
+def processes_of(rounds, number=2, shape=(2, 4, 4, 3)):
+    """The processes that read so many batches."""
+    return {pid for _, _, pid in readers.read_ahead(reading.filled, NOTHING, [(1, 1)] * rounds, shape, number)}
+
+
+def test_processes_are_kept_for_the_next_batches_of_any_shape_unless_these_end_early_or_they_die():
+    first = processes_of(4)
+    assert processes_of(5, shape=(3, 2, 2, 3)) == first and processes_of(1, number=1) < first
+    batches = readers.read_ahead(reading.filled, NOTHING, [(1, 1)] * 9, (2, 4, 4, 3), 2)
+    assert next(batches)[2] in first
+    other = processes_of(4)
+    assert len(other) == 2 and not other & first  # while those are not done
+    batches.close()
+    assert ends(first) and processes_of(4) == other
+    os.kill(min(other), signal.SIGKILL)
+    assert ends([min(other)]) and processes_of(4) & other == {max(other)}
+
+
+def test_names_are_relative_to_the_folder_where_reading_begins(tmp_path, monkeypatch):
+    for name in ('a', 'b'):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        assert [found for _, found in readers.read_ahead(reading.where, NOTHING, [0], (1, 1, 1, 3), 1)] == [os.getcwd()]
 
 
 def test_a_fault_in_a_loader_process_is_raised_with_its_traceback():
     with pytest.raises(RuntimeError, match="KeyError: 'no such thing'"):
-        list(readers.read_ahead(filled, [(1, 1), (9, 1)], (2, 4, 4, 3), 2))
+        list(readers.read_ahead(reading.filled, NOTHING, [(1, 1), (9, 1)], (2, 4, 4, 3), 2))
 
 
 needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='finds processes in /proc')
@@ -59,7 +74,7 @@ needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='f
 @pytest.mark.parametrize('victim', ['first', 'second', 'server'])
 def test_a_dead_loader_process_ends_the_reading_at_once_and_the_others_with_it(victim):
     """Whichever of them dies, or the server that they were forked from."""
-    batches = readers.read_ahead(filled, [(i % 8, 1) for i in range(100)], (2, 4, 4, 3), 2)
+    batches = readers.read_ahead(reading.filled, NOTHING, [(i % 8, 1) for i in range(100)], (2, 4, 4, 3), 2)
     pids = [next(batches)[2] for _ in range(4)][:2]
     killed = {'first': pids[0], 'second': pids[1], 'server': state(pids[0])[1]}[victim]
     os.kill(killed, signal.SIGKILL)
@@ -161,7 +176,7 @@ READING = """
 import sys
 BEFORE = set(sys.modules)
 import torch
-def read(task, out):
+def read(given, task, out):
     return torch.from_numpy(out[:1]), {'images.photographs', 'torch', 'cv2'} <= BEFORE
 """
 
@@ -169,13 +184,15 @@ def read(task, out):
 def test_loader_processes_begin_with_everything_imported_and_do_not_run_the_script_again(tmp_path):
     """Otherwise each process would import for seconds, wherever the run is started."""
     script = (
-        'import os, sys; sys.path = [os.environ["ROOT"], *sys.path]; from images import readers; import reading\n'
+        'import os, sys; sys.path = [os.environ["ROOT"], *sys.path]\n'
+        'from images import readers, shared; import little\n'
         'print("the script runs")\n'
         'if __name__ == "__main__":\n'
-        '    print([found for _, found in readers.read_ahead(reading.read, [0, 1], (1, 1, 1, 3), 2)])\n'
+        '    batches = readers.read_ahead(little.read, shared.share(None), [0, 1], (1, 1, 1, 3), 2)\n'
+        '    print([found for _, found in batches])\n'
     )
     (tmp_path / 'script.py').write_text(script)
-    (tmp_path / 'reading.py').write_text(READING)
+    (tmp_path / 'little.py').write_text(READING)
     environment = {k: v for k, v in os.environ.items() if k != 'PYTHONPATH'} | {'ROOT': ROOT}
     (tmp_path / 'elsewhere').mkdir()
     command = [sys.executable, '../script.py']
