@@ -9,6 +9,8 @@ ResNet-18 has an error of 28.5% (CUB) and 28.2% (Scenes) alone, 27% and 27.1% wi
 which has 26.5% and 26%. This has not been run with this code. The paper gives no schedule; this one is our choice.
 """
 
+from functools import partial
+
 import torch
 
 from engine import ending, flags, photographs
@@ -59,7 +61,7 @@ def parse():
 
 def build_data(opt, device):
     """Photographs as `Data`, and a function that returns training images for int8 calibration."""
-    return photographs.build_data(opt, DATASETS[opt.dataset](opt.dataroot, opt.follow_links, say), device)
+    return photographs.build_data(opt, partial(DATASETS[opt.dataset], opt.dataroot, opt.follow_links, say), device)
 
 
 def build_student(opt, num_classes, device):

@@ -7,6 +7,8 @@ In the paper, ResNet-18 has a top-1 error of 30.4% and a top-5 error of 10.8% al
 transfer from ResNet-34 (26.1% and 8.3%). This experiment has not been run with this code.
 """
 
+from functools import partial
+
 from engine import ending, flags, photographs
 from engine.arguments import Parser, path
 from engine.evaluate import report
@@ -43,10 +45,9 @@ def parse():
 
 def build_data(opt, device):
     """Photographs from a folder as `Data`, and a function that returns training images for int8 calibration."""
-    dataset = load(opt.imagenetpath, opt.follow_links, say)
     # At 32 pixels the last maps are 1x1, and their batch norm needs two images: per worker, or with --sync_bn in all.
     least = (2 if opt.sync_bn else 2 * world()) if opt.image_size == 32 else 1
-    return photographs.build_data(opt, dataset, device, least)
+    return photographs.build_data(opt, partial(load, opt.imagenetpath, opt.follow_links, say), device, least)
 
 
 def main():

@@ -10,9 +10,9 @@ which other work on the machine disturbs little. Without --imagenetpath the file
 ImageNet's usual file size, about 110 KB.
 
 With --files, one such image has that many names in 1,000 folders: hard links, so that a real folder is listed and read
-that needs the space of a few images. Each of --ngpu workers lists it as in training, and begins epochs with --nthread
-loader processes each; the table tells how long the first batch takes, and how much memory (from /proc) processes need.
-The last batches of each epoch are read, after which it ends as in training.
+that needs the space of a few images. It is listed as in training, and each of --ngpu workers begins epochs with
+--nthread loader processes. The table tells how long the first batch takes, and how much memory (from /proc) processes
+need. The last batches of each epoch are read, after which it ends as in training.
 """
 
 import argparse
@@ -159,8 +159,7 @@ def megabytes(pid):
 def measure_names(opt):
     """List the folder that a worker finds in its environment, begin epochs and print the table; all workers at once."""
     device, since = workers.join(opt), time.perf_counter()
-    dataset = photographs.load(os.environ[FOLDER], note=workers.say)
-    data, _ = build_data(opt, dataset, device)
+    data, _ = build_data(opt, partial(photographs.load, os.environ[FOLDER], note=workers.say), device)
     seconds = time.perf_counter() - since
     seconds, pss = workers.sum_over_workers([seconds / workers.world(), megabytes(os.getpid())[0]], device)
     workers.say(f'listed in {seconds:.1f} s; {workers.world()} workers need {pss:.0f} MB together')

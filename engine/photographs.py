@@ -8,6 +8,7 @@ from engine import teacher
 from engine.arguments import number, path
 from engine.flags import HOLDOUT
 from engine.loop import Data, count
+from engine.machine import shared_on_machine
 from engine.student import Network
 from engine.workers import rank, say, world
 from formats.networks import checkpoint_of, load_teacher
@@ -26,12 +27,12 @@ def add_flags(flag):
     flag('--skip_teacher_check', action='store_true', help='do not evaluate the teacher first')
 
 
-def build_data(opt, dataset, device, least=1):
-    """A data set of `images.photographs` as `Data`, and a function that returns training images for int8 calibration.
+def build_data(opt, load, device, least=1):
+    """The data set that load() lists as `Data`, and a function that returns training images for int8 calibration.
 
     A training batch has at least `least` images over all workers.
     """
-    shared = images.share(images.hold_out(dataset, opt.holdout))
+    shared = shared_on_machine(lambda: images.share(images.hold_out(load(), opt.holdout)))
     dataset = shared.value
     say(f'{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} validation images')
     share = rank(), world(), opt.nthread, device

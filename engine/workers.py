@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import sys
+from datetime import timedelta
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from images import children
 from layers import STATISTICS, synchronise
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from glibc's malloc.h
+PATIENCE = timedelta(minutes=30)  # that workers wait for one that lists images; nccl's default is 10
 
 
 class Place(NamedTuple):
@@ -182,7 +184,7 @@ def _meet(backend):
     address, port = os.environ['MASTER_ADDR'], os.environ['MASTER_PORT']
     try:
         socket.getaddrinfo(address, int(port))
-        dist.init_process_group(backend, rank=rank(), world_size=world())
+        dist.init_process_group(backend, rank=rank(), world_size=world(), timeout=PATIENCE)
     except (dist.DistError, OSError, OverflowError) as error:
         if 'TORCHELASTIC_RUN_ID' in os.environ and isinstance(error, dist.DistError):
             raise  # the launcher's address is right: another worker has ended
