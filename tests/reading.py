@@ -24,9 +24,18 @@ def where(given, task, out):
 
 
 def memory(dataset, task, out):
-    """The last name and label after all have been read, and the memory that this process alone has, in MB."""
+    """The last name and label after all have been read, and this process's own memory without mapped files, in MB.
+
+    Pages of a mapped file count as private while no other process has read them.
+    """
     for name, label in zip(dataset.train.paths, dataset.train.labels):  # noqa: B007
         pass
-    with open('/proc/self/smaps_rollup', encoding='ascii') as file:
-        sizes = [int(line.split()[1]) for line in file if line.startswith('Private_')]
-    return torch.from_numpy(out[:1]), (name, int(label)), sum(sizes) / 1000
+    private, of_file = 0, False
+    with open('/proc/self/smaps', encoding='utf-8', errors='replace') as file:
+        for line in file:
+            first, *words = line.split()
+            if not first.endswith(':'):  # the start of a mapping: addresses, rights, offset, device, inode, name
+                of_file = words[4:] != [] and words[4].startswith('/')
+            elif first.startswith('Private_') and not of_file:
+                private += int(words[0])
+    return torch.from_numpy(out[:1]), (name, int(label)), private / 1000

@@ -49,10 +49,10 @@ def test_shared_names_give_the_very_pixels_and_labels_of_lists(folder, nthread):
                 assert size == len(indices)
 
 
-@pytest.mark.skipif(not os.path.exists('/proc/self/smaps_rollup'), reason='reads memory from /proc')
+@pytest.mark.skipif(not os.path.exists('/proc/self/smaps'), reason='reads memory from /proc')
 def test_loader_processes_have_no_copy_of_many_names():
     """As lists, these would take 50 MB in each process."""
     files = photographs.Files([f'train/n{i:08d}/n{i:08d}_{i}.JPEG' for i in range(400_000)], torch.arange(400_000))
     one = photographs.share(photographs.Dataset(files, files, []))
     for number, (_, last, megabytes) in enumerate(readers.read_ahead(reading.memory, one, [0] * 4, (1, 1, 1, 3), 2)):
-        assert last == (files.paths[-1], 399_999) and megabytes < 20, number
+        assert last == (files.paths[-1], 399_999) and megabytes < 20, (number, megabytes)
