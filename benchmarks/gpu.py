@@ -17,16 +17,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from datetime import date
 
 import torch
-import torch.nn.functional as F
 
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..')
 sys.path.insert(0, ROOT)
 
-from authors import load as load_authors
+from authors import step as authors_step
+from measure import seconds
 
 from engine import ending
 from engine.arguments import Parser, path
@@ -87,25 +86,9 @@ def authors():
     if not os.environ.get('AUTHORS'):
         yield "the authors' step", 'left out: AUTHORS names no clone of szagoruyko/attention-transfer'
         return
-    module = load_authors(os.environ['AUTHORS'], 'cifar')
-    (f, params), (g, fixed) = module.resnet(16, 1, 10), module.resnet(16, 2, 10)
-    fixed = {key: value.detach() for key, value in fixed.items()}
-    optimizer = torch.optim.SGD([v for v in params.values() if v.requires_grad], 0.1, 0.9, weight_decay=5e-4)
+    step = authors_step(os.environ['AUTHORS'], (16, 1, 10), (16, 2, 10), beta=1e3)
     images, labels = torch.randn(128, 3, 32, 32).cuda(), torch.randint(10, (128,)).cuda()
-    times = []
-    for _ in range(60):
-        since = time.perf_counter()
-        y, groups = f(images, params, True)
-        with torch.no_grad():
-            _, groups_t = g(images, fixed, False)
-        at = [module.utils.at_loss(a, b).sum() for a, b in zip(groups, groups_t)]
-        terms = [loss.item() for loss in at]  # for their meters
-        loss = F.cross_entropy(y, labels) + 1e3 * sum(at)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        terms.append(loss.item())
-        times.append(time.perf_counter() - since)
+    times = [seconds(step, images, labels) for _ in range(60)]
     yield "the authors' step, AT, float32", f'{1000 * statistics.median(times[20:]):.2f} ms'
 
 

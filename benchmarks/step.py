@@ -3,6 +3,7 @@
     python benchmarks/step.py                                      # every case, with every switch that makes it fast
     python benchmarks/step.py --only at,student --eager --teacher_dtype same     # with --dtype bfloat16 alone
     python benchmarks/step.py --only at --profile                  # the most expensive operators of the fast step
+    python benchmarks/step.py --only student,at --authors ../attention-transfer  # beside the authors' own step
 
 The plain step is float32, contiguous and eager, with the whole teacher under no_grad, losses as the authors write them
 and .item() on every term. The fast one is the step of cifar.py and imagenet.py with --dtype bfloat16, --compile, and on
@@ -27,10 +28,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 
+from authors import step as authors_step
 from measure import flops, matrix_rate, peak_memory, seconds, settled_seconds
 
 from engine import ending, workers
-from engine.arguments import Parser, number
+from engine.arguments import Parser, number, path
 from engine.flags import parse_cifar
 from engine.log import commit, environment
 from engine.precision import place
@@ -71,6 +73,9 @@ CASES = {
     'imagenet_64': Case(RESNET_18, RESNET_34, 64, 64, AT),
     'imagenet_224': Case(RESNET_18, RESNET_34, 8, 224, AT),
 }
+
+
+WIDE = 'student', 'teacher', 'at', 'kd', 'at_kd'  # the cases that the authors' cifar.py has
 
 
 def initialise(network, device):
@@ -162,16 +167,22 @@ def fast(name, opt):
 
 
 @functools.cache
-def plain(name):
-    """The plain step of a case, and its batch."""
+def plain(name, authors):
+    """The plain step of a case, or the authors' from a folder of their code, and its batch."""
     case = CASES[name]
     images, labels = batch(case)
-    return plain_step(parse_cifar('', case.flags.split()), case, device()), images.contiguous(), labels
+    opt = parse_cifar('', case.flags.split())
+    if authors:
+        taught = case.teacher and case.teacher.args
+        step = authors_step(authors, case.student.args, taught, opt.alpha, opt.beta)
+    else:
+        step = plain_step(opt, case, device())
+    return step, images.contiguous(), labels
 
 
-def of_plain(measured, name):
+def of_plain(measured, name, authors):
     """Apply a measure to the plain step of a case, for a separate process to call."""
-    return measured(*plain(name))
+    return measured(*plain(name, authors))
 
 
 def default_teacher_dtype(dtype):
@@ -191,7 +202,7 @@ def measure(name, opt, rates):
     with own_process() as process:
 
         def measure_plain(measured):
-            return process.submit(of_plain, measured, name).result()
+            return process.submit(of_plain, measured, name, opt.authors).result()
 
         pairs = [(measure_plain(settled_seconds), settled_seconds(*step)) for _ in range(WARM_UP + opt.pairs)][WARM_UP:]
         count, plain_bytes = measure_plain(flops), measure_plain(peak_memory)
@@ -234,12 +245,18 @@ def main():
     integers = "of the fast step's teacher (default: int8 on a CPU beside a 16-bit --dtype)"
     flag('--teacher_dtype', choices=['same', 'int8'], help=integers)
     flag('--pairs', default=11, type=number(int, 1, 10_000), help='pairs that are measured')
+    theirs = 'a clone of szagoruyko/attention-transfer: its step in place of the plain one'
+    flag('--authors', default='', type=path, metavar='FOLDER', help=theirs)
     flag('--json', action='store_true', help='end with a line of JSON')
     flag('--profile', action='store_true', help='show the most expensive operators of the fast step too')
     opt = parser.parse_args()
     names = opt.only.split(',')
     if not set(names) <= set(CASES):
         raise ValueError(f'--only {opt.only}: expected some of {",".join(CASES)}')
+    if opt.authors and not os.path.isfile(os.path.join(opt.authors, 'cifar.py')):
+        raise ValueError(f'--authors {opt.authors} holds no cifar.py')
+    if opt.authors and not set(names) <= set(WIDE):
+        raise ValueError(f'--authors: expected --only some of {",".join(WIDE)}')
     if opt.cuda_graphs and device().type != 'cuda':
         raise ValueError('--cuda_graphs: there is no GPU')
     opt.teacher_dtype = opt.teacher_dtype or default_teacher_dtype(opt.dtype)

@@ -11,6 +11,7 @@ import cifar
 
 sys.path.insert(0, os.path.join(os.path.dirname(cifar.__file__), 'benchmarks'))
 import gpu  # noqa: E402
+import step  # noqa: E402
 
 LONG = pytest.mark.skipif(not os.environ.get('AT_LONG_TESTS'), reason='takes long')
 
@@ -59,3 +60,10 @@ def test_workers_and_resume_run_as_they_would_on_a_gpu(script, pretended, monkey
     words = [word for part in ('tests', 'steps', 'authors', 'epoch') for word in ('--skip', part)]
     status, out, err = script(gpu, words, '--out table.md')
     assert status == 0 and 'all 40 parameters equal bit for bit' in out and '--ngpu 1: ' in out, (out, err)
+
+
+def test_the_authors_step_needs_their_code_and_a_case_that_it_has(script):
+    assert refused(script(step, '--authors nowhere'), '--authors nowhere holds no cifar.py')
+    os.mkdir('theirs')
+    open('theirs/cifar.py', 'x').close()
+    assert refused(script(step, '--only imagenet_64 --authors theirs'), '--authors: expected --only some of student,')
