@@ -14,7 +14,7 @@ def check(opt):
     if opt.tensorboard and not opt.save:
         raise ValueError('--tensorboard writes beside the log in --save, which is not given')
     if opt.tensorboard and not opt.save.isprintable():
-        raise ValueError(f'--tensorboard cannot write into --save {opt.save}: its name is not UTF-8')
+        raise ValueError(f'--tensorboard cannot write into --save {opt.save}: its name is not printable')
     if opt.tensorboard and importlib.util.find_spec('tensorboard') is None:
         raise ValueError('--tensorboard needs the package tensorboard: pip install tensorboard')
 

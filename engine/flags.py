@@ -92,12 +92,7 @@ def _run_flags(parser):
     flag('--overwrite', action='store_true', help='replace the run that --save holds')
     flag('--tensorboard', action='store_true', help='also write event files for TensorBoard beside the log')
     flag('--verbose', action='store_true', help='also print the shape of every parameter')
-    flag(
-        '--nthread',
-        default=4,
-        type=number(int, 0, 1024),
-        help='threads or processes that decode images',
-    )
+    flag('--nthread', default=4, type=number(int, 0, 1024), help='threads or processes that decode images')
     flag('--ngpu', default=1, type=number(int, 1, 1024), help='workers: one a GPU, or CPU processes without GPUs')
     flag('--sync_bn', action='store_true', help="batch norm over all workers' images, not each worker's share")
     flag(
@@ -153,7 +148,10 @@ def parse_cifar(description, words=None):
 def parse(parser, logged, words=None):
     """The parsed flags; with --evaluate, the run's log gives the defaults of the flags in `logged`."""
     opt = parser.parse_args(words)
-    folder, name = os.path.split(checkpoint_of(opt.evaluate or ''))
+    if opt.evaluate == '':
+        raise ValueError('--evaluate is empty: name a run or a file')
+    opt.evaluate = opt.evaluate or ''
+    folder, name = os.path.split(checkpoint_of(opt.evaluate))
     log = os.path.join(folder, 'log.txt')
     if name == 'model.pt7' and os.path.isfile(log):
         *_, last = read_log(log) or [{}]
@@ -175,8 +173,6 @@ def _is_valid(action, text):
 
 def check(opt, teacher, flag):
     """Raise ValueError for flags that contradict each other; `teacher` is the value of `flag`, the teacher's name."""
-    if opt.evaluate == '':
-        raise ValueError('--evaluate is empty: name a run or a file')
     if opt.json and not opt.evaluate:
         raise ValueError('--json goes with --evaluate')
     if opt.evaluate:

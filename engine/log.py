@@ -9,6 +9,7 @@ import torch
 
 from engine.schedules import beta_at, lr_at
 from engine.workers import world
+from formats.read import check_regular
 from formats.write import not_written
 
 MAX_LOG = 2**28  # characters; an epoch takes 2,000
@@ -19,8 +20,7 @@ def read_log(path):
 
     Raises OSError if there is no such file and ValueError if another line cannot be read.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(f'{path} is a folder, device or pipe, not a log')
+    check_regular(path)
     with open(path, encoding='utf-8', errors='replace') as file:
         text = file.read(MAX_LOG + 1)
     if len(text) > MAX_LOG:

@@ -26,11 +26,10 @@ def find(teacher_id):
     """
     names_model = os.path.basename(teacher_id) == 'model.pt7'
     folder = os.path.normpath(os.path.dirname(teacher_id) if names_model else teacher_id)
-    candidates = [folder] if names_model and os.path.isfile(teacher_id) else [folder, os.path.join('logs', folder)]
-    runs = [path for path in candidates if os.path.isfile(os.path.join(path, 'model.pt7'))]
-    runs += filter(os.path.isdir, reversed(candidates))
-    run = next(iter(runs), folder if os.sep in folder else candidates[-1])
-    log, model = (os.path.join(run, name) for name in ('log.txt', 'model.pt7'))
+    model = teacher_id if names_model and os.path.isfile(teacher_id) else checkpoint_of(folder)
+    if model == folder:  # it does not exist
+        model = os.path.join(folder if os.sep in folder else os.path.join('logs', folder), 'model.pt7')
+    log = os.path.join(os.path.dirname(model), 'log.txt')
     missing = next((path for path in (log, model) if not os.path.isfile(path)), None)
     if missing:
         nearby = os.path.normpath(os.path.join('logs', os.path.dirname(folder)))
@@ -70,7 +69,7 @@ def check_files(opt):
     for flag, name in {**vars(opt), 'resume': resumed}.items():
         if flag not in ('teacher_params', 'pretrained', 'resume', 'evaluate'):
             continue
-        path = checkpoint_of(name or '')
+        path = checkpoint_of(name)
         if not path or os.path.isfile(path):
             continue
         if path.startswith('torchvision:') and flag != 'resume':

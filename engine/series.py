@@ -7,7 +7,7 @@ import re
 
 from engine.log import read_log
 from engine.transfer import PENALTIES, TRANSFERS
-from formats.networks import NETWORKS
+from formats.networks import NETWORKS, file_of
 
 MOST_DROPS = 1000
 PHOTOGRAPHS = 'imagenetpath', 'pretrained'  # one of them is in each log of imagenet.py and finetune.py
@@ -18,8 +18,7 @@ def read_run(path):
 
     Of a repeated epoch it is the last. Raises OSError if there is no log and ValueError if it is empty or damaged.
     """
-    folder = next(filter(os.path.isdir, (path, os.path.join('logs', path))), '')
-    log = os.path.join(folder, 'log.txt') if folder and not os.path.isfile(path) else path
+    log = file_of(path, 'log.txt')
     if not os.path.isfile(log):
         raise OSError(f'{log}: no such log; expected the folder of a run, its name in logs/, or a log')
     records = read_log(log)

@@ -10,6 +10,7 @@ from scipy.special import stdtrit  # comes with scikit-learn; scipy.stats takes 
 from engine.arguments import printable
 from engine.log import read_log
 from engine.paper import TABLES, columns, methods_of, names
+from formats.read import check_regular
 
 # What a log record needs for a table: its keys and their types.
 PROTOCOL = {
@@ -181,8 +182,7 @@ def _rate(record):
 
 def around(path, table):
     """A file's bytes up to the line <!-- table -->, and from <!-- /table --> on. Raises ValueError without them."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(f'{path} is a folder, device or pipe, not a text')
+    check_regular(path)
     with open(path, 'rb') as file:
         text = file.read()
     begin, end = f'<!-- {table} -->', f'<!-- /{table} -->'

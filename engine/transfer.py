@@ -22,7 +22,7 @@ class Transfer(NamedTuple):
     keep: Callable = lambda x, opt: x  # (the teacher's activation (N, C, H, W), flags) -> what stays in memory
     adapts: bool = False  # whether 1x1 convolutions give the student's groups the teacher's channels
     beta: str = '1'  # its weight in reproduce.py's tables
-    beta_decay: str = 'none'  # how that falls there
+    beta_decay: str = 'none'  # how its weight falls in these tables
     at_image: bool = False  # whether it compares input gradients (N, 3, H, W) instead of activations
     flags: dict[str, dict] = {}  # its own: {name: arguments of add_argument, including a default}
 

@@ -205,7 +205,12 @@ def check_fit(shapes, loaded, path):
 
 
 def checkpoint_of(run):
-    """The path of a run's checkpoint, for its folder or its name in logs/; other paths are returned as they are."""
+    """The path of a run's checkpoint; see `file_of`."""
+    return file_of(run, 'model.pt7')
+
+
+def file_of(run, name):
+    """The path of a file of a run, for its folder or its name in logs/; other paths are returned as they are."""
     named = [] if not run or os.path.isfile(run) else [run, os.path.join('logs', run)]
-    paths = [os.path.join(folder, 'model.pt7') for folder in named if os.path.isdir(folder)]
+    paths = [os.path.join(folder, name) for folder in named if os.path.isdir(folder)]
     return next(filter(os.path.isfile, paths), paths[0] if paths else run)

@@ -15,6 +15,12 @@ from formats.pickles import read_torch
 MAX_BYTES = 4 * 2**30  # of a file, and of all arrays in it
 
 
+def check_regular(path):
+    """Raise OSError for a folder, device or pipe: reading one may never end, and a file must not replace one."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f'{path} is a folder, device or pipe, not a file')
+
+
 def read(path):
     """The content of a torch, safetensors or HDF5 file, recognised by its first bytes; usually a dictionary of tensors.
 

@@ -10,6 +10,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from formats.networks import describe
+from formats.read import check_regular
 from formats.torchvision import to_torchvision
 from imagenet_resnet import fold_batch_norm, imagenet_forward
 
@@ -28,8 +29,7 @@ def save(path, state):
 
 def write_whole(path, content):
     """Replace a file's content (bytes) so that readers see the old or the new one, even after a crash, never a part."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise OSError(f'{path} is a folder, device or pipe, which a file would replace')
+    check_regular(path)
     temporary = f'{path}.tmp'
     try:
         if os.path.lexists(temporary):

@@ -209,9 +209,9 @@ def _warn_once(message):
 class TrainBatches:
     """One epoch of augmented batches: (images (B, 3, H, W), labels (B,), size of the global batch).
 
-    `dataset` is what `share` returns. The first `start` batches are skipped, and a last one of fewer
-    than `least` images, over all workers, is dropped. `bad` counts the images of this worker's share that could not be
-    read; the next good one replaces each. Raises ValueError if no image at all can be read.
+    `dataset` is what `share` returns. The first `start` batches are skipped, and a last one of fewer than `least`
+    images, over all workers, is dropped. `bad` counts the images of this worker's share that could not be read; the
+    next good one replaces each. Raises ValueError if no image at all can be read.
     """
 
     def __init__(self, dataset, batch_size, image_size, seed, rank, world, nthread, device, epoch, start=0, least=1):
@@ -239,8 +239,8 @@ class TrainBatches:
 class TestBatches:
     """The centre of every test image once, in order: (images (B, 3, H, W), labels (B,), B).
 
-    `dataset` is what `share` returns.
-    Raises ValueError naming an image that cannot be read, unless `skip_bad_images` leaves it out; `bad` counts them.
+    `dataset` is what `share` returns. Raises ValueError naming an image that cannot be read, unless `skip_bad_images`
+    leaves it out; `bad` counts them.
     """
 
     def __init__(self, dataset, batch_size, image_size, rank, world, nthread, device, skip_bad_images=False):

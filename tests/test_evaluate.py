@@ -116,3 +116,8 @@ def test_a_network_that_cannot_be_read_is_reported_before_data_are_read(script, 
     assert refused(script(cifar, '--dataroot nowhere --evaluate bad.pt7'), 'bad.pt7 is not a checkpoint')
     assert refused(script(cifar, '--dataroot nowhere --evaluate student'), 'no such checkpoint; logs/ holds students')
     assert refused(script(cifar, '--dataroot nowhere', '--evaluate='), '--evaluate is empty')
+
+
+def test_a_run_without_the_flag_logs_an_empty_name_as_older_runs_did(train):
+    assert train('--epochs 1 --save logs/run')[0] == 0
+    assert read_log('logs/run/log.txt')[0]['evaluate'] == ''

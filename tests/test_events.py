@@ -48,4 +48,4 @@ def test_a_run_that_fails_at_the_start_leaves_nothing(train, monkeypatch):
 def test_a_broken_package_is_named_in_one_line(train, monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
     assert refused(train('--epochs 1', RUN), 'the package tensorboard cannot be imported')
-    assert refused(train('--epochs 1 --tensorboard', ['--save', os.fsdecode(b'\xff')]), 'is not UTF-8')
+    assert refused(train('--epochs 1 --tensorboard', ['--save', os.fsdecode(b'\xff')]), 'is not printable')
