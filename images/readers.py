@@ -87,6 +87,16 @@ class Reader:
         theirs.close()
         _running.append(self)
 
+    def answers(self):
+        """Whether the process is there; if the system has killed it, perhaps for lack of memory, it is closed."""
+        try:
+            self.connection.send(None)
+            self.connection.recv()  # while a process is being killed, its exit status does not tell yet
+            return True
+        except (EOFError, ConnectionError):
+            self.close()
+            return False
+
     def begin(self, read, given, shape, count):
         """Announce `count` tasks, and share with the process what is given and the slots, uint8 arrays of `shape`."""
         file = memory(SLOTS * math.prod(shape))
@@ -122,10 +132,7 @@ def _close_all():
 def _reader():
     """A `Reader`, one that was left if there is any; it is left for the next use, unless this one ends early."""
     left = [reader for reader in _running if not reader.busy]
-    for reader in left:
-        if reader.process.exitcode is not None:  # the system may have killed it for lack of memory
-            reader.close()
-    reader = next((reader for reader in left if reader in _running), None) or Reader()
+    reader = next((reader for reader in left if reader.answers()), None) or Reader()
     reader.busy = True
     try:
         yield reader
@@ -196,7 +203,11 @@ def _serve(connection):
         signal.signal(signum, signal.SIG_IGN)
     with contextlib.suppress(EOFError, ConnectionError):  # the training process has ended, or needs no more
         while True:
-            _fill(connection, *connection.recv())
+            begun = connection.recv()
+            if begun is None:  # see `Reader.answers`
+                connection.send(None)
+            else:
+                _fill(connection, *begun)
 
 
 def _fill(connection, read, rest, sizes, shape, count, folder):
