@@ -56,7 +56,7 @@ class _Int8(_Weight):
     def conv2d(self, x, bias=None, stride=1, padding=0):
         shape = [stride] * 2, [padding] * 2, [1] * 2, 1
         if x.dtype != torch.uint8:
-            x = _to_uint8(torch.add(torch.tensor(0.5), x.float(), alpha=1 / self.step))
+            x = _rounded(x, self.step)
         if self.packed is None:
             self.packed = torch.ops.onednn.qconv_prepack(self.weight, self.scales, self.step, 0, *shape, x.shape)
         weight = self.packed, self.scales, self.zeros, None if bias is None else bias.float()
@@ -74,6 +74,20 @@ class _Uint8Norm(_Weight):
         return _to_uint8(F.batch_norm(x, mean, var, self.weight, bias / self.step + 0.5))
 
 
+class _Rounded(_Weight):
+    """The weight of the first convolution where a ReLU and int8 convolutions follow: its result is their input."""
+
+    def __init__(self, weight, step):
+        self.weight, self.dtype, self.step = weight, weight.dtype, step
+
+    def conv2d(self, x, *rest, **named):
+        return _rounded(F.conv2d(x, self.weight, *rest, **named), self.step)
+
+
+def _rounded(x, step):
+    return _to_uint8(torch.add(torch.tensor(0.5), x.float(), alpha=1 / step))
+
+
 def _to_uint8(x):
     """x rounded down and clamped to 0 to 255, as uint8; overwrites x."""
     return x.clamp_(0, LEVELS).to(torch.int16).to(torch.uint8)  # PyTorch's direct conversion takes one number at a time
@@ -85,15 +99,20 @@ def quantize(f, params, images):
     images: (N, 3, H, W), to find the largest input of each convolution; inputs come from a ReLU, so none is negative.
     Logits and groups become float32. Raises ValueError if the logits are not finite.
     """
-    watched = {k: _Watched(v) if v.dim() == 4 and v.shape[1] > 3 else v for k, v in params.items()}
+    convolutions = [k for k, v in params.items() if v.dim() == 4]
+    watched = params | {k: _Watched(params[k]) for k in convolutions if params[k].shape[1] > 3}
     with torch.no_grad():
         logits, _ = f(images, watched, False)
     if not logits.isfinite().all():
         raise ValueError('--teacher_dtype int8: the logits of the teacher on training images are not finite')
     steps = {k: max(v.largest, 1e-6) / LEVELS for k, v in watched.items() if isinstance(v, _Watched)}
     # In all of our networks, only a ReLU stands between two convolutions of a block.
-    following = {k: re.sub(r'\bconv(\d)', lambda match: f'conv{int(match[1]) + 1}', k) for k in steps}
-    weights = {k: _Int8(params[k], steps[k], steps.get(following[k]) if following[k] != k else None) for k in steps}
+    following = {k: re.sub(r'\bconv(\d)', lambda match: f'conv{int(match[1]) + 1}', k) for k in convolutions}
+    step_out = {k: steps.get(name) for k, name in following.items() if name != k}
+    if 'bias0' in params:  # a wide ResNet whose first batch norm is folded
+        step_out['conv0'] = steps.get('group0.block0.conv0')
+    weights = {k: _Int8(params[k], step, step_out.get(k)) for k, step in steps.items()}
+    weights |= {k: _Rounded(params[k], step_out[k]) for k in convolutions if k not in steps and step_out.get(k)}
     # A batch norm that is not folded, bn0 of a wide ResNet's block, is followed by the block's ReLU and convolutions.
     norms = {k.replace('.conv0', '.bn0') + '.weight': step for k, step in steps.items() if k.endswith('.conv0')}
     return weights | {k: _Uint8Norm(params[k], step) for k, step in norms.items() if k in params}

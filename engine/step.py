@@ -20,6 +20,7 @@ from images import children
 from layers import full, keep_strides
 from utils import DTYPES
 
+PART = 64  # images of a pass of an int8 teacher: its activations stay in the cache, a step is 3% faster
 FLUSH = 20  # steps between two reads of the losses: each read makes the host wait for the device
 LEAST_SCALE = 1e-8  # of a float16 loss: gradients that are infinite here are infinite at any scale
 
@@ -65,6 +66,10 @@ def make_step(opt, student, teacher, device):
             gradient = utils.input_gradient(logits, images, labels) if of_image else None
             return logits.detach(), transfer.kept(opt, groups), gradient
 
+    def teach_in_parts(images, labels):
+        logits, kept = zip(*(teach(part, labels)[:2] for part in images.split(PART)))
+        return torch.cat(logits), {name: torch.cat([part[name] for part in kept]) for name in kept[0]}, None
+
     def learn(images, labels, teacher_logits, kept, teacher_gradient):
         logits, groups = run(student, images)
         task, parts = classify(logits, teacher_logits, labels)
@@ -91,9 +96,10 @@ def make_step(opt, student, teacher, device):
         return utils.input_gradient(run(student, images)[0], images, labels, create_graph=True)
 
     def both(images, labels):
-        return learn(images, labels, *teach(images, labels))
+        return learn(images, labels, *taught(images, labels))
 
-    on_whole_batches = _compiled(opt, both, learn, teach, device) if opt.compile else both
+    taught = teach_in_parts if opt.teacher_dtype == 'int8' else teach
+    on_whole_batches = _compiled(opt, both, learn, taught, device) if opt.compile else both
 
     def step(images, labels):
         images = images.detach().requires_grad_(needs_gradient)

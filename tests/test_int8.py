@@ -10,9 +10,10 @@ from conftest import SMALL
 import cifar
 import imagenet_resnet
 import resnet
-from engine import int8
+from engine import int8, step
 from engine.flags import parse_cifar
 from engine.log import read_log
+from engine.precision import autocast
 from engine.student import Network
 from engine.teacher import frozen
 from formats import networks
@@ -73,14 +74,47 @@ def test_an_int8_batch_norm_rounds_its_result_and_a_relu_leaves_it():
 @pytest.mark.parametrize('name', NETWORKS)
 def test_int8_maps_and_logits_are_close_to_those_of_float32(name):
     f, folded, integers, images = pieces(NETWORKS[name])
-    convolutions = [k for k, v in folded.items() if v.dim() == 4]
-    assert [k for k in convolutions if isinstance(integers[k], torch.Tensor)] == convolutions[:1]
+    first, *others = [k for k, v in folded.items() if v.dim() == 4]
+    rounded = torch.Tensor if name == 'WRN without a first shortcut' or 'ResNet' in name else int8._Rounded
+    assert isinstance(integers[first], rounded) and all(isinstance(integers[k], int8._Int8) for k in others)
     with torch.no_grad():
         (logits, groups), (own_logits, own_groups) = f(images, folded, False), f(images, integers, False)
     assert 0 < (own_logits - logits).norm() < 0.15 * logits.norm()
     for own, group in zip(own_groups, groups):
         assert own.dtype == torch.float32
         assert (at(own) * at(group)).sum(1).min() > 0.998
+
+
+@pytest.mark.parametrize('name', ['WRN', 'NIN'])
+@pytest.mark.parametrize('dtype', ['float', 'bfloat16'])
+def test_rounding_the_first_convolution_at_once_or_before_each_of_the_next_gives_the_same_bits(name, dtype):
+    f, folded, integers, images = pieces(NETWORKS[name])
+    first = next(k for k, v in folded.items() if v.dim() == 4)
+    with torch.no_grad(), autocast(images.device, dtype):
+        (logits, groups), (own_logits, own_groups) = (
+            f(images, params, False) for params in (integers | {first: folded[first]}, integers)
+        )
+    assert torch.equal(own_logits, logits) and all(map(torch.equal, own_groups, groups))
+
+
+@pytest.mark.parametrize('flags', ['--beta 100', '--transfer full --beta 100', '--alpha 0.9'])
+def test_a_batch_in_parts_is_the_whole_batch(flags, monkeypatch):
+    f, _, integers, _ = pieces(NETWORKS['WRN'])
+    flags = f'--teacher_id x --teacher_dtype int8 --batch_size 70 --width 1 {flags}'
+    images, labels = torch.randn(70, 3, 32, 32), torch.arange(70) % 10
+
+    def gradients(part):
+        monkeypatch.setattr(step, 'PART', part)
+        torch.manual_seed(0)
+        student = Network(*resnet.wide_resnet(16, 1, 10))
+        teacher = partial(f, params=integers, mode=False)
+        step.make_update(parse_cifar('', flags.split()), student, teacher, images[:1])(images, labels)
+        return student.params
+
+    whole = gradients(70)
+    for part in (64, 7):
+        for name, value in gradients(part).items():
+            torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-6)
 
 
 def test_a_run_with_an_int8_teacher_checks_it_learns_from_it_and_logs_it(train):
