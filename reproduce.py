@@ -4,6 +4,7 @@
     python reproduce.py table1 --dataroot data --dtype bfloat16 --compile  # table 1: 5 seeds of 200 epochs
     python reproduce.py table2 --dataroot data --dtype bfloat16 --compile  # table 2: mapping functions, one group only
     python reproduce.py table3 --dataroot data     # table 3: gradients, on networks without batch norm
+    python reproduce.py tuning --dataroot data     # weights of AT and F-ActT, on held-out training images
     python reproduce.py crd --dataroot data        # CIFAR-100, as papers on distillation do: 5 seeds of 240 epochs
     python reproduce.py table1 --show              # the table from the logs that are there
 
@@ -45,10 +46,15 @@ def parse():
     flag('table', choices=list(TABLES))
     flag('--rows', default='', help="numbers of the table's rows from 1, like 1,3 (default: all)")
     flag('--methods', default='', help=f'some of {",".join(methods_of("table1"))} (default: those of the table)')
-    flag('--seeds', type=number(int, 1, 1000), help='number of seeds, from 0 on (default: 5)')
-    flag('--epochs', type=number(int, 1), help='the schedule scales with it (default: 200, crd: 240, demo: 20)')
+    flag('--seeds', type=number(int, 1, 1000), help='number of seeds, from 0 on (default: 5, tuning: 1)')
+    flag(
+        '--epochs',
+        type=number(int, 1),
+        help='the schedule scales with it (default: 200, crd: 240, demo: 20, tuning: 16)',
+    )
     flag('--dataroot', default='.', type=path, help='as in cifar.py')
-    flag('--holdout', default=0, type=number(int, 0), help='as in cifar.py, to choose between variants')
+    held_out = 'as in cifar.py, to choose between variants (default: 0, tuning: 5000)'
+    flag('--holdout', type=number(int, 0), help=held_out)
     flag('--dtype', default='', choices=list(DTYPES), help='as in cifar.py')
     jobs_at_a_time = 'runs at a time, one per GPU if there are GPUs (default: 1, demo: 2)'
     flag('--jobs', type=number(int, 1, 1024), help=jobs_at_a_time)
@@ -62,6 +68,7 @@ def parse():
     opt = parser.parse_args()
     table = TABLES[opt.table]
     rows = list(table['rows'])
+    opt.holdout = table['holdout'] if opt.holdout is None else opt.holdout
     if opt.holdout >= table['images']:
         raise ValueError(f'--holdout {opt.holdout}: there are {table["images"]:,} training images')
     opt.seeds = opt.seeds or table['seeds']

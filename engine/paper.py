@@ -1,10 +1,12 @@
 """Tables as data: networks, methods and published errors, and the runs of cifar.py that reproduce them.
 
-They are those of section 4.1 of the paper, and `crd`, on which papers on distillation compare themselves: the protocol
-of Tian et al. 2020, "Contrastive Representation Distillation", whose table 1 has the errors (means of 5 seeds).
+They are those of section 4.1 of the paper; `tuning`, which compares weights on held-out images; and `crd`, on which
+papers on distillation compare themselves: the protocol of Tian et al. 2020, "Contrastive Representation Distillation",
+whose table 1 has the errors (means of 5 seeds).
 """
 
 import json
+from itertools import pairwise
 from typing import NamedTuple
 
 from engine.transfer import PENALTIES, TRANSFERS
@@ -24,6 +26,16 @@ CRD = {
     ('wrn-16-2', 'wrn-40-2'): {'student': 26.74, 'at': 25.92, 'kd': 25.08, 'teacher': 24.39},
     ('wrn-40-1', 'wrn-40-2'): {'student': 28.02, 'at': 27.23, 'kd': 26.46, 'teacher': 24.39},
 }
+BETAS = {  # as many for each method that is tuned, each about 3 times the one before
+    'at': ('300', '1000', '3000'),
+    'full': ('30000', '100000', '300000'),
+    'full-const': ('30000', '100000', '300000'),
+}
+TUNING = {
+    ('wrn-16-1', 'wrn-16-2'): dict.fromkeys(
+        ['teacher', 'student', *(f'{method}-beta{beta}' for method, betas in BETAS.items() for beta in betas)]
+    )
+}
 DEMO = {('wrn-10-0.25', 'wrn-16-2'): dict.fromkeys(('teacher', 'student', 'at', 'kd', 'at-kd'))}
 
 VARIANTS = {  # of attention transfer, for table 2: {name: (label, flags)}
@@ -40,6 +52,7 @@ CIFAR = {
     'epochs': 200,
     'steps': (0.3, 0.6, 0.8),  # parts of the epochs at which the learning rate drops
     'seeds': 5,
+    'holdout': 0,
     'teacher_seeds': None,  # as many as of the others; the first alone teaches
     'beta': '1e+3',
     'flags': [],
@@ -49,6 +62,7 @@ TABLES = {
     'table2': {**CIFAR, 'rows': TABLE2},
     # Without batch norm, 1e+3 and 1e+2 diverge within an epoch; of 10 and 1, 10 did better on held-out images.
     'table3': {**CIFAR, 'rows': TABLE3, 'beta': '10'},
+    'tuning': {**CIFAR, 'rows': TUNING, 'epochs': 16, 'seeds': 1, 'holdout': 5000},
     'crd': {
         **CIFAR,
         'dataset': 'CIFAR100',
@@ -94,6 +108,13 @@ def methods_of(table):
             if row.beta_decay != 'none':
                 methods[row.term] = Method(row.label, [*constant, '--beta_decay', row.beta_decay])
                 methods[f'{row.term}-const'] = Method(f'{row.label}, constant beta', constant)
+    if table == 'tuning':
+        for name, betas in BETAS.items():
+            method = methods[name]
+            label = method.label if method.label.endswith('beta') else f'{method.label}, beta'
+            for beta in betas:
+                flags = [beta if before == '--beta' else flag for before, flag in pairwise(['', *method.flags])]
+                methods[f'{name}-beta{beta}'] = Method(f'{label} {int(beta):,}', flags)
     kd = ['--alpha', '0.9']
     return methods | {'kd': Method('KD', kd), 'at-kd': Method('AT+KD', [*at, '--beta_decay', 'linear', *kd])}
 

@@ -69,7 +69,8 @@ def test_dry_run_prints_the_commands_teachers_first_and_each_once(script, fast):
 
 
 @pytest.mark.parametrize(
-    'name, runs', [('table1', 6 + 4 * 4), ('table2', 2 + 7), ('table3', 2 + 2 + 3), ('crd', 7), ('demo', 5)]
+    'name, runs',
+    [('table1', 6 + 4 * 4), ('table2', 2 + 7), ('table3', 2 + 2 + 3), ('tuning', 2 + 9), ('crd', 7), ('demo', 5)],
 )
 def test_every_table_is_made_of_commands_that_are_understood(script, fast, name, runs):
     """Table 3 has NINs without batch norm and weight decay, and its images are only mirrored."""
@@ -82,12 +83,29 @@ def test_every_table_is_made_of_commands_that_are_understood(script, fast, name,
             assert opt.dataset == 'CIFAR100' and (opt.epochs, opt.epoch_step) == (240, '[151,181,211]')
             assert (opt.lr, opt.lr_decay_ratio, opt.batch_size, opt.keep_momentum) == (0.05, 0.1, 64, True)
             assert opt.alpha in (0, 0.9) and opt.beta in (0, 1000) and opt.temperature == 4
+        assert (opt.epochs, opt.holdout) == (16, 5000) if name == 'tuning' else not opt.holdout
         if name == 'demo':
             assert (opt.image_size, opt.randomcrop_pad, opt.batch_size, opt.epoch_step) == (8, 1, 32, '[6,12,16]')
         elif name == 'table3':
             assert opt.no_bn and opt.weight_decay == opt.randomcrop_pad == 0
         else:
             assert not opt.no_bn and opt.weight_decay == 5e-4 and opt.randomcrop_pad == 4
+
+
+def test_methods_are_tuned_on_equally_many_weights_with_a_teacher_of_the_same_images(script, fast):
+    _, out, _ = script(reproduce, 'tuning --dry_run')
+    runs = [parse_cifar('', shlex.split(line)[2:]) for line in out.splitlines()[:-1]]
+    betas = {}
+    for opt in runs[2:]:
+        betas.setdefault((opt.transfer, opt.beta_decay), []).append(opt.beta)
+        assert opt.teacher_id == 'cifar10-holdout5000-e16/wrn-16-2-s0' and f'beta{opt.beta:.0f}-' in opt.save
+    assert betas == {
+        ('activation', 'none'): [300, 1000, 3000],
+        ('full', 'linear'): [30_000, 100_000, 300_000],
+        ('full', 'none'): [30_000, 100_000, 300_000],
+    }
+    _, out, _ = script(reproduce, 'tuning --show --all')
+    assert '| AT, beta 1,000 |' in out and '| F-ActT, constant beta 30,000 |' in out
 
 
 def test_the_teacher_of_one_seed_is_enough_to_teach(script, fast):
