@@ -1,4 +1,4 @@
-# make [CPU=1] venv | demo | test | test-quick | test-long | lint | format | table | clean
+# make [CPU=1] venv | demo | test | test-quick | test-long | gpu | lint | format | table | clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +11,7 @@ BEGUN := .venv/installing
 # The remains of an interrupted installation can look complete to pip.
 AGAIN = $$([ ! -e $(BEGUN) ] || echo --ignore-installed)
 
-.PHONY: venv venv-dev demo test test-quick test-long lint format table clean
+.PHONY: venv venv-dev demo test test-quick test-long gpu lint format table clean
 
 # A .venv that was not made here is used, but never removed.
 venv:
@@ -43,6 +43,10 @@ test-quick: venv-dev
 # With 20 kills instead of 2, three seeds, and thousands of mutated files.
 test-long: venv-dev
 	AT_LONG_TESTS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+# Checks and measures on GPUs; AUTHORS=FOLDER: beside the authors' own step too.
+gpu: venv-dev
+	$(BIN)/python benchmarks/gpu.py
 
 lint: venv-dev
 	$(BIN)/ruff check .

@@ -176,6 +176,7 @@ def main():
     opt = parser.parse_args()
     opt.teacher_dtype = opt.teacher_dtype or benchmark.default_teacher_dtype(opt.dtype)
     workers.keep_memory()
+    benchmark.choose_arithmetic()
     words = f'{AT} --dtype {opt.dtype} --teacher_dtype {opt.teacher_dtype} --epochs 1'
     flags = parse_cifar('', words.split() + ['--compile'] * (not opt.eager))
     dataset, device = load(opt.dataroot, opt.images), benchmark.device()

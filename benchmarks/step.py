@@ -189,10 +189,21 @@ def default_teacher_dtype(dtype):
     return 'int8' if DTYPES[dtype].itemsize == 2 and device().type == 'cpu' else 'same'
 
 
+def choose_arithmetic():
+    """The fast arithmetic of a GPU, if there is one, as in cifar.py and in the authors' code."""
+    if device().type == 'cuda':
+        workers.choose_arithmetic(deterministic=False)
+
+
 def own_process():
     """A new process for the plain step, with the default memory allocator."""
     spawn = multiprocessing.get_context('spawn')
-    return ProcessPoolExecutor(1, spawn, initializer=children.end_with_parent, initargs=(os.getpid(),))
+    return ProcessPoolExecutor(1, spawn, initializer=_begin, initargs=(os.getpid(),))
+
+
+def _begin(parent):
+    children.end_with_parent(parent)
+    choose_arithmetic()
 
 
 def measure(name, opt, rates):
@@ -261,6 +272,7 @@ def main():
         raise ValueError('--cuda_graphs: there is no GPU')
     opt.teacher_dtype = opt.teacher_dtype or default_teacher_dtype(opt.dtype)
     workers.keep_memory()
+    choose_arithmetic()
     rates = {dtype: matrix_rate(DTYPES[dtype], device()) for dtype in {'float', opt.dtype}}
     print(f'{environment(device())["device"]}, torch {torch.__version__}, commit {commit()}')
     print(f'fast: --dtype {opt.dtype}{"" if opt.eager else " --compile"}, teacher_dtype {opt.teacher_dtype}')

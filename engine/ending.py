@@ -43,8 +43,9 @@ def run(main):
 
 def leave(status):
     """End a worker that has joined others, without the interpreter's own end: threads of gloo can crash it there."""
-    with contextlib.suppress(RuntimeError):  # of a connection that another worker has closed
-        torch.distributed.destroy_process_group()
+    if status == 0:  # else the others may not have come to their end, and with nccl it would wait for them
+        with contextlib.suppress(RuntimeError):  # of a connection that another worker has closed
+            torch.distributed.destroy_process_group()
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # nobody reads it any more

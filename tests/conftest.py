@@ -17,6 +17,8 @@ import cifar
 from engine import ending
 from images import memory, photographs
 
+if not os.environ.get('AT_GPU_TESTS'):
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''  # most tests are about bits, int8 and workers of CPUs
 torch.set_num_threads(1)
 HANGS = 600  # seconds after which a process that tests wait for counts as hung
 TRAINING, TESTING = 25, 9  # images that `write_photographs` writes

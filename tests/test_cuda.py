@@ -19,7 +19,7 @@ from engine.meters import Meters
 from engine.precision import freeze
 from engine.step import total_loss
 from formats.networks import fold
-from images import memory
+from images import batches, memory
 from utils import without_adapters
 
 METHODS = [*METHODS, '--beta 1 --mapping max', '--beta 1 --at_form paper --power 3', '--beta 1 --groups 1,2']
@@ -36,8 +36,10 @@ def cuda(monkeypatch, mode):
     monkeypatch.setattr(torch.cuda.amp.common, 'amp_definitely_not_available', lambda: False)  # else no autocast
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda *_: True)
     monkeypatch.setattr(torch.autograd, 'grad', lambda of, images, **_: [torch.zeros_like(images) * of])
+    batches._rows.cache_clear()  # it would give fake tensors to those who ask for real ones
     with mode:
         yield torch.device('cuda')
+    batches._rows.cache_clear()
 
 
 @pytest.mark.parametrize('method', METHODS)

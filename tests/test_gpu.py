@@ -1,6 +1,7 @@
 """benchmarks/gpu.py: what it writes, and its refusal without a GPU; its parts run here on the CPU."""
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -24,7 +25,6 @@ def pretended(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda i: 'a GPU')
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
 def test_without_a_gpu_it_says_so_in_one_line(script, tmp_path):
     assert refused(script(gpu, '--out table.md'), 'there is no GPU that this PyTorch can use')
     assert not list(tmp_path.iterdir())
@@ -51,6 +51,49 @@ def test_the_table_has_a_line_for_each_result_and_for_each_failure(script, prete
     ]
     assert refused(script(gpu, '--out nowhere/table.md'), '--out nowhere/table.md: no such folder')
     assert refused(script(gpu, '--skip all'), '--skip')
+
+
+def test_a_part_that_fails_in_any_way_ends_neither_the_others_nor_the_table(script, pretended, monkeypatch):
+    def fails():
+        raise torch.OutOfMemoryError('CUDA out of\nmemory')
+        yield
+
+    def interrupted():
+        assert 'epoch | failed: OutOfMemoryError: CUDA out of memory' in open('table.md', encoding='utf-8').read()
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(gpu, 'PARTS', {'epoch': fails, 'resume': interrupted})
+    assert script(gpu, '--out table.md')[0] == 130
+    assert 'CUDA out of memory' in open('table.md', encoding='utf-8').read()
+
+
+def test_every_test_that_fails_is_a_line(monkeypatch):
+    out = 'FAILED tests/test_a.py::test_one - no\nERROR tests/test_b.py - none\n1 failed, 2 passed, 1 error in 3 s\n'
+    given = []
+
+    def call(words, folder, environment):
+        given.append((words, environment))
+        return subprocess.CompletedProcess(words, 1, out, '')
+
+    monkeypatch.setattr(gpu, 'call', call)
+    assert list(gpu.tests()) == [
+        ('tests', 'failed: FAILED tests/test_a.py::test_one - no'),
+        ('tests', 'failed: ERROR tests/test_b.py - none'),
+        ('tests that need a GPU', '1 failed, 2 passed, 1 error in 3 s'),
+    ]
+    assert 'gpu' in given[0][0] and given[0][1]['AT_GPU_TESTS'] == '1'
+    assert given[0][1].get('PYTHONSAFEPATH') == gpu.ENVIRONMENT.get('PYTHONSAFEPATH')
+    monkeypatch.setattr(gpu, 'call', lambda *_: subprocess.CompletedProcess([], 5, '', 'no tests ran'))
+    with pytest.raises(ValueError, match='status 5: no tests ran'):
+        list(gpu.tests())
+
+
+def test_a_run_that_was_not_killed_or_not_resumed_proves_nothing(monkeypatch):
+    monkeypatch.setattr(gpu, 'run', lambda words, folder: 'resumed from part')
+    monkeypatch.setattr(gpu, 'TRAIN', ['-c'])  # no script: status 2
+    with pytest.raises(ValueError, match='the run was not killed and resumed: status 2'):
+        list(gpu.resume())
 
 
 @LONG

@@ -1,5 +1,6 @@
 """The launcher: one line for the first error, no process that outlives the others, and restarts."""
 
+import atexit
 import os
 import signal
 import subprocess
@@ -10,11 +11,13 @@ import cv2
 import numpy as np
 import paced
 import pytest
+import torch
 from conftest import HANGS, ends, refused, started_by
 from test_stopping import ended, wait_for_epoch
 from test_workers import ENVIRONMENT, start
 
 import imagenet
+from engine import ending
 from engine.log import read_log
 from formats import networks
 
@@ -177,3 +180,14 @@ def test_a_worker_that_has_joined_ends_without_the_interpreters_own_end():
     """There, gloo's threads would now and then abort it: signal 6 instead of its status."""
     done = subprocess.run([sys.executable, '-c', ENDS], env=ENVIRONMENT, timeout=HANGS, capture_output=True, text=True)
     assert refused((done.returncode, done.stdout, done.stderr), 'wrong') and done.stdout == 'at exit\n'
+
+
+@pytest.mark.parametrize('status', [0, 1, 143])
+def test_a_worker_that_fails_waits_for_no_other(monkeypatch, status):
+    """With nccl, leaving the group means waiting until all others leave it."""
+    done = []
+    monkeypatch.setattr(torch.distributed, 'destroy_process_group', lambda: done.append('waits'))
+    monkeypatch.setattr(atexit, '_run_exitfuncs', lambda: None)
+    monkeypatch.setattr(os, '_exit', done.append)
+    ending.leave(status)
+    assert done == ['waits'] * (status == 0) + [status]

@@ -21,7 +21,7 @@ from images import memory
 FLAGS = {
     **{'alpha': 0.7, 'beta': 100.0, 'temperature': 4.0, 'power': 2, 'mapping': 'sum', 'at_form': 'code'},
     **{'transfer': 'activation', 'penalty': 'none', 'gamma': 0, 'groups': '', 'batch_size': 32},
-    **{'compile': False, 'cuda_graphs': False, 'verbose': False},
+    **{'compile': False, 'cuda_graphs': False, 'verbose': False, 'teacher_dtype': 'same'},
 }
 MODES = {
     'fixed': (False, False, {}),
