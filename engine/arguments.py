@@ -40,10 +40,10 @@ def subcommand(prog, description=None, **_):
     return parser
 
 
-def listed(opt):
-    """Parsed flags as lines of name=value."""
+def listed(flags):
+    """Parsed flags, {name: value}, as lines of name=value."""
     lines = ['parsed options:']
-    for name, value in vars(opt).items():
+    for name, value in flags.items():
         item = f'{name}={value!r}'
         if len(lines) > 1 and len(lines[-1]) + len(item) < 100:
             lines[-1] += f'  {item}'

@@ -31,6 +31,8 @@ from formats.write import save
 from utils import num_trained
 
 HIGH_LOSS = 1000.0  # guessing among n classes gives ln(n)
+# The flags that bear on a test; the tested network has a shape of its own.
+OF_A_TEST = 'evaluate dataset dataroot imagenetpath image_size holdout dtype skip_bad_images ngpu'.split()
 
 
 class Data(NamedTuple):
@@ -68,7 +70,7 @@ def start(opt):
         if rank() == 0:
             runs.check_save(opt)  # the first worker prints its notes
     device = workers.join(opt)
-    say(listed(opt))
+    say(listed({name: value for name, value in vars(opt).items() if not opt.evaluate or name in OF_A_TEST}))
     return device
 
 

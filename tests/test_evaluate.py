@@ -31,6 +31,7 @@ def test_a_run_scores_what_its_log_says(script, train, photos):
     assert found['top1'] == last['test_acc'] and found['loss'] == pytest.approx(last['test_loss'], rel=1e-6)
     assert found['images'] == last['test_images'] == 6 and found['images_per_second'] > 0
     assert f'top-1 {last["test_acc"]:.2f}%' in out and 'note: without --save' not in out
+    assert "dtype='bfloat16'" in out and 'depth=' not in out  # the network has a shape of its own
     whole = scores(script(cifar, '--evaluate logs/run --json --holdout 0 --dataroot', [photos])[1])  # the flag wins
     assert whole['images'] == 21
     file = (
