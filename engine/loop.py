@@ -32,7 +32,10 @@ from utils import num_trained
 
 HIGH_LOSS = 1000.0  # guessing among n classes gives ln(n)
 # The flags that bear on a test; the tested network has a shape of its own.
-OF_A_TEST = 'evaluate dataset dataroot imagenetpath image_size holdout dtype skip_bad_images ngpu'.split()
+OF_A_TEST = (
+    *('evaluate', 'dataset', 'dataroot', 'imagenetpath', 'follow_links', 'holdout', 'image_size', 'skip_bad_images'),
+    *('batch_size', 'dtype', 'deterministic', 'ngpu', 'gpu_id'),
+)
 
 
 class Data(NamedTuple):

@@ -66,7 +66,7 @@ def write_photographs(root, train=TRAINING, test=TESTING):
             folder = root / part / ('ant', 'bee')[i % 2]
             folder.mkdir(parents=True, exist_ok=True)
             name = f'{i:02}.{("JPEG", "png")[i // 2 % 2]}'
-            image = smooth(rng, 30 + i, 60 - i)
+            image = smooth(rng, 30 + i % 30, 60 - i % 30)
             Image.fromarray(image).save(folder / name, quality=95)
     return root
 

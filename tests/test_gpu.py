@@ -1,5 +1,6 @@
 """benchmarks/gpu.py: what it writes, and its refusal without a GPU; its parts run here on the CPU."""
 
+import json
 import os
 import subprocess
 import sys
@@ -49,8 +50,40 @@ def test_the_table_has_a_line_for_each_result_and_for_each_failure(script, prete
         '| steps | failed: status 1: out of memory |',
         "| the authors' step | left out: AUTHORS names no clone of szagoruyko/attention-transfer |",
     ]
-    assert refused(script(gpu, '--out nowhere/table.md'), '--out nowhere/table.md: no such folder')
     assert refused(script(gpu, '--skip all'), '--skip')
+
+
+@pytest.mark.parametrize('out', ['.', 'nowhere/table.md', '/proc/table.md'])
+def test_a_table_that_cannot_be_written_is_told_before_anything_runs(script, pretended, monkeypatch, out):
+    monkeypatch.setattr(gpu, 'PARTS', {'tests': lambda: pytest.fail('ran')})
+    assert refused(script(gpu, '--out', out), out)
+
+
+def test_a_case_that_fails_loses_no_other(monkeypatch):
+    measured = {'ratio': 2, 'ratio_min': 1, 'ratio_max': 3, 'fast_ms': 5, 'plain_ms': 10}
+
+    def run(words, **environment):
+        cases = words[words.index('--only') + 1].split(',')
+        if 'kd' in cases:
+            raise RuntimeError('out of memory')
+        return '' if 'at' in cases else json.dumps(dict.fromkeys(cases, measured))
+
+    monkeypatch.setattr(gpu, 'run', run)
+    assert list(gpu.compared('float32', 'the plain one', ['student', 'at', 'kd'], [], True)) == [
+        ('step, student, float32', '5.00 ms; the plain one 10.00 ms: 2.00 times as fast (1.00 to 3.00)'),
+        ('step, at, float32', 'failed: IndexError: list index out of range'),
+        ('step, kd, float32', 'failed: RuntimeError: out of memory'),
+    ]
+
+
+def test_a_failure_is_told_by_its_error_and_shown_whole(script, pretended, monkeypatch, tmp_path):
+    code = "raise RuntimeError('CUDA error: a\\nCompile with TORCH_USE_CUDA_DSA')"
+    (tmp_path / 'fails.py').write_text(code)
+    monkeypatch.setattr(gpu, 'PARTS', {'epoch': lambda: iter([('epoch', gpu.run([str(tmp_path / 'fails.py')]))])})
+    status, out, err = script(gpu, '--out table.md')
+    assert status == 1 and 'epoch: failed: status 1: RuntimeError: CUDA error: a\n' in out
+    assert 'Traceback' in err and 'Compile with TORCH_USE_CUDA_DSA' in err
+    assert gpu.reason('') == 'it printed nothing'
 
 
 def test_a_part_that_fails_in_any_way_ends_neither_the_others_nor_the_table(script, pretended, monkeypatch):
@@ -60,12 +93,13 @@ def test_a_part_that_fails_in_any_way_ends_neither_the_others_nor_the_table(scri
 
     def interrupted():
         assert 'epoch | failed: OutOfMemoryError: CUDA out of memory' in open('table.md', encoding='utf-8').read()
+        yield 'resume', 'a row'
         raise KeyboardInterrupt
-        yield
 
     monkeypatch.setattr(gpu, 'PARTS', {'epoch': fails, 'resume': interrupted})
     assert script(gpu, '--out table.md')[0] == 130
-    assert 'CUDA out of memory' in open('table.md', encoding='utf-8').read()
+    text = open('table.md', encoding='utf-8').read()
+    assert 'CUDA out of memory' in text and '| resume | a row |' in text
 
 
 def test_every_test_that_fails_is_a_line(monkeypatch):
@@ -84,8 +118,15 @@ def test_every_test_that_fails_is_a_line(monkeypatch):
     ]
     assert 'gpu' in given[0][0] and given[0][1]['AT_GPU_TESTS'] == '1'
     assert given[0][1].get('PYTHONSAFEPATH') == gpu.ENVIRONMENT.get('PYTHONSAFEPATH')
-    monkeypatch.setattr(gpu, 'call', lambda *_: subprocess.CompletedProcess([], 5, '', 'no tests ran'))
-    with pytest.raises(ValueError, match='status 5: no tests ran'):
+
+
+@pytest.mark.parametrize(
+    'status, out, err',
+    [(5, '', 'no tests ran'), (0, '28 skipped in 1 s', ''), (0, '1 passed, 2 skipped in 1 s', '')],
+)
+def test_tests_that_did_not_run_have_not_passed(monkeypatch, status, out, err):
+    monkeypatch.setattr(gpu, 'call', lambda *_: subprocess.CompletedProcess([], status, out, err))
+    with pytest.raises(ValueError, match=f'status {status}: {out or err}'):
         list(gpu.tests())
 
 

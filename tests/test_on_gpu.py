@@ -83,15 +83,16 @@ def test_cifar_trains_on_all_gpus(tmp_path, dtype):
     assert read_log(tmp_path / 'run' / 'log.txt')[-1]['test_acc'] > 50
 
 
-def test_a_worker_that_fails_alone_ends_all_with_one_line(tmp_path):
+@pytest.mark.parametrize('worker', [0, 1])
+def test_a_worker_that_fails_alone_ends_all_with_one_line(tmp_path, worker):
     write_photographs(tmp_path / 'photos', 8 * GPUS, 8 * GPUS)
-    bad = next((tmp_path / 'photos' / 'val' / 'ant').iterdir())
+    bad = sorted((tmp_path / 'photos' / 'val' / 'ant').iterdir())[worker]  # workers take test images in turns
     bad.write_bytes(b'no image')
     assert refused(train(tmp_path, imagenet, f'{PHOTOS} --save run'), f'{bad.name} is not a readable image')
 
 
 def test_an_int8_teacher_is_refused_in_one_line(tmp_path):
-    words = '--dataset digits --epochs 1 --depth 10 --batch_size 64'
+    words = f'--dataset digits --epochs 1 --depth 10 --batch_size {64 // GPUS * GPUS or GPUS}'
     assert train(tmp_path, cifar, f'{words} --save teacher')[0] == 0
     taught = f'{words} --teacher_id teacher --beta 1 --teacher_dtype int8'
     assert refused(train(tmp_path, cifar, taught), '--teacher_dtype int8: only on CPUs')
