@@ -25,6 +25,8 @@ import torch
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..')
 sys.path.insert(0, ROOT)
 
+from step import WIDE
+
 from engine import ending
 from engine.arguments import Parser, path
 from engine.log import commit, read_log
@@ -39,7 +41,6 @@ STEPS = {  # flags of step.py, and whether float32 products may be rounded to Te
     'bfloat16, compiled': ('--dtype bfloat16', True),
     'bfloat16, compiled, CUDA graphs': ('--dtype bfloat16 --cuda_graphs', True),
 }
-WIDE = 'student', 'teacher', 'at', 'kd', 'at_kd'
 TRAIN = 'cifar.py --dataset digits --depth 16 --width 1 --epochs 5 --epoch_step [4] --lr 0.05 --seed 0'.split()
 ENVIRONMENT = dict(os.environ)  # before `ending.run` changes where Python imports from
 LIMIT = 1200  # seconds, for a program that waits for ever
@@ -74,10 +75,11 @@ def tests():
     environment = {name: value for name, value in ENVIRONMENT.items() if name != 'AT_QUICK_TESTS'}
     words = '-m pytest -m gpu -p no:cacheprovider --color=no'.split()
     done = call(words, ROOT, {**environment, 'AT_GPU_TESTS': '1', 'COLUMNS': '400'})
-    for line in done.stdout.splitlines():
+    lines = (done.stdout or done.stderr).splitlines() or ['it printed nothing']
+    for line in lines:
         if line.startswith(('FAILED', 'ERROR')):
             yield 'tests', f'failed: {line}'
-    summary = reason(done.stdout or done.stderr)
+    summary = lines[-1]
     if done.returncode not in (0, 1) or 'passed' not in summary or 'skipped' in summary:
         raise ValueError(f'status {done.returncode}: {summary}')
     yield 'tests that need a GPU', summary

@@ -42,10 +42,7 @@ from engine.teacher import frozen
 from imagenet_resnet import imagenet_resnet
 from images import children
 from resnet import wide_resnet
-from utils import (
-    DTYPES,
-    set_requires_grad_except_bn_,
-)
+from utils import DTYPES, set_requires_grad_except_bn_
 
 WARM_UP = 1  # pairs that are not counted
 
@@ -73,8 +70,6 @@ CASES = {
     'imagenet_64': Case(RESNET_18, RESNET_34, 64, 64, AT),
     'imagenet_224': Case(RESNET_18, RESNET_34, 8, 224, AT),
 }
-
-
 WIDE = 'student', 'teacher', 'at', 'kd', 'at_kd'  # the cases that the authors' cifar.py has
 
 

@@ -44,7 +44,7 @@ def run(main):
 def leave(status):
     """End a worker that has joined others, without the interpreter's own end: threads of gloo can crash it there."""
     # With nccl this waits until all workers do so, and they may wait for one that has failed. With gloo it waits until
-    # all have joined: those that cannot write a page each.
+    # all have joined; a worker that could not join would print a page.
     if status == 0 or torch.distributed.get_backend() != 'nccl':
         with contextlib.suppress(RuntimeError):  # of a connection that another worker has closed
             torch.distributed.destroy_process_group()

@@ -50,28 +50,10 @@ def make_step(opt, student, teacher, device):
     student and losses, and on GPUs the compiled teacher.
     """
     of_image, penalty = transfer.of_image(opt), transfer.PENALTIES.get(opt.penalty)
-    needs_gradient = bool(of_image or penalty)
-
-    def run(network, images):
-        with autocast(device, opt.dtype):
-            logits, groups = network(images)
-        return full(logits), groups
-
-    def teach(images, labels):
-        """All that the losses need from the teacher: logits, what is kept of its groups, input gradient."""
-        if teacher is None:
-            return None, {}, None
-        with torch.set_grad_enabled(bool(of_image)):
-            logits, groups = run(teacher, images)
-            gradient = utils.input_gradient(logits, images, labels) if of_image else None
-            return logits.detach(), transfer.kept(opt, groups), gradient
-
-    def teach_in_parts(images, labels):
-        logits, kept = zip(*(teach(part, labels)[:2] for part in images.split(PART)))
-        return torch.cat(logits), {name: torch.cat([part[name] for part in kept]) for name in kept[0]}, None
+    needs_gradient, teach = bool(of_image or penalty), _teaching(opt, teacher, device)
 
     def learn(images, labels, teacher_logits, kept, teacher_gradient):
-        logits, groups = run(student, images)
+        logits, groups = _run(opt, student, images, device)
         task, parts = classify(logits, teacher_logits, labels)
         if needs_gradient:
             j = utils.input_gradient(logits, images, labels, create_graph=True)
@@ -93,13 +75,12 @@ def make_step(opt, student, teacher, device):
 
     def student_gradient(labels, images):
         images = images.detach().requires_grad_()
-        return utils.input_gradient(run(student, images)[0], images, labels, create_graph=True)
+        return utils.input_gradient(_run(opt, student, images, device)[0], images, labels, create_graph=True)
 
     def both(images, labels):
-        return learn(images, labels, *taught(images, labels))
+        return learn(images, labels, *teach(images, labels))
 
-    taught = teach_in_parts if opt.teacher_dtype == 'int8' else teach
-    on_whole_batches = _compiled(opt, both, learn, taught, device) if opt.compile else both
+    on_whole_batches = _compiled(opt, both, learn, teach, device) if opt.compile else both
 
     def step(images, labels):
         images = images.detach().requires_grad_(needs_gradient)
@@ -107,6 +88,31 @@ def make_step(opt, student, teacher, device):
         return (on_whole_batches if whole else both)(images, labels)
 
     return step
+
+
+def _run(opt, network, images, device):
+    with autocast(device, opt.dtype):
+        logits, groups = network(images)
+    return full(logits), groups
+
+
+def _teaching(opt, teacher, device):
+    """What the losses need of the teacher: (images, labels) -> (logits, what is kept of groups, input gradient)."""
+    of_image = bool(transfer.of_image(opt))
+
+    def teach(images, labels):
+        if teacher is None:
+            return None, {}, None
+        with torch.set_grad_enabled(of_image):
+            logits, groups = _run(opt, teacher, images, device)
+            gradient = utils.input_gradient(logits, images, labels) if of_image else None
+            return logits.detach(), transfer.kept(opt, groups), gradient
+
+    def teach_in_parts(images, labels):
+        logits, kept = zip(*(teach(part, labels)[:2] for part in images.split(PART)))
+        return torch.cat(logits), {name: torch.cat([part[name] for part in kept]) for name in kept[0]}, None
+
+    return teach_in_parts if opt.teacher_dtype == 'int8' else teach
 
 
 def _compiled(opt, both, learn, teach, device):

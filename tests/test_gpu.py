@@ -103,7 +103,12 @@ def test_a_part_that_fails_in_any_way_ends_neither_the_others_nor_the_table(scri
 
 
 def test_every_test_that_fails_is_a_line(monkeypatch):
-    out = 'FAILED tests/test_a.py::test_one - no\nERROR tests/test_b.py - none\n1 failed, 2 passed, 1 error in 3 s\n'
+    out = (
+        'RuntimeError: captured\n'
+        'FAILED tests/test_a.py::test_one - no\n'
+        'ERROR tests/test_b.py - none\n'
+        '1 failed, 2 passed, 1 error in 3 s\n'
+    )
     given = []
 
     def call(words, folder, environment):
