@@ -5,6 +5,7 @@
     python reproduce.py table2 --dataroot data --dtype bfloat16 --compile  # table 2: mapping functions, one group only
     python reproduce.py table3 --dataroot data     # table 3: gradients, on networks without batch norm
     python reproduce.py tuning --dataroot data     # weights of AT and F-ActT, on held-out training images
+    python reproduce.py controls --dataroot data   # AT to the maps of another image, and of an untrained teacher
     python reproduce.py crd --dataroot data        # CIFAR-100, as papers on distillation do: 5 seeds of 240 epochs
     python reproduce.py table1 --show              # the table from the logs that are there
 
@@ -25,7 +26,7 @@ import torch
 from engine import ending, jobs
 from engine.arguments import Parser, number, path
 from engine.flags import parse_cifar
-from engine.paper import TABLES, columns, commands, methods_of, names, teacher_of
+from engine.paper import TABLES, columns, commands, methods_of, names
 from engine.precision import freeze
 from engine.runs import changed_settings
 from engine.step import seconds_a_step
@@ -35,6 +36,7 @@ from formats.networks import NETWORKS, fold, load
 from formats.write import write_whole
 from utils import DTYPES
 
+FOLDER = os.path.dirname(os.path.abspath(__file__))
 # What the hours of --dry_run come from.
 MEASURED = 'steps times the median of 3 steps of each kind of run, measured now on random images; without evaluation'
 
@@ -46,11 +48,11 @@ def parse():
     flag('table', choices=list(TABLES))
     flag('--rows', default='', help="numbers of the table's rows from 1, like 1,3 (default: all)")
     flag('--methods', default='', help=f'some of {",".join(methods_of("table1"))} (default: those of the table)')
-    flag('--seeds', type=number(int, 1, 1000), help='number of seeds, from 0 on (default: 5, tuning: 1)')
+    flag('--seeds', type=number(int, 1, 1000), help='number of seeds, from 0 on (default: 5, controls: 3, tuning: 1)')
     flag(
         '--epochs',
         type=number(int, 1),
-        help='the schedule scales with it (default: 200, crd: 240, demo: 20, tuning: 16)',
+        help='the schedule scales with it (default: 200, crd: 240, demo: 20, controls and tuning: 16)',
     )
     flag('--dataroot', default='.', type=path, help='as in cifar.py')
     held_out = 'as in cifar.py, to choose between variants (default: 0, tuning: 5000)'
@@ -128,8 +130,8 @@ def device():
 def seconds(opt, missing, runs):
     """The seconds that the remaining runs would take here in sequence, from measured steps on random images."""
     measured, total, images_per_epoch = {}, 0, TABLES[opt.table]['images'] - opt.holdout
-    for name, arguments in missing.items():
-        flags = parse_cifar('', arguments)
+    for name, command in missing.items():
+        flags = parse_cifar('', command.flags)
         kind = name.rpartition('-s')[0]
         if kind not in measured:
             images = torch.randn(flags.batch_size, 3, flags.image_size, flags.image_size, device=device())
@@ -140,41 +142,43 @@ def seconds(opt, missing, runs):
     return total
 
 
-def _untrained(arguments):
-    flags = parse_cifar('', arguments)
+def _untrained(command):
+    flags = parse_cifar('', command.flags)
     f, params = initial_network(flags)
     return partial(f, params=freeze(fold(params), flags.dtype, device()), mode=False)
 
 
-def check_settings(name, flags):
-    """Raise ValueError if logs/ has the run with other settings than these flags of cifar.py."""
+def check_settings(name, command):
+    """Raise ValueError if logs/ has the run with other settings than those of a Command."""
+    flags = parse_cifar('', command.flags)
+    if command.control:
+        flags.control = command.control
     changed = changed_settings(flags, results(name))
     if changed:
         raise ValueError(f'logs/{name} holds a run with other settings ({"; ".join(changed)})')
 
 
 def print_refusals(runs):
-    """Print which of the runs {name: arguments} are in logs/ with other settings, so that they would fail."""
-    for name, arguments in runs.items():
+    """Print which of the runs {name: Command} are in logs/ with other settings, so that they would fail."""
+    for name, command in runs.items():
         try:
-            check_settings(name, parse_cifar('', arguments))
+            check_settings(name, command)
         except ValueError as error:
             print(f'# {error}')
 
 
-def run(opt, name, arguments, job):
+def run(opt, name, command, job):
     """Train a run to its end, on the GPU of its job number if there are GPUs; return the outcome to print.
 
     Raises ValueError if it cannot start or fails, and KeyboardInterrupt if it was stopped.
     """
-    flags = parse_cifar('', arguments)
-    check_settings(name, flags)
+    check_settings(name, command)
     if finished(opt, name):
         return 'done'
-    if flags.teacher_id and not last_epoch(opt, flags.teacher_id):
-        raise ValueError(f'its teacher {flags.teacher_id} is not trained')
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'cifar.py')
-    jobs.call([sys.executable, script, *arguments], job, opt.jobs)
+    if command.teacher and not last_epoch(opt, command.teacher):
+        raise ValueError(f'its teacher {command.teacher} is not trained')
+    script, *words = command.words
+    jobs.call([sys.executable, os.path.join(FOLDER, script), *words], job, opt.jobs)
     if not last_epoch(opt, name):
         raise ValueError('it was stopped')
     return f'{100 - last_epoch(opt, name)["test_acc"]:.2f}% test error'
@@ -192,12 +196,11 @@ def print_conclusion(opt):
     folder = os.path.dirname(runs[0])
     labelled = zip((runs[0], runs[2], runs[1]), ('teacher', 'student, AT', 'student alone'))
     models = [word for run, label in labelled for word in ('--model', run, '--label', label)]
-    plot = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'plot.py')
     for out, words in {
         'curves.png': ['curves', *runs],
         'maps.png': ['attention', *models, '--images', 'digits', '--image_size', '8'],
     }.items():
-        jobs.call([sys.executable, plot, *words, '--out', os.path.join(folder, out)], 0, 1)
+        jobs.call([sys.executable, os.path.join(FOLDER, 'plot.py'), *words, '--out', os.path.join(folder, out)], 0, 1)
 
 
 def main():
@@ -206,14 +209,14 @@ def main():
     runs = commands(opt)
     if opt.dry_run:
         print_refusals(runs)
-        missing = {name: arguments for name, arguments in runs.items() if not last_epoch(opt, name)}
-        print('\n'.join(shlex.join(['python', 'cifar.py', *arguments]) for arguments in missing.values()))
+        missing = {name: command for name, command in runs.items() if not last_epoch(opt, name)}
+        print('\n'.join(shlex.join(['python', *command.words]) for command in missing.values()))
         hours = seconds(opt, missing, runs) / 3600
         print(f'# {len(missing)} runs, about {hours:.1f} hours here, one after the other ({MEASURED})')
         return
     failed = []
     if not opt.show:
-        waits_for = {name: teacher_of(arguments) for name, arguments in runs.items()}
+        waits_for = {name: command.teacher for name, command in runs.items()}
         failed = jobs.run_all(waits_for, lambda name, job: run(opt, name, runs[name], job), opt.jobs)
     lines = table_lines(opt)
     if opt.markdown:  # before the output, which may be a closed pipe

@@ -1,8 +1,9 @@
 """Tables as data: networks, methods and published errors, and the runs of cifar.py that reproduce them.
 
-They are those of section 4.1 of the paper; `tuning`, which compares weights on held-out images; and `crd`, on which
-papers on distillation compare themselves: the protocol of Tian et al. 2020, "Contrastive Representation Distillation",
-whose table 1 has the errors (means of 5 seeds).
+They are those of section 4.1 of the paper; `tuning`, which compares weights on held-out images; `controls`, which
+compares attention transfer with that of examples/controls.py; and `crd`, on which papers on distillation compare
+themselves: the protocol of Tian et al. 2020, "Contrastive Representation Distillation", whose table 1 has the errors
+(means of 5 seeds).
 """
 
 import json
@@ -36,6 +37,8 @@ TUNING = {
         ['teacher', 'student', *(f'{method}-beta{beta}' for method, betas in BETAS.items() for beta in betas)]
     )
 }
+CONTROLS = {'at-shifted': 'AT, maps of another image', 'at-untrained': 'AT, untrained teacher'}
+CONTROLLED = {('wrn-16-1', 'wrn-16-2'): dict.fromkeys(('teacher', 'student', 'at', *CONTROLS))}
 DEMO = {('wrn-10-0.25', 'wrn-16-2'): dict.fromkeys(('teacher', 'student', 'at', 'kd', 'at-kd'))}
 
 VARIANTS = {  # of attention transfer, for table 2: {name: (label, flags)}
@@ -63,6 +66,7 @@ TABLES = {
     # Without batch norm, 1e+3 and 1e+2 diverge within an epoch; of 10 and 1, 10 did better on held-out images.
     'table3': {**CIFAR, 'rows': TABLE3, 'beta': '10'},
     'tuning': {**CIFAR, 'rows': TUNING, 'epochs': 16, 'seeds': 1, 'holdout': 5000},
+    'controls': {**CIFAR, 'rows': CONTROLLED, 'epochs': 16, 'seeds': 3, 'teacher_seeds': 1},
     'crd': {
         **CIFAR,
         'dataset': 'CIFAR100',
@@ -90,6 +94,24 @@ class Method(NamedTuple):
     label: str
     flags: list
     taught: bool = True
+    control: str = ''  # of examples/controls.py
+
+
+class Command(NamedTuple):
+    """How a run is trained: by cifar.py or, for a control, by examples/controls.py, which takes the same flags."""
+
+    flags: list
+    control: str = ''
+
+    @property
+    def words(self):
+        """The script and its arguments."""
+        return [*(['examples/controls.py', self.control] if self.control else ['cifar.py']), *self.flags]
+
+    @property
+    def teacher(self):
+        """The name of the teacher's run, or None."""
+        return self.flags[self.flags.index('--teacher_id') + 1] if '--teacher_id' in self.flags else None
 
 
 def methods_of(table):
@@ -115,6 +137,9 @@ def methods_of(table):
             for beta in betas:
                 flags = [beta if before == '--beta' else flag for before, flag in pairwise(['', *method.flags])]
                 methods[f'{name}-beta{beta}'] = Method(f'{label} {int(beta):,}', flags)
+    if table == 'controls':
+        for name, label in CONTROLS.items():
+            methods[name] = Method(label, at, control=name.removeprefix('at-'))
     kd = ['--alpha', '0.9']
     return methods | {'kd': Method('KD', kd), 'at-kd': Method('AT+KD', [*at, '--beta_decay', 'linear', *kd])}
 
@@ -147,7 +172,7 @@ def names(opt, row, method):
 
 
 def commands(opt):
-    """The runs of a table, each once and teachers first: {name: arguments of cifar.py}.
+    """The runs of a table, each once and teachers first: {name: Command}.
 
     The teacher of seed 0 teaches the students of every seed, so their spread excludes the teacher's.
     """
@@ -167,8 +192,9 @@ def commands(opt):
                 flags = [*network_flags(row[method == 'teacher']), '--seed', str(seed), *known[method].flags]
                 if known[method].taught:
                     flags += ['--teacher_id', run_name(opt, row[1], 0)]
-                runs.setdefault(name, [*common, *flags, '--save', f'logs/{name}', '--resume', 'auto'])
-    teachers = {teacher_of(arguments) for arguments in runs.values()}
+                flags = [*common, *flags, '--save', f'logs/{name}', '--resume', 'auto']
+                runs.setdefault(name, Command(flags, known[method].control))
+    teachers = {command.teacher for command in runs.values()}
     return dict(sorted(runs.items(), key=lambda run: run[0] not in teachers))
 
 
@@ -177,8 +203,3 @@ def columns(opt, row):
     known = {method for table in TABLES.values() for errors in table['rows'].values() for method in errors}
     paper = TABLES[opt.table]['rows'][row]
     return [m for m in methods_of(opt.table) if m in opt.methods and (m in paper or m not in known)]
-
-
-def teacher_of(arguments):
-    """The name of the teacher's run in arguments of cifar.py, or None."""
-    return arguments[arguments.index('--teacher_id') + 1] if '--teacher_id' in arguments else None

@@ -6,6 +6,7 @@ import os
 import re
 
 from engine.log import read_log
+from engine.paper import CONTROLS
 from engine.transfer import PENALTIES, TRANSFERS
 from formats.networks import NETWORKS, file_of
 
@@ -98,6 +99,8 @@ def method_of(record):
         return [kind.label] if kind and _number(record.get(weight)) > 0 else []
 
     labels = label(TRANSFERS, record.get('transfer', 'activation'), 'beta')
+    control = CONTROLS.get(f'at-{record.get("control")}')  # of examples/controls.py
+    labels = [control] if control and labels else labels
     labels += ['KD'] if _number(record.get('alpha')) > 0 else []
     return '+'.join(labels + label(PENALTIES, record.get('penalty'), 'gamma')) or 'alone'
 

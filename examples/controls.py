@@ -7,8 +7,8 @@
 
 `shifted` compares each image's maps with the teacher's of another image of its batch. `untrained` takes a teacher of
 the same shape with initial weights. All else is as in cifar.py, whose flags this program takes: compare its run with
-the student alone and with attention transfer of the same seed. It also shows how to train with any function of images
-that returns (logits, groups) as the teacher.
+the student alone and with attention transfer of the same seed, as `python reproduce.py controls` does with three seeds.
+It also shows how to train with any function of images that returns (logits, groups) as the teacher.
 """
 
 import os
@@ -48,6 +48,7 @@ def main():
     if control not in CONTROLS and control not in ('-h', '--help'):
         raise ValueError(f'{control!r} is not a control: expected {" or ".join(CONTROLS)}, then the flags of cifar.py')
     opt = flags.parse_cifar(__doc__, words if control in CONTROLS else [control])
+    opt.control = control  # for the log
     if not opt.beta or opt.alpha:
         raise ValueError('a control compares attention maps: it takes --beta, and no --alpha')
     device = start(opt)

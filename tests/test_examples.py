@@ -155,6 +155,7 @@ def test_controls_train_as_cifar_does_with_another_teacher(script, train, photos
         assert status == 0 and 'at0: beta 100' in out, err
         first[control] = read_log(f'logs/{control}/log.txt')[0]
     assert len({record['at2'] for record in first.values()}) == 3
+    assert [record.get('control') for record in first.values()] == [None, *controls.CONTROLS]
     settings = [{k: v for k, v in r.items() if k in ('seed', 'beta', 'lr', 'teacher_id')} for r in first.values()]
     assert settings[0] == settings[1] == settings[2]
 

@@ -169,6 +169,8 @@ SHAPE = {'net': 'wrn', 'depth': 16, 'width': 1.0}
         ({'beta': 1e3, 'alpha': 0.9, 'transfer': 'activation'}, 'WRN-16-1, AT+KD'),
         ({'beta': 1e5, 'transfer': 'full', 'width': 0.5}, 'WRN-16-0.5, F-ActT'),
         ({'alpha': 0.9}, 'WRN-16-1, KD'),
+        ({'beta': 1e3, 'control': 'shifted'}, 'WRN-16-1, AT, maps of another image'),
+        ({'beta': 1e3, 'control': ['x']}, 'WRN-16-1, AT'),
         ({'gamma': 0.1, 'penalty': 'min_l2', 'net': 'nin', 'width': 0.4375}, 'NIN-0.4375, min-l2'),
         ({'net': None, 'imagenetpath': 'x', 'depth': 18, 'beta': 1e3}, 'ResNet-18, AT'),
         ({'net': None, 'pretrained': 'x', 'depth': 18, 'width': None}, 'ResNet-18, alone'),

@@ -70,7 +70,15 @@ def test_dry_run_prints_the_commands_teachers_first_and_each_once(script, fast):
 
 @pytest.mark.parametrize(
     'name, runs',
-    [('table1', 6 + 4 * 4), ('table2', 2 + 7), ('table3', 2 + 2 + 3), ('tuning', 2 + 9), ('crd', 7), ('demo', 5)],
+    [
+        ('table1', 6 + 4 * 4),
+        ('table2', 2 + 7),
+        ('table3', 2 + 2 + 3),
+        ('tuning', 2 + 9),
+        ('controls', 5),
+        ('crd', 7),
+        ('demo', 5),
+    ],
 )
 def test_every_table_is_made_of_commands_that_are_understood(script, fast, name, runs):
     """Table 3 has NINs without batch norm and weight decay, and its images are only mirrored."""
@@ -78,7 +86,7 @@ def test_every_table_is_made_of_commands_that_are_understood(script, fast, name,
     lines = out.splitlines()[:-1]
     assert len(lines) == runs
     for line in lines:
-        opt = parse_cifar('', shlex.split(line)[2:])
+        opt = parse_cifar('', shlex.split(line[line.index('--') :]))
         if name == 'crd':
             assert opt.dataset == 'CIFAR100' and (opt.epochs, opt.epoch_step) == (240, '[151,181,211]')
             assert (opt.lr, opt.lr_decay_ratio, opt.batch_size, opt.keep_momentum) == (0.05, 0.1, 64, True)
@@ -205,6 +213,17 @@ def test_a_run_that_ends_well_before_its_last_epoch_was_stopped(script, instead)
     instead('exit 0')
     status, out, _ = script(reproduce, 'demo --methods student --seeds 1')
     assert status == 1 and ': failed: it was stopped\n' in out
+
+
+def test_the_controls_are_runs_of_their_own_script_and_are_told_from_other_runs(script, instead):
+    write_log('cifar10-e16/wrn-16-2-s0', 12.0)
+    write_log('cifar10-e16/wrn-16-1-at-untrained-wrn-16-2-s0', 14.0, control='shifted')
+    instead('echo "$@" >> began; exit 3')
+    status, out, _ = script(reproduce, 'controls --dtype bfloat16 --methods at-shifted,at-untrained --seeds 1')
+    (began,) = pathlib.Path('began').read_text().splitlines()
+    assert status == 1 and f'{ROOT}/examples/controls.py shifted --dataset CIFAR10' in began
+    assert '--beta 1e+3 --teacher_id cifar10-e16/wrn-16-2-s0 --save' in began
+    assert "holds a run with other settings (control 'shifted', not 'untrained'" in out
 
 
 @pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGUSR1])
