@@ -1,6 +1,7 @@
-"""Shows runs: convergence curves and CSV files from logs, and attention maps (section 3.1) from checkpoints.
+"""Shows runs: convergence curves, tables and CSV files from logs, attention maps (section 3.1) from checkpoints.
 
     python plot.py curves logs/RUN logs/OTHER_RUN --out curves.png
+    python plot.py table logs/student-s* logs/at-s*
     python plot.py csv logs/RUN logs/OTHER_RUN > runs.csv
     python plot.py attention --model logs/TEACHER --model logs/STUDENT --images CIFAR10 --dataroot data
     python plot.py attention --model torchvision:resnet34 --model logs/STUDENT --images photos --out attention.svg
@@ -26,6 +27,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from engine import ending
 from engine.arguments import Parser, number, path, printable, subcommand
+from engine.compare import comparison
 from engine.predict import normalized, read_pixels
 from engine.series import errors, flat, loss_terms, name_of, names_of, rate_drops, read_run, term_of
 from formats.networks import checkpoint_of, describe, load_teacher
@@ -333,7 +335,7 @@ def write_csv(paths, out):
 
 
 def main():
-    """Run the subcommand: curves, csv or attention."""
+    """Run the subcommand: curves, table, csv or attention."""
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND', parser_class=subcommand)
     flag = commands.add_parser('curves', help='errors and loss terms of runs over epochs').add_argument
@@ -342,6 +344,8 @@ def main():
     flag('--label', action='append', default=[], metavar='NAME', help=label)
     flag('--out', default='curves.png', type=picture, help='.png or .svg')
     flag('--test_only', action='store_true', help='leave out the training errors')
+    flag = commands.add_parser('table', help='errors by method, and paired differences, in Markdown').add_argument
+    flag('logs', nargs='+', type=path, metavar='LOG', help='a folder with log.txt, or a log')
     flag = commands.add_parser('csv', help='logs as one table').add_argument
     flag('logs', nargs='+', type=path, metavar='LOG', help="a folder with log.txt, or a log, ours or the authors'")
     flag('--out', default='', type=path, help='file to write (default: print the table)')
@@ -358,6 +362,8 @@ def main():
     flag('--power', default=2, type=number(float, 0, 16, above=True), help='p of |A|^p (section 3.1)')
     flag('--out', default='attention.png', type=picture, help='.png or .svg')
     opt = parser.parse_args()
+    if opt.command == 'table':
+        return print('\n'.join(comparison(opt.logs)))
     if opt.command == 'csv':
         return write_csv(opt.logs, opt.out)
     write(draw_curves(opt.logs, opt.label, not opt.test_only) if opt.command == 'curves' else attention(opt), opt.out)

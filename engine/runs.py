@@ -108,13 +108,18 @@ def changed_settings(opt, records):
     """The differences of the flags from a log's last line: ['lr 0.1, not 0.05', ...]."""
     if not records:
         return []
-    logged = dict(records[-1])
-    if 'lr_now' not in logged:
-        logged.pop('lr', None)  # in older logs, the rate of the epoch
-    if isinstance(logged.get('teacher_id'), str):  # in older logs, the protocol was a part of the name
-        logged['teacher_id'] = logged['teacher_id'].replace('/', '-')
-    now = {k: v.replace('/', '-') if k == 'teacher_id' else v for k, v in vars(opt).items() if k not in NOT_SETTINGS}
+    logged, now = settings(records[-1]), settings({**vars(opt), 'lr_now': 0})
     return [f'{k} {logged[k]!r:.99}, not {v!r:.99}' for k, v in now.items() if k in logged and logged[k] != v]
+
+
+def settings(record):
+    """A log's record without the flags that do not bear on results; what older logs have is as in newer ones."""
+    found = {key: value for key, value in record.items() if key not in NOT_SETTINGS}
+    if found.pop('lr_now', None) is None:
+        found.pop('lr', None)  # in older logs, the rate of the epoch
+    if isinstance(found.get('teacher_id'), str):  # in older logs, the protocol was a part of the name
+        found['teacher_id'] = found['teacher_id'].replace('/', '-')
+    return found
 
 
 def _resumes_own(opt):

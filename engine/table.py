@@ -12,6 +12,7 @@ from engine.log import read_log
 from engine.paper import TABLES, columns, methods_of, names
 from formats.read import check_regular
 
+DIFFERENCES = 'difference of errors', 'mean, points', '95 % t-interval, +-', 'pairs of seeds'
 # What a log record needs for a table: its keys and their types.
 PROTOCOL = {
     **dict.fromkeys('epoch train_images test_images holdout epochs batch_size'.split(), int),
@@ -27,12 +28,13 @@ def results(name):
     """
     path = os.path.join('logs', name, 'log.txt')
     records = read_log(path) if os.path.exists(path) else []
-    if not all(map(_is_of_cifar, records)):
+    if not all(map(is_whole, records)):
         raise ValueError(f'{path} is not a log of cifar.py')
     return records
 
 
-def _is_of_cifar(record):
+def is_whole(record):
+    """Whether a log's record has what a table needs."""
     found = {key: record.get(key) for key in PROTOCOL}
     numbers = [value for key, value in found.items() if PROTOCOL[key] is not str]
     typed = all(type(found[key]) in ((int, float) if kind is float else (kind,)) for key, kind in PROTOCOL.items())
@@ -55,11 +57,11 @@ def table_lines(opt):
     paper = any(error for errors in TABLES[opt.table]['rows'].values() for error in errors.values())
     head = ['student <- teacher', 'method', 'our median error, %', 'spread', 'seeds', *[published] * paper]
     of_paper = paper and opt.epochs == TABLES[opt.table]['epochs'] and not opt.holdout
-    lines = [_line([*head, 'difference'] if of_paper else head), '|---' * (len(head) + of_paper) + '|']
+    lines = [line([*head, 'difference'] if of_paper else head), '|---' * (len(head) + of_paper) + '|']
     for (row, method), done in runs.items():
         if done or opt.all:
             cells = _cells(opt, row, method, methods[method].label, done, of_paper)
-            lines.append(_line(cells if paper else cells[:-1]))
+            lines.append(line(cells if paper else cells[:-1]))
     ran = sum(map(bool, runs.values()))
     if not ran and not opt.all:
         return [f'logs/ has no finished run of {opt.table} with {opt.epochs} epochs.']
@@ -83,7 +85,7 @@ def in_words(opt):
     """What a table of one row shows of its methods, and how surely, in a sentence; '' without two seeds in common."""
     done = {method: seeds for (_, method), seeds in finished_runs(opt).items()}
     labels = {method: known.label for method, known in methods_of(opt.table).items()}
-    found = {method: _paired(seeds, done.get('student', {})) for method, seeds in done.items()}
+    found = {method: _interval(_errors(seeds), _errors(done.get('student', {}))) for method, seeds in done.items()}
     known = {m: of for m, of in found.items() if of and m not in ('teacher', 'student')}
     signs = {method: (mean + half < 0) - (mean - half > 0) for method, (mean, half, _) in known.items()}
     less, more, unsure = ([labels[method] for method in signs if signs[method] == sign] for sign in (1, -1, 0))
@@ -99,33 +101,42 @@ def in_words(opt):
     )
 
 
-def _paired(done, other):
-    """Of paired differences of errors: mean, half the 95 % t-interval, number of pairs; None for fewer than two."""
-    seeds = sorted(done.keys() & other.keys())
-    if len(seeds) < 2:
+def _errors(done):
+    return {seed: 100 - record['test_acc'] for seed, record in done.items()}
+
+
+def _interval(errors, others):
+    """Of paired differences of errors {seed: %}: mean, half the 95 % t-interval, pairs; None for fewer than two."""
+    pairs = [errors[seed] - others[seed] for seed in sorted(errors.keys() & others.keys())]
+    if len(pairs) < 2:
         return None
-    pairs = [other[seed]['test_acc'] - done[seed]['test_acc'] for seed in seeds]
     half = float(stdtrit(len(pairs) - 1, 0.975)) * statistics.stdev(pairs) / len(pairs) ** 0.5
     return statistics.mean(pairs), half, len(pairs)
 
 
-def _line(cells):
+def paired(errors, others):
+    """The cells of paired differences of errors {seed: %}, below `DIFFERENCES`; None for fewer than two pairs."""
+    found = _interval(errors, others)
+    return found and (f'{found[0]:+.2f}', f'{found[1]:.2f}', str(found[2]))
+
+
+def summary(errors):
+    """The cells of errors {seed: %}: their median, their spread and the seeds."""
+    known = sorted(errors.values())
+    spread = f'{known[0]:.2f} to {known[-1]:.2f}' if len(known) > 1 else ''
+    return f'{statistics.median(known):.2f}' if known else 'not run', spread, ', '.join(map(str, errors))
+
+
+def line(cells):
+    """A line of a table in Markdown."""
     return f'| {" | ".join(cells)} |'
 
 
 def _cells(opt, row, method, label, done, of_paper):
-    errors = sorted(100 - record['test_acc'] for record in done.values())
-    paper = TABLES[opt.table]['rows'][row].get(method)
-    ours = statistics.median(errors) if errors else None
-    cells = [
-        f'{row[0]} <- {row[1]}'.upper(),
-        label,
-        'not run' if ours is None else f'{ours:.2f}',
-        f'{errors[0]:.2f} to {errors[-1]:.2f}' if len(errors) > 1 else '',
-        ', '.join(map(str, done)),
-        '' if paper is None else f'{paper:.2f}',
-    ]
-    return cells + ['' if ours is None or paper is None else f'{ours - paper:+.2f}'] * of_paper
+    errors, paper = _errors(done), TABLES[opt.table]['rows'][row].get(method)
+    cells = [f'{row[0]} <- {row[1]}'.upper(), label, *summary(errors), '' if paper is None else f'{paper:.2f}']
+    known = errors and paper is not None
+    return cells + [f'{statistics.median(errors.values()) - paper:+.2f}' if known else ''] * of_paper
 
 
 def differences(opt, runs, labels):
@@ -136,15 +147,11 @@ def differences(opt, runs, labels):
     lines = []
     for (row, method), done in runs.items():
         for base in ('student', 'at'):
-            found = _paired(done, runs.get((row, base), {})) if method not in ('teacher', 'student', base) else None
+            others = runs.get((row, base), {}) if method not in ('teacher', 'student', base) else {}
+            found = paired(_errors(done), _errors(others))
             if found:
-                mean, half, pairs = found
-                cells = f'{labels[method]} - {labels[base]}', f'{mean:+.2f}', f'{half:.2f}', str(pairs)
-                lines.append(_line([f'{row[0]} <- {row[1]}'.upper(), *cells]))
-    head = _line(
-        ['student <- teacher', 'difference of errors', 'mean, points', '95 % t-interval, +-', 'pairs of seeds']
-    )
-    return ['', head, '|---' * 5 + '|', *lines] if lines else []
+                lines.append(line([f'{row[0]} <- {row[1]}'.upper(), f'{labels[method]} - {labels[base]}', *found]))
+    return ['', line(['student <- teacher', *DIFFERENCES]), '|---' * 5 + '|', *lines] if lines else []
 
 
 def protocols(records):
@@ -165,12 +172,17 @@ def protocol(record):
     tested = f'{record["test_images"]:,}' + ('' if record['test_images'] == full_size else f' of {full_size:,}')
     if record['holdout']:
         tested = f'{record["test_images"]:,} held-out training'
-    line = (
+    way = (
         f'{record["dataset"]}: trained on {record["train_images"]:,} images for {record["epochs"]} epochs '
         f'({_rate(record)} times at {record["epoch_step"]}), batch {record["batch_size"]}, '
         f'{record["dtype"]}, last epoch, tested on {tested} images; torch {record["torch"]}, {record["device"]}'
     )
-    return html.escape(printable(line), quote=False)  # a log may be hostile, and the line goes into Markdown
+    return plain(way)
+
+
+def plain(text):
+    """A text from a log, which may be hostile, as a part of Markdown."""
+    return html.escape(printable(text), quote=False)
 
 
 def _rate(record):

@@ -1,0 +1,84 @@
+"""Runs of any of the scripts beside each other, from their logs alone: errors, and differences paired by seed."""
+
+import os
+from itertools import combinations
+
+from engine.runs import settings
+from engine.series import PHOTOGRAPHS, errors, method_of, network_of, read_run, term_of
+from engine.table import DIFFERENCES, is_whole, line, paired, plain, protocols, summary
+
+# What a log's record has besides settings and the terms of its loss.
+RESULTS = {
+    *'epoch train_loss train_acc test_loss test_acc train_time test_time at_losses lr_now beta_now'.split(),
+    *'images_per_second bad_images num_classes classes train_images test_images n_parameters'.split(),
+    *'torch device workers commit seed'.split(),
+}
+
+
+def comparison(paths):
+    """Two tables in Markdown, as lines: test errors of the last epoch by method, and their differences paired by seed.
+
+    paths: runs, as for `read_run`. The methods of a network are compared on the same images. Runs of one method that
+    differ in other settings are named by these. Runs that are not finished are left out, and named. Raises ValueError
+    for two runs of equal settings and seed, and for a log that lacks what a table needs, and what `read_run` raises.
+    """
+    records = {path: _last(path) for path in dict.fromkeys(map(os.path.normpath, paths))}
+    done = {path: record for path, record in records.items() if record['epoch'] == record['epochs']}
+    unfinished = [f'Not finished: {plain(path)}.' for path in records if path not in done]
+    if not done:
+        return unfinished
+    lines, pairs = [line(['network', 'method', 'median error, %', 'spread', 'seeds']), '|---' * 5 + '|'], []
+    for network, methods in _named(done).items():
+        lines += [line([network, method, *summary(of_seed)]) for method, of_seed in methods.items()]
+        for (base, others), (method, of_seed) in combinations(methods.items(), 2):
+            found = paired(of_seed, others)
+            pairs += [line([network, f'{method} - {base}', *found])] if found else []
+    lines += ['', line(['network', *DIFFERENCES]), '|---' * 5 + '|', *pairs] if pairs else []
+    return [*lines, '', *(f'{way}.' for way in protocols(done.values())), *unfinished]
+
+
+def _last(path):
+    """The last record of a run, with what a table needs: an image set as `dataset`, and the top-1 accuracy."""
+    record = read_run(path)[-1]
+    root, own = record.get('imagenetpath', record.get('dataroot')), record.get('dataset', 'folder')
+    own = os.path.basename(os.path.normpath(root)) if own == 'folder' and isinstance(root, str) else own
+    sized = any(key in record for key in PHOTOGRAPHS) and type(record.get('image_size')) is int
+    data = f'{own} at {record["image_size"]:.9g} pixels' if sized else own
+    record = {'holdout': 0, **record, 'dataset': data, 'test_acc': 100 - errors([record], 'test')[0]}
+    if not is_whole(record) or type(record.get('seed')) is not int or not network_of(record):
+        raise ValueError(f'{path}: its log lacks what a table needs, among it the seed and the number of epochs')
+    return record
+
+
+def _named(records):
+    """Records {path: last record} by network, method and seed: {network: {method: {seed: error in percent}}}.
+
+    With several sets of test images, a network's name has the set. Methods are in order: alone, single ones, others.
+    """
+    tested = {path: record['dataset'] + ', held out' * bool(record['holdout']) for path, record in records.items()}
+    kinds, found = {}, {}
+    for path, record in records.items():
+        network = network_of(record) + plain(f' on {tested[path]}') * (len(set(tested.values())) > 1)
+        kinds.setdefault((network, method_of(record)), {})[path] = record
+    for network, method in sorted(kinds, key=lambda kind: (kind[1] != 'alone', kind[1].count('+'))):
+        runs = kinds[network, method]
+        for path, label in _labels(runs).items():
+            of_seed = found.setdefault(network, {}).setdefault(plain(', '.join([method, *label])), {})
+            seed, error = records[path]['seed'], 100 - records[path]['test_acc']
+            if seed in of_seed:
+                raise ValueError(f'{path}: another run has the same settings and the seed {seed}')
+            of_seed[seed] = error
+    return found
+
+
+def _labels(runs):
+    """The settings by which runs {path: record} of one network and method differ: {path: ['beta 1000', ...]}."""
+    of_run = {path: settings(record) for path, record in runs.items()}
+    common = set.intersection(*(set(found) for found in of_run.values()))
+    flags = [key for key in next(iter(of_run.values())) if key in common - RESULTS and not term_of(key)]
+    varied = [key for key in flags if len({_text(found[key]) for found in of_run.values()}) > 1]
+    return {path: [f'{key} {_text(found[key])}' for key in varied] for path, found in of_run.items()}
+
+
+def _text(value):
+    return f'{value:g}' if isinstance(value, float) else str(value)[:60] or 'default'

@@ -1,0 +1,96 @@
+"""Runs beside each other, from logs of any of the scripts."""
+
+import json
+import pathlib
+
+import pytest
+from conftest import refused
+from test_reproduce import RECORD
+
+import plot
+
+PHOTOGRAPHS = {**RECORD, 'imagenetpath': 'data/birds', 'image_size': 64, 'depth': 18, 'width': 1.0, 'epochs': 2}
+SMALL = {**RECORD, 'net': 'wrn', 'depth': 16, 'width': 1.0, 'epochs': 2}
+del PHOTOGRAPHS['dataset']
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Write the log of a run of two epochs: run(name, error, record, ...) -> its folder."""
+
+    def write(name, error, record, epochs=(1, 2), **more):
+        (tmp_path / name).mkdir()
+        accuracy = [100 - error, 99.0] if 'imagenetpath' in record else 100 - error
+        records = [{'seed': 0, 'lr_now': 0.1, 'at0': 0.1, **record, **more, 'epoch': e} for e in epochs]
+        lines = (f'json_stats: {json.dumps({**r, "test_acc": accuracy})}\n' for r in records)
+        (tmp_path / name / 'log.txt').write_text(''.join(lines))
+        return name
+
+    return write
+
+
+def shown(script, *runs):
+    status, out, err = script(plot, 'table', runs)
+    assert (status, err) == (0, '')
+    return out.splitlines()
+
+
+def test_methods_are_compared_in_pairs_of_seeds_and_named_by_what_differs(script, run):
+    """Differences of 1, 2 and 3 have the mean 2 and the standard deviation 1; the quantile of t is 4.303."""
+    runs = [run(f'at{s}', 9 - s, PHOTOGRAPHS, seed=s, beta=10.0, groups='2,3', nthread=s) for s in range(3)]
+    runs += [run('all', 8, PHOTOGRAPHS, beta=10.0, groups=''), run('kd', 7, PHOTOGRAPHS, alpha=0.9)]
+    runs += [run(f'alone{s}', 10, PHOTOGRAPHS, seed=s) for s in range(4)]
+    runs += [run('teacher', 5, {**PHOTOGRAPHS, 'depth': 34}), run('killed', 6, PHOTOGRAPHS, epochs=[1], seed=9)]
+    assert shown(script, *runs, runs[0], f'{runs[0]}/') == [
+        '| network | method | median error, % | spread | seeds |',
+        '|---|---|---|---|---|',
+        '| ResNet-18 | alone | 10.00 | 10.00 to 10.00 | 0, 1, 2, 3 |',
+        '| ResNet-18 | AT, groups 2,3 | 8.00 | 7.00 to 9.00 | 0, 1, 2 |',
+        '| ResNet-18 | AT, groups default | 8.00 |  | 0 |',
+        '| ResNet-18 | KD | 7.00 |  | 0 |',
+        '| ResNet-34 | alone | 5.00 |  | 0 |',
+        '',
+        '| network | difference of errors | mean, points | 95 % t-interval, +- | pairs of seeds |',
+        '|---|---|---|---|---|',
+        '| ResNet-18 | AT, groups 2,3 - alone | -2.00 | 2.48 | 3 |',
+        '',
+        'birds at 64 pixels: trained on 50,000 images for 2 epochs (lr 0.2 times at [5,10,13]), batch 128, bfloat16, '
+        'last epoch, tested on 9,980 images; torch 2, a machine.',
+        'Not finished: killed.',
+    ]
+
+
+def test_runs_of_different_images_are_not_compared(script, run):
+    runs = [run(f'digits{s}', 10, {**SMALL, 'dataset': 'digits'}, seed=s) for s in range(2)]
+    runs += [run(f'cifar{s}', 20, SMALL, seed=s, beta=1e3) for s in range(2)]
+    runs += [run(f'held{s}', 30, SMALL, seed=s, beta=1e3, holdout=5000) for s in range(2)]
+    lines = shown(script, *runs)
+    rows = [line.split(' | ')[0].removeprefix('| ') for line in lines if line.startswith('| WRN')]
+    assert rows == ['WRN-16-1 on digits', 'WRN-16-1 on CIFAR10', 'WRN-16-1 on CIFAR10, held out']
+    assert not any('difference' in line for line in lines)
+
+
+def test_what_cannot_be_compared_is_named(script, run):
+    one, two = run('one', 10, SMALL, nthread=1), run('two', 11, SMALL, nthread=2)
+    assert refused(script(plot, f'table {one} {two}'), 'two: another run has the same settings and the seed 0')
+    for i, change in enumerate(({'seed': None}, {'epochs': '2'}, {'depth': 'x'}, {'train_images': None})):
+        log = run(f'bad{i}', 10, {**SMALL, **change})
+        assert refused(script(plot, ['table', log]), log, 'lacks what a table needs')
+    assert refused(script(plot, 'table nowhere'), 'nowhere')
+    assert shown(script, run('begun', 10, SMALL, epochs=[1])) == ['Not finished: begun.']
+
+
+def test_a_hostile_log_controls_neither_terminal_nor_markdown(script, run):
+    evil = '\x1b[2J<b>'
+    runs = [
+        run(f'run{i}', 10, SMALL, seed=i, beta=1.0, groups=f'{i}{evil}', dataset=evil, device=evil) for i in range(2)
+    ]
+    text = '\n'.join(shown(script, *runs, run('\x1b<b>', 10, SMALL, epochs=[1])))
+    assert '?[2J&lt;b&gt;' in text and '\x1b' not in text and '<b>' not in text
+
+
+def test_the_published_runs_of_a_schedule_are_one_table(script, monkeypatch):
+    monkeypatch.chdir(pathlib.Path(plot.__file__).parent)
+    lines = shown(script, *map(str, pathlib.Path('logs/cifar10-e16').iterdir()))
+    assert sum(line.startswith('| WRN-16-1 | ') for line in lines) > 8
+    assert '| WRN-16-1 | AT - alone | -1.55 | 1.35 | 3 |' in lines
