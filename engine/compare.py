@@ -3,6 +3,7 @@
 import os
 from itertools import combinations
 
+from engine.flags import parse_cifar
 from engine.runs import settings
 from engine.series import PHOTOGRAPHS, errors, method_of, network_of, read_run, term_of
 from engine.table import DIFFERENCES, is_whole, line, paired, plain, protocols, summary
@@ -72,12 +73,16 @@ def _named(records):
 
 
 def _labels(runs):
-    """The settings by which runs {path: record} of one network and method differ: {path: ['beta 1000', ...]}."""
-    of_run = {path: settings(record) for path, record in runs.items()}
-    common = set.intersection(*(set(found) for found in of_run.values()))
-    flags = [key for key in next(iter(of_run.values())) if key in common - RESULTS and not term_of(key)]
-    varied = [key for key in flags if len({_text(found[key]) for found in of_run.values()}) > 1]
-    return {path: [f'{key} {_text(found[key])}' for key in varied] for path, found in of_run.items()}
+    """The settings by which runs {path: record} of one network and method differ: {path: ['beta 1000', ...]}.
+
+    A flag that an older log lacks has its default.
+    """
+    defaults, of_run = vars(parse_cifar('', [])), [settings(record) for record in runs.values()]
+    keys = {key: None for found in of_run for key in found if key not in RESULTS and not term_of(key)}
+    known = [key for key in keys if key in defaults or all(key in found for found in of_run)]
+    texts = [{key: _text(found.get(key, defaults.get(key))) for key in known} for found in of_run]
+    varied = [key for key in known if len({text[key] for text in texts}) > 1]
+    return {path: [f'{key} {text[key]}' for key in varied] for path, text in zip(runs, texts)}
 
 
 def _text(value):

@@ -89,6 +89,14 @@ def test_a_hostile_log_controls_neither_terminal_nor_markdown(script, run):
     assert '?[2J&lt;b&gt;' in text and '\x1b' not in text and '<b>' not in text
 
 
+def test_a_flag_that_an_older_log_lacks_has_its_default(script, run):
+    old, new = run('old', 10, SMALL, beta=1.0), run('new', 9, SMALL, seed=1, beta=1.0, teacher_dtype='same', other=1)
+    assert '| WRN-16-1 | AT | 9.50 | 9.00 to 10.00 | 0, 1 |' in shown(script, old, new)
+    coarse = run('coarse', 8, SMALL, beta=1.0, teacher_dtype='int8')
+    rows = [line.split(' | ')[1] for line in shown(script, old, coarse) if line.startswith('| WRN')]
+    assert rows == ['AT, teacher_dtype same', 'AT, teacher_dtype int8']
+
+
 def test_the_published_runs_of_a_schedule_are_one_table(script, monkeypatch):
     monkeypatch.chdir(pathlib.Path(plot.__file__).parent)
     lines = shown(script, *map(str, pathlib.Path('logs/cifar10-e16').iterdir()))
