@@ -29,7 +29,7 @@ from engine import ending
 from engine.arguments import Parser, number, path, printable, subcommand
 from engine.compare import comparison
 from engine.predict import normalized, read_pixels
-from engine.series import errors, flat, loss_terms, name_of, names_of, rate_drops, read_run, term_of
+from engine.series import errors, flat, loss_terms, name_of, names_of, rate_drops, read_run, shorten, term_of
 from formats.networks import checkpoint_of, describe, load_teacher
 from formats.write import write_whole
 from imagenet_resnet import imagenet_forward
@@ -47,10 +47,6 @@ COLOUR_MAP = 'inferno'  # its lightness rises evenly: safe for colour-blind eyes
 IMAGENET_SIZE, SMALL_SIZE = 224, 32
 NAMES = {2: ('teacher', 'student'), 3: ('teacher', 'student 1', 'student 2')}  # of networks beside each other
 IMAGE_SETS = [name for name in memory.DATASETS if name != 'folder']
-
-
-def _shorten(name, length=60):
-    return name if len(name) <= length else f'{name[: length // 2]}…{name[-length // 2 :]}'
 
 
 @matplotlib.rc_context(STYLE)
@@ -71,7 +67,7 @@ def draw_curves(paths, labels=(), training=True):
     columns = 0 if not terms else 1 if len(terms) < 4 else 2
     rows = math.ceil(len(terms) / columns) if terms else 1
     last = [next((e for e in reversed(errors(run, 'test')) if e == e), math.nan) for run in runs]
-    names = map(_shorten, names_of(paths, runs, labels))
+    names = map(shorten, names_of(paths, runs, labels))
     labels = [name if math.isnan(e) else f'{name} ({e:.2f}%)' for name, e in zip(names, last)]
     end = max(record['epoch'] for run in runs for record in run)
     first = math.ceil(0.8 * end) if end >= ZOOMED else math.inf
@@ -293,7 +289,7 @@ def attention(opt):
             raise ValueError(f'the teacher has {len(maps[0])} groups, a student {len(own)}: no maps to compare')
     names = opt.label or NAMES[len(opt.model)]
     captions = [
-        f'{name}: {_shorten(name_of(model))}, {describe(params)}'
+        f'{name}: {shorten(name_of(model))}, {describe(params)}'
         for name, model, (_, params) in zip(names, opt.model, networks)
     ]
     return draw_attention(pixels, maps, names, captions)

@@ -4,8 +4,9 @@ import os
 from itertools import combinations
 
 from engine.flags import parse_cifar
+from engine.log import last_record
 from engine.runs import settings
-from engine.series import PHOTOGRAPHS, errors, method_of, network_of, read_run, term_of
+from engine.series import PHOTOGRAPHS, errors, method_of, network_of, read_run, shorten, term_of
 from engine.table import DIFFERENCES, is_whole, line, paired, plain, protocols, summary
 
 # What a log's record has besides settings and the terms of its loss.
@@ -30,17 +31,17 @@ def comparison(paths):
         return unfinished
     lines, pairs = [line(['network', 'method', 'median error, %', 'spread', 'seeds']), '|---' * 5 + '|'], []
     for network, methods in _named(done).items():
-        lines += [line([network, method, *summary(of_seed)]) for method, of_seed in methods.items()]
-        for (base, others), (method, of_seed) in combinations(methods.items(), 2):
+        lines += [line([network, _title(label), *summary(of_seed)]) for label, of_seed in methods.items()]
+        for (base, others), (label, of_seed) in combinations(methods.items(), 2):
             found = paired(of_seed, others)
-            pairs += [line([network, f'{method} - {base}', *found])] if found else []
+            pairs += [line([network, f'{_title(label)} - {_title(base)}', *found])] if found else []
     lines += ['', line(['network', *DIFFERENCES]), '|---' * 5 + '|', *pairs] if pairs else []
     return [*lines, '', *(f'{way}.' for way in protocols(done.values())), *unfinished]
 
 
 def _last(path):
     """The last record of a run, with what a table needs: an image set as `dataset`, and the top-1 accuracy."""
-    record = read_run(path)[-1]
+    record = last_record(read_run(path))
     root, own = record.get('imagenetpath', record.get('dataroot')), record.get('dataset', 'folder')
     own = os.path.basename(os.path.normpath(root)) if own == 'folder' and isinstance(root, str) else own
     sized = any(key in record for key in PHOTOGRAPHS) and type(record.get('image_size')) is int
@@ -52,9 +53,10 @@ def _last(path):
 
 
 def _named(records):
-    """Records {path: last record} by network, method and seed: {network: {method: {seed: error in percent}}}.
+    """Records {path: last record} by network, method and seed: {network: {label: {seed: error in percent}}}.
 
-    With several sets of test images, a network's name has the set. Methods are in order: alone, single ones, others.
+    A label is a tuple: the method, and the settings in which its runs differ. With several sets of test images, a
+    network's name has the set. Methods are in order: alone, single ones, others.
     """
     tested = {path: record['dataset'] + ', held out' * bool(record['holdout']) for path, record in records.items()}
     kinds, found = {}, {}
@@ -63,8 +65,8 @@ def _named(records):
         kinds.setdefault((network, method_of(record)), {})[path] = record
     for network, method in sorted(kinds, key=lambda kind: (kind[1] != 'alone', kind[1].count('+'))):
         runs = kinds[network, method]
-        for path, label in _labels(runs).items():
-            of_seed = found.setdefault(network, {}).setdefault(plain(', '.join([method, *label])), {})
+        for path, varied in _varied(runs).items():
+            of_seed = found.setdefault(network, {}).setdefault((method, *varied), {})
             seed, error = records[path]['seed'], 100 - records[path]['test_acc']
             if seed in of_seed:
                 raise ValueError(f'{path}: another run has the same settings and the seed {seed}')
@@ -72,18 +74,22 @@ def _named(records):
     return found
 
 
-def _labels(runs):
-    """The settings by which runs {path: record} of one network and method differ: {path: ['beta 1000', ...]}.
+def _varied(runs):
+    """The settings in which runs {path: record} of one network and method differ: {path: [(flag, value), ...]}.
 
     A flag that an older log lacks has its default.
     """
     defaults, of_run = vars(parse_cifar('', [])), [settings(record) for record in runs.values()]
     keys = {key: None for found in of_run for key in found if key not in RESULTS and not term_of(key)}
     known = [key for key in keys if key in defaults or all(key in found for found in of_run)]
-    texts = [{key: _text(found.get(key, defaults.get(key))) for key in known} for found in of_run]
-    varied = [key for key in known if len({text[key] for text in texts}) > 1]
-    return {path: [f'{key} {text[key]}' for key in varied] for path, text in zip(runs, texts)}
+    values = [{key: found.get(key, defaults.get(key)) for key in known} for found in of_run]
+    values = [{key: v if isinstance(v, int | float | str) else repr(v) for key, v in of.items()} for of in values]
+    varied = [key for key in known if len({of[key] for of in values}) > 1]
+    return {path: [(key, of[key]) for key in varied] for path, of in zip(runs, values)}
 
 
-def _text(value):
-    return f'{value:g}' if isinstance(value, float) else str(value)[:60] or 'default'
+def _title(label):
+    """A label of `_named` in words."""
+    method, *varied = label
+    values = ((key, f'{v:g}' if isinstance(v, float) else str(v) or 'default') for key, v in varied)
+    return plain(', '.join([method, *(shorten(f'{key} {value}') for key, value in values)]))

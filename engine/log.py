@@ -43,6 +43,15 @@ def read_log(path):
     return records
 
 
+def last_record(records):
+    """The last record of a log, with the rate at the start as `lr`: in older logs, `lr` is that of the epoch."""
+    first, last = records[0], dict(records[-1])
+    if 'lr_now' not in last and 'lr' in last:
+        last['lr_now'] = last.pop('lr')
+        last |= {'lr': first['lr']} if first.get('epoch') == 1 and 'lr' in first else {}
+    return last
+
+
 def line_of(record):
     """The log line of a record: `json_stats: ` and strict JSON."""
 

@@ -6,7 +6,7 @@ import fcntl
 import os
 
 from engine import launch
-from engine.log import line_of, read_log
+from engine.log import last_record, line_of, read_log
 from engine.workers import rank, say
 from formats.networks import checkpoint_of
 from formats.torchvision import check_name
@@ -15,7 +15,7 @@ from formats.write import write_whole
 MAX_NAMES = 10_000  # of a folder that are compared with a missing name
 NOT_SETTINGS = {
     *'save resume overwrite save_every tensorboard verbose nthread gpu_id max_restarts'.split(),
-    *'dataroot imagenetpath follow_links'.split(),
+    *'dataroot imagenetpath follow_links skip_teacher_check'.split(),
 }
 
 
@@ -108,15 +108,13 @@ def changed_settings(opt, records):
     """The differences of the flags from a log's last line: ['lr 0.1, not 0.05', ...]."""
     if not records:
         return []
-    logged, now = settings(records[-1]), settings({**vars(opt), 'lr_now': 0})
+    logged, now = settings(last_record(records)), settings(vars(opt))
     return [f'{k} {logged[k]!r:.99}, not {v!r:.99}' for k, v in now.items() if k in logged and logged[k] != v]
 
 
 def settings(record):
-    """A log's record without the flags that do not bear on results; what older logs have is as in newer ones."""
+    """A log's `last_record` without the flags that do not bear on results; what older logs have is as in newer ones."""
     found = {key: value for key, value in record.items() if key not in NOT_SETTINGS}
-    if found.pop('lr_now', None) is None:
-        found.pop('lr', None)  # in older logs, the rate of the epoch
     if isinstance(found.get('teacher_id'), str):  # in older logs, the protocol was a part of the name
         found['teacher_id'] = found['teacher_id'].replace('/', '-')
     return found

@@ -137,6 +137,11 @@ def names_of(paths, runs, labels=()):
     return names if len(set(names)) == len({os.path.abspath(path) for path in paths}) else list(map(str, paths))
 
 
+def shorten(name, length=60):
+    """A name without its middle if it is longer than `length`."""
+    return name if len(name) <= length else f'{name[: length // 2]}…{name[-length // 2 :]}'
+
+
 def name_of(path):
     """The name of a run or file: the folder's, also for its log.txt or model.pt7; else the file's."""
     folder, name = os.path.split(os.path.abspath(path))

@@ -99,10 +99,10 @@ def _run(opt, network, images, device):
 def _teaching(opt, teacher, device):
     """What the losses need of the teacher: (images, labels) -> (logits, what is kept of groups, input gradient)."""
     of_image = bool(transfer.of_image(opt))
+    if teacher is None or not (opt.alpha or opt.beta):
+        return lambda images, labels: (None, {}, None)
 
     def teach(images, labels):
-        if teacher is None:
-            return None, {}, None
         with torch.set_grad_enabled(of_image):
             logits, groups = _run(opt, teacher, images, device)
             gradient = utils.input_gradient(logits, images, labels) if of_image else None

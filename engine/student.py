@@ -63,6 +63,8 @@ def pair(opt, student, teacher, image):
             torch._dynamo.mark_static_address(value)  # it is only updated in place, so graphs need no copy of it
     if opt.verbose and rank() == 0:
         print_tensor_dict(params)
+    if teacher and not (opt.alpha or opt.beta):
+        say('note: the teacher teaches nothing: neither --alpha nor --beta is given')
     trained = sum(v.numel() for v in without_adapters(params).values() if v.requires_grad)
     say(f'{trained:,} trained parameters')
     _say_weights(opt, pairs, image.shape)

@@ -8,7 +8,7 @@ import statistics
 from scipy.special import stdtrit  # comes with scikit-learn; scipy.stats takes half a second to import
 
 from engine.arguments import printable
-from engine.log import read_log
+from engine.log import last_record, read_log
 from engine.paper import TABLES, columns, methods_of, names
 from formats.read import check_regular
 
@@ -44,7 +44,7 @@ def is_whole(record):
 def last_epoch(opt, name):
     """The last record of a finished run's log, or None."""
     records = results(name)
-    return records[-1] if records and records[-1]['epoch'] == opt.epochs else None
+    return last_record(records) if records and records[-1]['epoch'] == opt.epochs else None
 
 
 def table_lines(opt):
@@ -174,7 +174,7 @@ def protocol(record):
         tested = f'{record["test_images"]:,} held-out training'
     way = (
         f'{record["dataset"]}: trained on {record["train_images"]:,} images for {record["epochs"]} epochs '
-        f'({_rate(record)} times at {record["epoch_step"]}), batch {record["batch_size"]}, '
+        f'({_rate(record)} at {record["epoch_step"]}), batch {record["batch_size"]}, '
         f'{record["dtype"]}, last epoch, tested on {tested} images; torch {record["torch"]}, {record["device"]}'
     )
     return plain(way)
@@ -186,10 +186,10 @@ def plain(text):
 
 
 def _rate(record):
-    """The learning rate at the start, which older logs do not have, and its factor."""
-    known = 'lr_now' in record and type(record.get('lr')) in (int, float) and abs(record['lr']) < 1e300
-    start = f'{record["lr"]:g}, ' if known else ''
-    return f'lr {start}{record["lr_decay_ratio"]:g}'
+    """The learning rate at the start, if the log has it, and its factor."""
+    known = type(record.get('lr')) in (int, float) and abs(record['lr']) < 1e300
+    start = f' {record["lr"]:g},' if known else ''
+    return f'lr{start} times {record["lr_decay_ratio"]:g}'
 
 
 def around(path, table):

@@ -6,9 +6,10 @@
         --epochs 16 --epoch_step '[5,10,13]' --save logs/untrained
 
 `shifted` compares each image's maps with the teacher's of another image of its batch. `untrained` takes a teacher of
-the same shape with initial weights. All else is as in cifar.py, whose flags this program takes: compare its run with
-the student alone and with attention transfer of the same seed, as `python reproduce.py controls` does with three seeds.
-It also shows how to train with any function of images that returns (logits, groups) as the teacher.
+the same shape with initial weights, whose batch norm has its initial statistics too. All else is as in cifar.py, whose
+flags this program takes: compare its run with the student alone and with attention transfer of the same seed, as
+`python reproduce.py controls` does with three seeds. It also shows how to train with any function of images that
+returns (logits, groups) as the teacher.
 """
 
 import os
@@ -27,6 +28,7 @@ from engine.workers import data_parallel
 from formats.networks import NETWORKS
 
 CONTROLS = 'shifted', 'untrained'
+OTHER = 10**6  # is added to the seed: with the student's own, the teacher would begin with the student's filters
 
 
 def build_teacher(control, opt, data, sample):
@@ -36,7 +38,8 @@ def build_teacher(control, opt, data, sample):
         shape = Namespace(**{'net': 'wrn', 'no_bn': False, **record})
         if shape.net not in NETWORKS:
             raise ValueError(f'--teacher_id {opt.teacher_id}: its log names the unknown network {shape.net!r:.99}')
-        trained = initialise(NETWORKS[shape.net].network(shape), opt, data.num_classes, data.device)
+        other = Namespace(**{**vars(opt), 'seed': opt.seed + OTHER})
+        trained = initialise(NETWORKS[shape.net].network(shape), other, data.num_classes, data.device)
     fixed = Network(trained.f, {name: value.detach() for name, value in trained.params.items()})
     taught = partial(fixed.f, params=teacher.frozen(opt, fixed, sample, data.device), mode=False)
     return taught if control == 'untrained' else lambda images: taught(images.roll(1, 0))

@@ -69,7 +69,8 @@ def hold_out(labels, count):
     """Split training images into those to train on and `count` to test on: two sorted lists of indices.
 
     About the same fraction of each class is held out, evenly spaced in its order; at least one image of each class is
-    held out and at least one kept. The split depends only on labels (N,). Raises ValueError for too few images.
+    kept, and at least one held out of each class of two or more. The split depends only on labels (N,). Raises
+    ValueError for too few images.
     """
     sizes = np.bincount(labels)
     limit = len(labels) - len(sizes)

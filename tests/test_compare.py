@@ -8,6 +8,7 @@ from conftest import refused
 from test_reproduce import RECORD
 
 import plot
+from engine.log import line_of, read_log
 
 PHOTOGRAPHS = {**RECORD, 'imagenetpath': 'data/birds', 'image_size': 64, 'depth': 18, 'width': 1.0, 'epochs': 2}
 SMALL = {**RECORD, 'net': 'wrn', 'depth': 16, 'width': 1.0, 'epochs': 2}
@@ -54,7 +55,7 @@ def test_methods_are_compared_in_pairs_of_seeds_and_named_by_what_differs(script
         '|---|---|---|---|---|',
         '| ResNet-18 | AT, groups 2,3 - alone | -2.00 | 2.48 | 3 |',
         '',
-        'birds at 64 pixels: trained on 50,000 images for 2 epochs (lr 0.2 times at [5,10,13]), batch 128, bfloat16, '
+        'birds at 64 pixels: trained on 50,000 images for 2 epochs (lr times 0.2 at [5,10,13]), batch 128, bfloat16, '
         'last epoch, tested on 9,980 images; torch 2, a machine.',
         'Not finished: killed.',
     ]
@@ -95,6 +96,26 @@ def test_a_flag_that_an_older_log_lacks_has_its_default(script, run):
     coarse = run('coarse', 8, SMALL, beta=1.0, teacher_dtype='int8')
     rows = [line.split(' | ')[1] for line in shown(script, old, coarse) if line.startswith('| WRN')]
     assert rows == ['AT, teacher_dtype same', 'AT, teacher_dtype int8']
+
+
+def test_older_logs_have_the_rate_of_the_epoch_and_are_compared_by_that_of_the_first(script, run):
+    old = run('old', 10, SMALL, beta=1.0)
+    records = read_log('old/log.txt')
+    for record, rate in zip(records, (0.05, 0.01)):
+        del record['lr_now']
+        record['lr'] = rate
+    pathlib.Path('old/log.txt').write_text(''.join(map(line_of, records)))
+    other, same = run('other', 9, SMALL, seed=1, beta=1.0, lr=0.1), run('same', 9, SMALL, seed=1, beta=1.0, lr=0.05)
+    assert '| WRN-16-1 | AT | 9.50 | 9.00 to 10.00 | 0, 1 |' in shown(script, old, same)
+    assert any('(lr 0.05, times 0.2 at' in line for line in shown(script, old))
+    rows = [line.split(' | ')[1] for line in shown(script, old, other) if line.startswith('| WRN')]
+    assert rows == ['AT, lr 0.05', 'AT, lr 0.1']
+
+
+def test_long_values_that_begin_alike_are_told_apart(script, run):
+    teachers = [f'{"folder/" * 20}{name}' for name in ('one', 'two')]
+    runs = [run(f'run{i}', 10, PHOTOGRAPHS, seed=i, beta=1.0, teacher_params=path) for i, path in enumerate(teachers)]
+    assert [line.split(' | ')[1][-4:] for line in shown(script, *runs) if '| ResNet' in line] == ['/one', '/two']
 
 
 def test_the_published_runs_of_a_schedule_are_one_table(script, monkeypatch):

@@ -13,7 +13,10 @@ from conftest import SMALL, refused
 from torchvision.models import mobilenet_v3_large, resnet50
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
+import cifar
+from engine.flags import parse_cifar
 from engine.log import read_log
+from engine.student import initialise
 from examples import controls, own_networks
 from examples.own_networks import PAIRS, losses
 
@@ -156,6 +159,12 @@ def test_controls_train_as_cifar_does_with_another_teacher(script, train, photos
         first[control] = read_log(f'logs/{control}/log.txt')[0]
     assert len({record['at2'] for record in first.values()}) == 3
     assert [record.get('control') for record in first.values()] == [None, *controls.CONTROLS]
+    opt = parse_cifar('', f'{SMALL} {words} --dataroot {photos}'.split())
+    data, sample = cifar.build_data(opt, torch.device('cpu'))
+    _, own = initialise(cifar.network(opt), opt, data.num_classes, data.device)
+    taught = controls.build_teacher('untrained', opt, data, sample).keywords['params']
+    filters, others = (F.normalize(params['conv0'].flatten(1)) for params in (own, taught))
+    assert not (filters * others).sum(1).isclose(torch.ones(16)).any()
     settings = [{k: v for k, v in r.items() if k in ('seed', 'beta', 'lr', 'teacher_id')} for r in first.values()]
     assert settings[0] == settings[1] == settings[2]
 

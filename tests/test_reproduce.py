@@ -324,4 +324,4 @@ def test_crd_names_the_published_errors_as_such_and_its_rate(script):
         path.write_text(f'json_stats: {json.dumps(record)}\n')
     _, out, _ = script(reproduce, 'crd --show --rows 1 --seeds 1')
     assert '| WRN-16-2 <- WRN-40-2 | AT | 25.00 |  | 0 | 25.92 | -0.92 |' in out and 'published, %' in out
-    assert 'for 240 epochs (lr 0.05, 0.2 times at' in out and '3 of 4 cells were run' in out
+    assert 'for 240 epochs (lr 0.05, times 0.2 at' in out and '3 of 4 cells were run' in out

@@ -113,7 +113,7 @@ def test_a_rate_that_no_float_holds_is_not_printed(script):
     record = {**RECORD, 'epoch': 16, 'test_acc': 88.0, 'lr_now': 1, 'lr': 10**400}
     path.write_text(f'json_stats: {json.dumps(record)}\n')
     status, out, err = script(reproduce, 'table1 --rows 2 --epochs 16 --show')
-    assert status == 0 and '(lr 0.2 times at' in out, err
+    assert status == 0 and '(lr times 0.2 at' in out, err
 
 
 def test_a_sentence_says_which_methods_differ_surely_from_the_student(script):

@@ -100,3 +100,12 @@ def test_a_map_of_the_teacher_is_all_that_attention_transfer_keeps():
     kept = transfer.TRANSFERS['activation'].keep(y, opt)
     assert kept.shape == (2, 8, 8)
     assert torch.equal(utils.at_loss(x, kept, 3), utils.at_loss(x, y, 3))
+
+
+def test_a_teacher_without_a_weight_teaches_nothing_which_is_said(train, teacher):
+    words, runs = '--epochs 1 --seed 3', {}
+    for name, more in (('alone', ''), ('taught', '--teacher_id teacher')):
+        status, out, err = train(f'{words} {more} --save logs/{name}')
+        assert status == 0 and ('the teacher teaches nothing: neither --alpha nor --beta' in out) == bool(more), err
+        runs[name] = torch.load(f'logs/{name}/model.pt7')['params']
+    assert all(torch.equal(value, runs['taught'][key]) for key, value in runs['alone'].items())
