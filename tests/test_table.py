@@ -148,13 +148,21 @@ def test_a_hostile_log_can_neither_end_the_table_early_nor_control_a_terminal(sc
         assert status == 0 and '?[2J&lt;!-- /table1 --&gt;' in out and '\x1b' not in out, err
 
 
-def test_the_readme_shows_what_the_published_logs_say(script, monkeypatch):
-    command = re.search(r'table: .*\n\t\S+ reproduce.py (.*) --markdown README.md', (ROOT / 'Makefile').read_text())[1]
+WRITTEN = re.findall(r'python reproduce.py ((\S+) .* --markdown (\S+))\n', (ROOT / 'Makefile').read_text())
+
+
+@pytest.mark.parametrize('command, name, file', WRITTEN, ids=[f'{name} in {file}' for _, name, file in WRITTEN])
+def test_the_docs_show_what_the_published_logs_say(monkeypatch, command, name, file):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr('sys.argv', ['reproduce.py', *command.split()])
     lines = table.table_lines(reproduce.parse())
-    shown = re.search(r'<!-- table1 -->\n(.*)\n<!-- /table1 -->', (ROOT / 'README.md').read_text(), re.S)[1]
+    shown = re.search(rf'<!-- {name} -->\n(.*)\n<!-- /{name} -->', (ROOT / file).read_text(), re.S)[1]
     assert shown == '\n'.join(lines)
+
+
+def test_the_readme_has_the_table_of_the_papers_schedule():
+    assert ('README.md', 'table1') in [(file, name) for _, name, file in WRITTEN]
+    assert 'for 200 epochs' in (ROOT / 'README.md').read_text()
 
 
 @pytest.mark.parametrize('log', PUBLISHED, ids=lambda path: str(path.parent.relative_to(ROOT)))
