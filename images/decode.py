@@ -1,7 +1,9 @@
 """Decode image files with OpenCV: unrotated, with the colours that PIL gives; truncated files are refused."""
 
+import io
 import os
 import stat
+import warnings
 
 os.environ.setdefault('OPENCV_IO_MAX_IMAGE_PIXELS', str(2**27))  # a header of a few bytes can declare any size
 
@@ -12,10 +14,8 @@ cv2.setNumThreads(0)
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # `read_image` names the bad file
 
 MAX_BYTES = 2**28  # of an image file
-TIFF_ALPHA, TIFF_BITS, TIFF_PLANES = 338, 258, 284  # tags: ExtraSamples, BitsPerSample, PlanarConfiguration
-PREMULTIPLIED, PLAIN_ALPHA, SEPARATE = 1, 2, 2  # two values of ExtraSamples and one of PlanarConfiguration
-MAX_TAGS = 2**16
-MAX_GIF_HEADER = 2**20  # bytes
+MAX_PIXELS = int(os.environ['OPENCV_IO_MAX_IMAGE_PIXELS'])
+EXTRA_SAMPLES, BITS, PLANES, SEPARATE = 338, 258, 284, 2  # tags of a TIFF, and a value of the last one
 
 
 def read_image(path, box=None):
@@ -36,7 +36,7 @@ def read_image(path, box=None):
         if image is not None:
             return image
     if whole:
-        image = _decode_opaque(content)
+        image = _decode_plain(content)
     if image is None:
         raise ValueError(f'{path} is not a readable image{"" if whole else ": it is empty or cut short"}')
     return _part(image, box(*image.shape[:2])) if box else image
@@ -46,71 +46,36 @@ def _open_at_once(path, flags):
     return os.open(path, flags | os.O_NONBLOCK)  # otherwise a named pipe waits for a writer
 
 
-def _decode(content, flags=cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION):
+def _decode(content):
     try:
-        return cv2.imdecode(np.frombuffer(content, np.uint8), flags)
+        colours = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+        return cv2.imdecode(np.frombuffer(content, np.uint8), colours)
     except cv2.error:  # for example, more pixels than OpenCV's limit
         return None
 
 
-def _decode_opaque(content):
+def _decode_plain(content):
     """Decode to colours without applying alpha, as PIL's convert('RGB') does.
 
-    OpenCV does so too, except for GIF and TIFF, which it darkens: their headers are changed to declare no alpha.
+    OpenCV does so too, except for GIF and TIFF, which it darkens: PIL reads GIFs, and TIFFs with alpha.
     """
-    if content.startswith((b'GIF87a', b'GIF89a')):
-        return _decode(_opaque_gif(content))
-    if not content.startswith((b'II*\0', b'MM\0*', b'II+\0', b'MM\0+')):
+    if not content.startswith((b'GIF8', b'II', b'MM')):
         return _decode(content)
-    (alpha, where), (bits, _) = (_tiff_tag(content, tag) for tag in (TIFF_ALPHA, TIFF_BITS))
-    if alpha == PREMULTIPLIED and bits in (8, 16):
-        image = _decode(content, cv2.IMREAD_UNCHANGED)
-        if image is not None and image.ndim == 3 and image.shape[2] == 4:  # OpenCV drops the alpha of grey images
-            if bits == 16 and _tiff_tag(content, TIFF_PLANES)[0] == SEPARATE:
-                return None  # OpenCV mixes up such planes
-            return _unmultiplied(image >> 8 if image.dtype == np.uint16 else image)
-    return _decode(content[:where] + b'\0\0' + content[where + 2 :] if alpha == PLAIN_ALPHA else content)
+    from PIL import Image  # slow to import, and rarely needed
 
-
-def _opaque_gif(content):
-    """A GIF whose first picture has no transparent colour; only the first MiB of extensions is searched."""
-    at = 13 + (3 << (content[10] & 7) + 1 if content[10:11] >= b'\x80' else 0)  # after the header and its palette
-    while content[at : at + 1] == b'!' and at < MAX_GIF_HEADER:
-        if content[at + 1 : at + 3] == b'\xf9\x04':  # the lowest bit of the next byte marks such a colour
-            flags = int.from_bytes(content[at + 3 : at + 4])
-            return content[: at + 3] + bytes([flags & ~1]) + content[at + 4 :]
-        at += 2
-        while content[at : at + 1] > b'\0' and at < MAX_GIF_HEADER:
-            at += 1 + content[at]
-        at += 1
-    return content
-
-
-def _tiff_tag(content, tag):
-    """The first number of a 16-bit tag in the first directory of a TIFF, and its position; (0, 0) if there is none."""
-    order = 'little' if content.startswith(b'II') else 'big'
-
-    def number(at, size):
-        return int.from_bytes(content[at : at + size], order)
-
-    size, entry = (8, 20) if number(2, 2) == 43 else (4, 12)  # bytes of an offset and of an entry; 43: BigTIFF
-    directory = number(size, size)
-    first = directory + (8 if size == 8 else 2)
-    count = min(number(directory, first - directory), MAX_TAGS)
-    at = next((at for at in range(first, first + entry * count, entry) if number(at, 2) == tag), None)
-    if at is None or number(at + 2, 2) != 3:  # not a 16-bit type
-        return 0, 0
-    where = at + 4 + size  # of the value, or of the offset to values that do not fit
-    where = where if 2 * number(at + 4, size) <= size else number(where, size)
-    return number(where, 2), where
-
-
-def _unmultiplied(image):
-    """Undo multiplication by alpha: (H, W, 4) blue, green, red, alpha -> (H, W, 3) red, green, blue."""
-    alpha, colours = image[..., 3:], image[..., 2::-1].astype(np.uint16)
-    colours *= np.where(alpha, 255, 0).astype(np.uint16)
-    colours //= np.maximum(alpha, 1)
-    return np.minimum(colours, 255, out=colours).astype(np.uint8)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # about metadata, and many pixels, which are counted here
+            image = Image.open(io.BytesIO(content), formats=('GIF', 'TIFF'))
+            tags = image.tag_v2 if image.format == 'TIFF' else {}
+            if tags and EXTRA_SAMPLES not in tags:
+                return _decode(content)
+            mixed_up = tags.get(PLANES) == SEPARATE and max(tags.get(BITS)) > 8  # by PIL
+            if image.width * image.height > MAX_PIXELS or mixed_up:
+                return None
+            return np.array(image.convert('RGB'))
+    except Exception:  # a damaged file can make PIL raise anything
+        return None
 
 
 def _part(image, box):
