@@ -58,7 +58,10 @@ def _named(records):
     A label is a tuple: the method, and the settings in which its runs differ. With several sets of test images, a
     network's name has the set. Methods are in order: alone, single ones, others.
     """
-    tested = {path: record['dataset'] + ', held out' * bool(record['holdout']) for path, record in records.items()}
+    tested = {
+        path: f'{r["dataset"]}, {r["test_images"]:,} {"held-out " * bool(r["holdout"])}images'
+        for path, r in records.items()
+    }
     kinds, found = {}, {}
     for path, record in records.items():
         network = network_of(record) + plain(f' on {tested[path]}') * (len(set(tested.values())) > 1)

@@ -67,8 +67,11 @@ def table_lines(opt):
         return [f'logs/ has no finished run of {opt.table} with {opt.epochs} epochs.']
     lines += [] if ran == len(runs) else ['', f'{ran} of {len(runs)} cells were run.']
     lines += differences(opt, runs, {method: methods[method].label for _, method in runs})
-    lines += ['', *(f'{line}.' for line in protocols([r for done in runs.values() for r in done.values()]))]
-    return lines
+    records = [record for done in runs.values() for record in done.values()]
+    images = sorted({f'{record["test_images"]:,}' for record in records})
+    if len(images) > 1:
+        lines += ['', f'Not all of these runs were tested on the same images, but on {" or ".join(images)}.']
+    return [*lines, '', *(f'{way}.' for way in protocols(records))]
 
 
 def finished_runs(opt):

@@ -64,10 +64,12 @@ def test_methods_are_compared_in_pairs_of_seeds_and_named_by_what_differs(script
 def test_runs_of_different_images_are_not_compared(script, run):
     runs = [run(f'digits{s}', 10, {**SMALL, 'dataset': 'digits'}, seed=s) for s in range(2)]
     runs += [run(f'cifar{s}', 20, SMALL, seed=s, beta=1e3) for s in range(2)]
-    runs += [run(f'held{s}', 30, SMALL, seed=s, beta=1e3, holdout=5000) for s in range(2)]
+    runs += [run(f'held{s}', 30, SMALL, seed=s, beta=1e3, holdout=5000, test_images=5000) for s in range(2)]
     lines = shown(script, *runs)
     rows = [line.split(' | ')[0].removeprefix('| ') for line in lines if line.startswith('| WRN')]
-    assert rows == ['WRN-16-1 on digits', 'WRN-16-1 on CIFAR10', 'WRN-16-1 on CIFAR10, held out']
+    assert rows == [
+        f'WRN-16-1 on {data} images' for data in ('digits, 9,980', 'CIFAR10, 9,980', 'CIFAR10, 5,000 held-out')
+    ]
     assert not any('difference' in line for line in lines)
 
 

@@ -47,6 +47,14 @@ def test_differences_are_paired_by_seed_and_have_a_t_interval(script):
     assert '3 of 6 cells were run.' in out and 'not run' not in out
 
 
+def test_runs_that_were_tested_on_other_images_are_marked(script):
+    write_log('cifar10-e16/wrn-16-1-s0', 8.5)
+    assert 'the same images' not in script(reproduce, 'table1 --rows 2 --epochs 16 --show')[1]
+    write_log('cifar10-e16/wrn-16-1-s1', 8.5, test_images=10_000)
+    _, out, _ = script(reproduce, 'table1 --rows 2 --epochs 16 --show')
+    assert '\nNot all of these runs were tested on the same images, but on 10,000 or 9,980.\n' in out
+
+
 def test_the_difference_to_the_paper_is_given_for_its_schedule_alone(script):
     write_log('cifar10-e200/wrn-16-1-s0', 8.5, epochs=200, last=200)
     _, out, _ = script(reproduce, 'table1 --rows 2 --show')
