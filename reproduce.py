@@ -151,8 +151,7 @@ def _untrained(command):
 def check_settings(name, command):
     """Raise ValueError if logs/ has the run with other settings than those of a Command."""
     flags = parse_cifar('', command.flags)
-    if command.control:
-        flags.control = command.control
+    flags.control = command.control
     changed = changed_settings(flags, results(name))
     if changed:
         raise ValueError(f'logs/{name} holds a run with other settings ({"; ".join(changed)})')

@@ -43,9 +43,10 @@ def _last(path):
     """The last record of a run, with what a table needs: an image set as `dataset`, and the top-1 accuracy."""
     record = last_record(read_run(path))
     root, own = record.get('imagenetpath', record.get('dataroot')), record.get('dataset', 'folder')
-    own = os.path.basename(os.path.normpath(root)) if own == 'folder' and isinstance(root, str) else own
-    sized = any(key in record for key in PHOTOGRAPHS) and type(record.get('image_size')) is int
-    data = f'{own} at {record["image_size"]:.9g} pixels' if sized else own
+    own_is_folder = own == 'folder' and isinstance(root, str)
+    own = os.path.basename(os.path.normpath(root)) if own_is_folder else own
+    sized = own_is_folder or any(key in record for key in PHOTOGRAPHS)
+    data = f'{own} at {str(record.get("image_size"))[:9]} pixels' if sized else own
     record = {'holdout': 0, **record, 'dataset': data, 'test_acc': 100 - errors([record], 'test')[0]}
     if not is_whole(record) or type(record.get('seed')) is not int or not network_of(record):
         raise ValueError(f'{path}: its log lacks what a table needs, among it the seed and the number of epochs')

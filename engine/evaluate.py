@@ -39,6 +39,8 @@ def evaluate(network, batches, device, dtype='float', topk=(1,), on_batch=lambda
     with torch.no_grad():
         engine.test(forward, batches)
     loss, n, *wrong = sum_over_workers([losses.sum, losses.n, *(errors.sum[k] for k in topk)], device)
+    if not n:
+        raise ValueError('no test image can be read')
     return loss / n, [100 * (1 - w / n) for w in wrong]
 
 
@@ -55,10 +57,11 @@ def report(opt, device, build_data):
     if len(params['fc.bias']) != data.num_classes:
         raise ValueError(f'{path} has {len(params["fc.bias"])} output classes, the data set has {data.num_classes}')
     network, since = Network(f, place(params, opt.dtype, data.device)), time.perf_counter()
-    loss, accuracies = evaluate(network, data.test(), data.device, opt.dtype, data.topk)
+    batches = data.test()
+    loss, accuracies = evaluate(network, batches, data.device, opt.dtype, data.topk)
     if not math.isfinite(loss):
         raise FloatingPointError(f'{path}: the test loss is not finite ({loss})')
-    images = data.counts['test_images']
+    images = data.counts['test_images'] - int(sum_over_workers([getattr(batches, 'bad', 0)], data.device)[0])
     speed = images / (time.perf_counter() - since)
     scores = {f'top{k}': accuracy for k, accuracy in zip(data.topk, accuracies)}
     words = [f'top-{k} {accuracy:.2f}%' for k, accuracy in zip(data.topk, accuracies)]

@@ -46,7 +46,7 @@ def run_all(waits_for, run, jobs):
     waiting, free, running, failed = list(waits_for), list(range(jobs)), {}, []
     pool = ThreadPoolExecutor(jobs)
     STOPPED.clear()
-    handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
     try:
         while waiting or running:
             unready = {*waiting, *(name for name, _ in running.values())}

@@ -83,6 +83,7 @@ def launch(opt):
     if not torch.cuda.is_available():
         os.environ.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // opt.ngpu)))
     os.environ.setdefault('TORCH_CPP_LOG_LEVEL', 'ERROR')  # when a worker ends, the others would warn by pages
+    os.environ.setdefault('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', '3600')  # seconds to save after a signal, in place of 30
     os.environ['TORCH_DISABLE_SHARE_RDZV_TCP_STORE'] = '1'  # see workers._check_restarts
     os.environ['AT_PARENT'] = str(os.getpid())
     logging.disable(logging.CRITICAL)  # one message is enough: the one below

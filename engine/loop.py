@@ -87,7 +87,7 @@ def fit(opt, step, student, data):
     """
     with runs.locked(opt), Requests() as requests, contextlib.ExitStack() as stack:
         updates = Updates(opt, trained(student.params).values(), data.device)
-        done, progress = resume_(opt, student.params, updates, data.topk)
+        done, progress = resume_(opt, student.params, updates, data)
         if done >= opt.epochs:
             return say(f'nothing to do: {done} of {opt.epochs} epochs are done')
         runs.open_run(opt, done)
@@ -193,6 +193,10 @@ class Run:
             per_worker = [None] * world()
             dist.all_gather_object(per_worker, mine)
         batches = {'batch_size': self.opt.batch_size, 'seed': self.opt.seed}
+        batches |= {
+            'train_images': self.data.counts['train_images'],
+            'settings': runs.settings({**vars(self.opt), 'lr_now': self.opt.lr}),
+        }
         self.save({**shared, **batches, 'workers': per_worker}, self.epoch - 1)
 
     def keep_epoch(self):

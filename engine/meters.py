@@ -56,8 +56,10 @@ class Meters:
             return
         rows, logits, labels = zip(*self.pending)
         rows = torch.stack(rows)
-        if world() > 1:
-            dist.all_reduce(rows)
+        if world() > 1:  # added in the order of workers, however many steps are pending
+            rows_of = [torch.empty_like(rows) for _ in range(world())]
+            dist.all_gather(rows_of, rows)
+            rows = sum(rows_of)
         self.errors.add(torch.cat(logits).float(), torch.cat(labels))
         for row in rows.tolist():
             self.steps += 1

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torchnet.meter import AverageValueMeter
 
 from engine.meters import Meters
+from engine.runs import changed_settings
 from engine.workers import rank, say, world
 from formats.networks import check_fit, checkpoint_of, load, restore_
 from layers import STATISTICS
@@ -26,13 +27,13 @@ def state_of(params, updates, epochs, progress, data):
     }
 
 
-def resume_(opt, params, updates, topk):
+def resume_(opt, params, updates, data):
     """Load the checkpoint of --resume into params and updates; return its epoch and progress.
 
     The epoch is the number of complete ones; progress is that of an interrupted epoch, or None. Only the first worker
     reads the file and broadcasts it, since other machines may not have it.
     """
-    loaded = list(_load_(opt, params, updates, topk)) if rank() == 0 else [0, None, {}, {}]
+    loaded = list(_load_(opt, params, updates, data)) if rank() == 0 else [0, None, {}, {}]
     if world() > 1:
         dist.broadcast_object_list(loaded, 0)
         for value in params.values():
@@ -56,7 +57,7 @@ def statistics(params):
     return {k: v for k, v in params.items() if k.endswith(STATISTICS)}
 
 
-def _load_(opt, params, updates, topk):
+def _load_(opt, params, updates, data):
     path = os.path.join(opt.save, 'model.pt7') if opt.resume == 'auto' else checkpoint_of(opt.resume)
     if not path or (opt.resume == 'auto' and not os.path.exists(path)):
         return 0, None, {}, {}
@@ -73,9 +74,13 @@ def _load_(opt, params, updates, topk):
     if scale != {} and not (isinstance(scale, dict) and _types(scale) == expected and 0 < scale['scale'] < math.inf):
         raise ValueError(f'{path}: the scale of its float16 losses cannot be read')
     if progress is not None:
-        _check_progress(progress, opt, params, path, topk)
+        _check_progress(progress, opt, params, path, data)
     restore_(params, state['params'], path)
     place = f'step {progress["steps"]} of epoch {epoch + 1}' if progress else f'epoch {epoch}'
+    if progress and not epoch and isinstance(progress.get('settings'), dict):  # no line of the log has them yet
+        changed = changed_settings(opt, [progress['settings']])
+        if changed:
+            say(f'note: {path} has other settings ({"; ".join(changed)}); the remaining steps use the new ones')
     say(f'resumed from {path} after {place}')
     return epoch, progress, scale, inner
 
@@ -121,21 +126,25 @@ def _types(values):
     return {k: type(v) for k, v in values.items()}
 
 
-def _check_progress(progress, opt, params, path, topk):
+def _check_progress(progress, opt, params, path, data):
     """Raise ValueError for progress that is damaged, or of other batches or another number of workers."""
-    meters, shapes = Meters(torch.device('cpu'), topk), {k: v.shape for k, v in statistics(params).items()}
+    meters, shapes = Meters(torch.device('cpu'), data.topk), {k: v.shape for k, v in statistics(params).items()}
+    now = [opt.batch_size, opt.seed, data.counts['train_images'], world()]
     try:
-        saved = [progress['batch_size'], progress['seed'], len(progress['workers'])]
+        images = progress.get('train_images', now[2])  # older checkpoints lack it
+        saved = [progress['batch_size'], progress['seed'], images, len(progress['workers'])]
         valid = all(type(v) is int for v in [*saved, progress['steps'], progress['images']]) and progress['steps'] >= 0
-        if valid and saved != [opt.batch_size, opt.seed, world()]:
-            flags = '--batch_size {}, --seed {} and {} workers'.format(*saved)
+        if valid and saved != now:
+            flags = '--batch_size {}, --seed {}, {:,} training images and {} workers'.format(*saved)
             raise ValueError(f'{path} was saved in the middle of an epoch with {flags}: go on with the same')
         for mine in progress['workers']:
             meters.restore(progress, mine)
             if world() > 1:
                 check_fit(shapes, mine['statistics'], path)
             valid &= type(meters.bad) is type(meters.errors.n) is int and isinstance(meters.seconds, float)
-            valid &= set(meters.errors.sum) == set(topk) and all(type(n) is int for n in meters.errors.sum.values())
+            valid &= set(meters.errors.sum) == set(data.topk) and all(
+                type(n) is int for n in meters.errors.sum.values()
+            )
         fields, values = set(vars(AverageValueMeter())), progress['values']
         valid &= not progress['steps'] or 'loss' in values
         valid &= all(set(v) == fields and all(type(n) is float for n in v.values()) for v in values.values())

@@ -114,7 +114,7 @@ def changed_settings(opt, records):
 
 def settings(record):
     """A log's `last_record` without the flags that do not bear on results; what older logs have is as in newer ones."""
-    found = {key: value for key, value in record.items() if key not in NOT_SETTINGS}
+    found = {'control': '', **{key: value for key, value in record.items() if key not in NOT_SETTINGS}}
     if isinstance(found.get('teacher_id'), str):  # in older logs, the protocol was a part of the name
         found['teacher_id'] = found['teacher_id'].replace('/', '-')
     return found

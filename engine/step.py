@@ -15,7 +15,7 @@ from engine.meters import CALMER, Meters
 from engine.precision import autocast
 from engine.schedules import beta_at
 from engine.student import pair
-from engine.workers import world
+from engine.workers import average_gradients_, world
 from images import children
 from layers import full, keep_strides
 from utils import DTYPES
@@ -157,17 +157,20 @@ class Updates:
     """
 
     def __init__(self, opt, trained, device):
-        half = DTYPES[opt.dtype] == torch.float16
+        self.trained, half = list(trained), DTYPES[opt.dtype] == torch.float16
         # With fused=True, a skipped first step would leave momentum uninitialised (PyTorch 2.14).
-        self.optimizer = torch.optim.SGD(trained, opt.lr, momentum=0.9, weight_decay=opt.weight_decay, fused=not half)
+        self.optimizer = torch.optim.SGD(
+            self.trained, opt.lr, momentum=0.9, weight_decay=opt.weight_decay, fused=not half
+        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
 
     def zero_grad(self):
         self.optimizer.zero_grad()
 
     def step(self, closure):
-        """Take a step with the gradients that closure() computes from a loss of `scaled`."""
+        """Take a step with the gradients that closure() computes from a loss of `scaled`, averaged over workers."""
         closure()
+        average_gradients_(self.trained)
         self.scaler.step(self.optimizer)
         self.scaler.update()
 

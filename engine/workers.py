@@ -220,34 +220,32 @@ def _check_restarts():
         )
 
 
-class _Module(torch.nn.Module):
-    """A functional network as the module that DistributedDataParallel requires."""
-
-    def __init__(self, f, params, mode):
-        super().__init__()
-        self.f, self.params, self.mode = f, params, mode
-        for key, value in params.items():
-            if value.requires_grad:
-                params[key] = torch.nn.Parameter(value.detach())
-                self.register_parameter(key.replace('.', '/'), params[key])
-
-    def forward(self, x):
-        return self.f(x, self.params, self.mode)
-
-
 def data_parallel(f, params, mode=True, sync_bn=False):
-    """The network in a mode, x -> (logits, groups), with gradients averaged over workers if there are several.
+    """The network in a mode, x -> (logits, groups), with the first worker's parameters in all of them.
 
     mode is True (training) or False (batch norm has fixed statistics). With sync_bn, batch norm uses the statistics of
-    all workers' batches together. With several workers, trained entries of `params` are replaced by
-    torch.nn.Parameter: create the optimizer afterwards.
+    all workers' batches together. Gradients are those of each worker until `average_gradients_`.
     """
     synchronise(sync_bn and world() > 1)
-    if world() == 1:
-        return partial(f, params=params, mode=mode)
-    device = next(iter(params.values())).device
-    ids = [device.index] if device.type == 'cuda' else None
-    return torch.nn.parallel.DistributedDataParallel(_Module(f, params, mode), device_ids=ids)
+    if world() > 1:
+        for value in params.values():
+            dist.broadcast(value.detach(), 0)
+    return partial(f, params=params, mode=mode)
+
+
+def average_gradients_(params):
+    """Replace the gradients of these parameters by their means over all workers.
+
+    They are added in one piece, always in the same order. DistributedDataParallel adds in another order in its first
+    step than later, so with three workers or more a resumed run would round differently.
+    """
+    gradients = [param.grad for param in params if param.grad is not None]
+    if world() == 1 or not gradients:
+        return
+    means = torch.cat([gradient.flatten() for gradient in gradients]).div_(world())
+    dist.all_reduce(means)
+    for gradient, mean in zip(gradients, means.split([gradient.numel() for gradient in gradients])):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def sum_over_workers(values, device):

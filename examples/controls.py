@@ -25,7 +25,7 @@ from engine.loop import fit, start
 from engine.step import make_step
 from engine.student import Network, initialise, pair
 from engine.workers import data_parallel
-from formats.networks import NETWORKS
+from formats.networks import family_of
 
 CONTROLS = 'shifted', 'untrained'
 OTHER = 10**6  # is added to the seed: with the student's own, the teacher would begin with the student's filters
@@ -35,11 +35,9 @@ def build_teacher(control, opt, data, sample):
     """The teacher of a control as a function of images (N, 3, H, W) that returns (logits, groups)."""
     trained, record = teacher.find(opt.teacher_id)
     if control == 'untrained':
-        shape = Namespace(**{'net': 'wrn', 'no_bn': False, **record})
-        if shape.net not in NETWORKS:
-            raise ValueError(f'--teacher_id {opt.teacher_id}: its log names the unknown network {shape.net!r:.99}')
         other = Namespace(**{**vars(opt), 'seed': opt.seed + OTHER})
-        trained = initialise(NETWORKS[shape.net].network(shape), other, data.num_classes, data.device)
+        build = family_of(trained.params).network(Namespace(**{'no_bn': False, **record}))
+        trained = initialise(build, other, data.num_classes, data.device)
     fixed = Network(trained.f, {name: value.detach() for name, value in trained.params.items()})
     taught = partial(fixed.f, params=teacher.frozen(opt, fixed, sample, data.device), mode=False)
     return taught if control == 'untrained' else lambda images: taught(images.roll(1, 0))

@@ -3,6 +3,8 @@
 A new data set is a function and a line of DATASETS.
 """
 
+import contextlib
+import fcntl
 import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -93,7 +95,8 @@ def _cifar(dataset, root, note, **_):
         note(f'{dataset} is not in {root}: downloading {size} MiB from {source.url}')
     missing = not os.path.exists(root)
     try:
-        parts = [source(root, train=train, download=True) for train in (True, False)]
+        with _alone(root):
+            parts = [source(root, train=train, download=True) for train in (True, False)]
     except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
         if missing and os.path.isdir(root) and not os.listdir(root):
             os.rmdir(root)
@@ -104,6 +107,19 @@ def _cifar(dataset, root, note, **_):
     except (RuntimeError, EOFError) as error:
         raise ValueError(f'{dataset} in {root} is damaged ({error}): delete {source.base_folder} there') from None
     return Dataset(*(_images(part.data, part.targets) for part in parts), parts[0].classes, flip=True)
+
+
+@contextlib.contextmanager
+def _alone(root):
+    """Make a folder that one process at a time uses: while it downloads, the others wait."""
+    os.makedirs(root, exist_ok=True)
+    folder = os.open(root, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _cifar10(root, note, **_):

@@ -203,7 +203,8 @@ def _on_device(pixels, labels, device):
 
 @functools.cache
 def _warn_once(message):
-    tqdm.write(f'warning: {message}', file=sys.stderr)
+    plain = ''.join(c if c.isprintable() else '?' for c in message)  # it quotes the names of files
+    tqdm.write(f'warning: {plain}', file=sys.stderr)
 
 
 class TrainBatches:

@@ -73,6 +73,15 @@ def test_runs_of_different_images_are_not_compared(script, run):
     assert not any('difference' in line for line in lines)
 
 
+def test_a_folder_is_other_images_at_another_size(script, run):
+    folder = {**SMALL, 'dataset': 'folder', 'dataroot': 'my/photos'}
+    runs = [run(f'alone{s}', 10, {**folder, 'image_size': 32}, seed=s) for s in range(2)]
+    runs += [run(f'at{s}', 9, {**folder, 'image_size': 64}, seed=s, beta=1.0) for s in range(2)]
+    lines = shown(script, *runs)
+    assert any('WRN-16-1 on photos at 64 pixels' in line for line in lines) and not any(' - alone' in i for i in lines)
+    shown(script, run('huge', 10, {**PHOTOGRAPHS, 'image_size': 10**400}))
+
+
 def test_what_cannot_be_compared_is_named(script, run):
     one, two = run('one', 10, SMALL, nthread=1), run('two', 11, SMALL, nthread=2)
     assert refused(script(plot, f'table {one} {two}'), 'two: another run has the same settings and the seed 0')

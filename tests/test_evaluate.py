@@ -65,6 +65,15 @@ def test_photographs_are_scored_by_the_scripts_that_train_on_them(script, tmp_pa
         assert status == 0, err
         assert [scores(out)[f'top{k}'] for k in (1, 2)] == last['test_acc']
     assert refused(script(cifar, '--dataset digits --evaluate logs/run --image_size 32'), '2 output classes', '10')
+    for i, file in enumerate(sorted(root.glob('val/*/*'))):
+        file.write_text('no image')
+        if i == 2:
+            _, out, _ = script(
+                imagenet, '--evaluate logs/run --nthread 0 --json --skip_bad_images --imagenetpath', [root]
+            )
+            assert scores(out)['images'] == 7 and ', 7 images, ' in out
+    status, _, err = script(imagenet, '--evaluate logs/run --nthread 0 --skip_bad_images --imagenetpath', [root])
+    assert status == 2 and err.endswith('imagenet.py: error: no test image can be read\n')
 
 
 @pytest.mark.parametrize(

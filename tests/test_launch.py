@@ -1,5 +1,6 @@
 """The launcher: one line for the first error, no process that outlives the others, and restarts."""
 
+import argparse
 import atexit
 import os
 import signal
@@ -17,7 +18,7 @@ from test_stopping import ended, wait_for_epoch
 from test_workers import ENVIRONMENT, start
 
 import imagenet
-from engine import ending
+from engine import ending, launch
 from engine.log import read_log
 from formats import networks
 
@@ -193,3 +194,17 @@ def test_a_worker_that_fails_does_not_wait_until_the_others_end(monkeypatch, sta
     monkeypatch.setattr(os, '_exit', done.append)
     ending.leave(status)
     assert done == ['waits'] * (status == 0 or backend == 'gloo') + [status]
+
+
+def test_workers_have_an_hour_to_save_after_a_signal(monkeypatch):
+    """The launcher's own limit of 30 seconds is less than a test of many images, or 20 steps, may take."""
+    found = []
+    monkeypatch.delenv('TORCH_ELASTIC_SHUTDOWN_TIMEOUT', raising=False)
+    monkeypatch.setattr(
+        'torch.distributed.launcher.api.elastic_launch', lambda config, _: found.append(config) or print
+    )
+    monkeypatch.setattr('logging.disable', lambda _: None)
+    for name in ('OMP_NUM_THREADS', 'TORCH_CPP_LOG_LEVEL', 'TORCH_DISABLE_SHARE_RDZV_TCP_STORE', 'AT_PARENT'):
+        monkeypatch.setenv(name, '1')
+    assert launch.launch(argparse.Namespace(ngpu=2, max_restarts=0, save='')) == 0
+    assert found[0].shutdown_timeout == 3600

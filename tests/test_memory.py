@@ -8,6 +8,7 @@ import pickle
 import shutil
 import tarfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -178,6 +179,23 @@ def test_cifar_is_downloaded_once_and_said_from_where(tmp_path, cifar_server):
     cifar_server.shutdown()
     again = memory.load('CIFAR10', str(tmp_path / 'data'), note=notes.append)
     assert torch.equal(again.train.pixels, loaded.train.pixels) and len(notes) == 1
+
+
+def test_processes_that_need_cifar_at_once_download_it_once(tmp_path, cifar_server, monkeypatch):
+    real, at_once, began = torchvision.datasets.CIFAR10.download, threading.Barrier(2), []
+
+    def download(dataset):
+        began.append(os.path.isdir(os.path.join(dataset.root, dataset.base_folder)))
+        real(dataset)
+
+    def load(_):
+        at_once.wait()
+        return memory.load('CIFAR10', str(tmp_path / 'data'), note=lambda _: None)
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, 'download', download)
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(load, range(2))
+    assert torch.equal(one.train.pixels, two.train.pixels) and began == [False, True, True, True]
 
 
 def test_without_a_network_the_message_says_what_to_do(tmp_path, monkeypatch):

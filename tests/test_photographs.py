@@ -159,6 +159,11 @@ def test_a_bad_test_image_is_refused_by_name_unless_it_may_be_left_out(damaged, 
     assert capfd.readouterr().err.count('left out of the test') == 2
 
 
+def test_a_bad_image_whose_name_would_control_a_terminal_is_named_without_that(capfd):
+    photographs._warn_once('x\x1b[2J\n.jpg is not a readable image')
+    assert capfd.readouterr().err == 'warning: x?[2J?.jpg is not a readable image\n'
+
+
 def test_an_image_that_has_gone_counts_as_bad_and_a_batch_of_none_is_passed_over(damaged, capfd):
     for path in damaged.test.paths[:4]:
         os.unlink(path) if os.path.exists(path) else None

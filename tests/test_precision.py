@@ -106,7 +106,7 @@ def test_a_resumed_momentum_has_the_strides_of_its_weight_and_files_are_contiguo
     assert saved['params']['conv'].is_contiguous()
     assert saved['optimizer']['state'][0]['momentum_buffer'].is_contiguous()
     part = begin()
-    resume.resume_(opt, *part, (1,))
+    resume.resume_(opt, *part, data)
     for run in (whole, part):
         step(*run, gradients[1])
     assert torch.equal(part[0]['conv'], whole[0]['conv']) and part[0]['conv'].stride() == (12, 1, 6, 3)

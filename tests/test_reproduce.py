@@ -218,15 +218,18 @@ def test_a_run_that_ends_well_before_its_last_epoch_was_stopped(script, instead)
 def test_the_controls_are_runs_of_their_own_script_and_are_told_from_other_runs(script, instead):
     write_log('cifar10-e16/wrn-16-2-s0', 12.0)
     write_log('cifar10-e16/wrn-16-1-at-untrained-wrn-16-2-s0', 14.0, control='shifted')
+    write_log('cifar10-e16/wrn-16-1-at-shifted-wrn-16-2-s1', 14.0)  # of cifar.py
     instead('echo "$@" >> began; exit 3')
-    status, out, _ = script(reproduce, 'controls --dtype bfloat16 --methods at-shifted,at-untrained --seeds 1')
-    (began,) = pathlib.Path('began').read_text().splitlines()
+    status, out, _ = script(reproduce, 'controls --dtype bfloat16 --methods at-shifted,at-untrained --seeds 2')
+    began, other = pathlib.Path('began').read_text().splitlines()
+    assert 'untrained --dataset' in other and '-s1 --resume' in other
     assert status == 1 and f'{ROOT}/examples/controls.py shifted --dataset CIFAR10' in began
     assert '--beta 1e+3 --teacher_id cifar10-e16/wrn-16-2-s0 --save' in began
     assert "holds a run with other settings (control 'shifted', not 'untrained'" in out
+    assert "holds a run with other settings (control '', not 'shifted'" in out
 
 
-@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize('signum', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_is_passed_on_to_the_runs_and_no_other_begins(script, instead, tmp_path, signum):
     instead('trap "touch asked-$$; exit 143" TERM; touch began-$$; while :; do sleep 0.01; done')
 

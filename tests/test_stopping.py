@@ -193,10 +193,14 @@ def test_a_position_in_the_epoch_needs_the_workers_that_it_is_of(train, script, 
     write.save('logs/other.pt7', state)
     assert refused(
         train('--epochs 8 --batch_size 2 --resume logs/other.pt7'),
-        'in the middle of an epoch with --batch_size 2, --seed 0 and 2 workers',
+        'in the middle of an epoch with --batch_size 2, --seed 0, 60 training images and 2 workers',
     )
     assert refused(train('--epochs 8 --batch_size 4 --resume logs/run/model.pt7'), 'with --batch_size 2')
-    whole = state['progress']
+    assert refused(train('--epochs 8 --batch_size 2 --holdout 6 --resume logs/run/model.pt7'), '60 training images')
+    whole = {**state['progress'], 'workers': state['progress']['workers'][:1]}
+    write.save('logs/other.pt7', {**state, 'epoch': 0, 'progress': whole})  # as if in the first epoch, before any log
+    status, out, err = train('--epochs 1 --batch_size 2 --lr 0.03 --resume logs/other.pt7')
+    assert status == 0 and 'note: logs/other.pt7 has other settings (' in out and 'not 0.03' in out, err
     for damaged in (
         {},
         {**whole, 'steps': 'x'},

@@ -72,6 +72,24 @@ def test_two_workers_train_every_parameter_and_keep_it_equal_bit_for_bit(tmp_pat
         assert all(found['state'].values()), case
 
 
+def test_three_workers_resume_bit_for_bit(tmp_path):
+    """Of three summands, unlike of two, the order matters."""
+    words = '--dataset digits --image_size 8 --depth 10 --batch_size 96 --epoch_step [] --resume auto'.split()
+
+    def run(name, epochs):
+        launcher = ('--standalone', '--nproc-per-node', 3)
+        return torchrun(*launcher, cifar.__file__, *words, '--epochs', epochs, '--save', name, cwd=tmp_path)
+
+    whole, part = run('whole', 2), run('part', 1)
+    finished(part)
+    finished(whole)
+    assert 'resumed from part/model.pt7 after epoch 1' in finished(run('part', 2))
+    one, two = (torch.load(tmp_path / name / 'model.pt7')['params'] for name in ('whole', 'part'))
+    assert all(torch.equal(value, two[key]) for key, value in one.items())
+    one, two = (read_log(tmp_path / name / 'log.txt')[1] for name in ('whole', 'part'))
+    assert one['workers'] == 3 and one['train_loss'] == two['train_loss'] and one['test_loss'] == two['test_loss']
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))

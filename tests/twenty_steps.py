@@ -59,6 +59,7 @@ def steps(mode):
                 loss = step(x, labels)[1].total(opt.beta, opt.gamma)
                 (loss * (len(labels) / size * workers.world())).backward()
                 losses[-1] += loss.detach() * len(labels) / size
+            workers.average_gradients_(params.values())
             optimizer.step()
     losses = torch.stack(losses)
     if workers.world() > 1:
