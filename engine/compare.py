@@ -13,8 +13,10 @@ from engine.table import DIFFERENCES, is_whole, line, paired, plain, protocols, 
 RESULTS = {
     *'epoch train_loss train_acc test_loss test_acc train_time test_time at_losses lr_now beta_now'.split(),
     *'images_per_second bad_images num_classes classes train_images test_images n_parameters'.split(),
-    *'torch device workers commit seed'.split(),
+    *'torch device commit seed'.split(),
 }
+# Settings that are named wherever the runs of a network differ in them, and not only those of one method.
+SCHEDULE = {*'epochs epoch_step batch_size lr lr_decay_ratio weight_decay dtype workers'.split()}
 
 
 def comparison(paths):
@@ -56,8 +58,9 @@ def _last(path):
 def _named(records):
     """Records {path: last record} by network, method and seed: {network: {label: {seed: error in percent}}}.
 
-    A label is a tuple: the method, and the settings in which its runs differ. With several sets of test images, a
-    network's name has the set. Methods are in order: alone, single ones, others.
+    A label is a tuple: the method, the settings in which its runs differ, and those of `SCHEDULE` in which any runs of
+    the network do. With several sets of test images, a network's name has the set. Methods are in order: alone, single
+    ones, others.
     """
     tested = {
         path: f'{r["dataset"]}, {r["test_images"]:,} {"held-out " * bool(r["holdout"])}images'
@@ -69,7 +72,12 @@ def _named(records):
         kinds.setdefault((network, method_of(record)), {})[path] = record
     for network, method in sorted(kinds, key=lambda kind: (kind[1] != 'alone', kind[1].count('+'))):
         runs = kinds[network, method]
+        of_network = {
+            path: record for kind, found in kinds.items() if kind[0] == network for path, record in found.items()
+        }
+        everywhere = _varied(of_network)
         for path, varied in _varied(runs).items():
+            varied += [of for of in everywhere[path] if of[0] in SCHEDULE and of not in varied]
             of_seed = found.setdefault(network, {}).setdefault((method, *varied), {})
             seed, error = records[path]['seed'], 100 - records[path]['test_acc']
             if seed in of_seed:
@@ -79,7 +87,7 @@ def _named(records):
 
 
 def _varied(runs):
-    """The settings in which runs {path: record} of one network and method differ: {path: [(flag, value), ...]}.
+    """The settings in which runs {path: record} differ: {path: [(flag, value), ...]}.
 
     A flag that an older log lacks has its default.
     """

@@ -13,6 +13,8 @@ from engine.workers import rank, say, world
 from formats.networks import check_fit, checkpoint_of, load, restore_
 from layers import STATISTICS
 
+SETTING = str | int | float | None  # what a flag can be in a checkpoint
+
 
 def state_of(params, updates, epochs, progress, data):
     """The checkpoint after `epochs` complete epochs of `data`; progress: that of an interrupted epoch, or None."""
@@ -77,8 +79,8 @@ def _load_(opt, params, updates, data):
         _check_progress(progress, opt, params, path, data)
     restore_(params, state['params'], path)
     place = f'step {progress["steps"]} of epoch {epoch + 1}' if progress else f'epoch {epoch}'
-    if progress and not epoch and isinstance(progress.get('settings'), dict):  # no line of the log has them yet
-        changed = changed_settings(opt, [progress['settings']])
+    if progress and not epoch:  # no line of the log has the settings yet
+        changed = changed_settings(opt, [progress['settings']] if 'settings' in progress else [])
         if changed:
             say(f'note: {path} has other settings ({"; ".join(changed)}); the remaining steps use the new ones')
     say(f'resumed from {path} after {place}')
@@ -131,7 +133,8 @@ def _check_progress(progress, opt, params, path, data):
     meters, shapes = Meters(torch.device('cpu'), data.topk), {k: v.shape for k, v in statistics(params).items()}
     now = [opt.batch_size, opt.seed, data.counts['train_images'], world()]
     try:
-        images = progress.get('train_images', now[2])  # older checkpoints lack it
+        images = progress.get('train_images', now[2])  # older checkpoints lack it, and the settings
+        plain = [value for value in progress.get('settings', {}).values() if not isinstance(value, SETTING)]
         saved = [progress['batch_size'], progress['seed'], images, len(progress['workers'])]
         valid = all(type(v) is int for v in [*saved, progress['steps'], progress['images']]) and progress['steps'] >= 0
         if valid and saved != now:
@@ -146,7 +149,7 @@ def _check_progress(progress, opt, params, path, data):
                 type(n) is int for n in meters.errors.sum.values()
             )
         fields, values = set(vars(AverageValueMeter())), progress['values']
-        valid &= not progress['steps'] or 'loss' in values
+        valid &= not plain and (not progress['steps'] or 'loss' in values)
         valid &= all(set(v) == fields and all(type(n) is float for n in v.values()) for v in values.values())
     except (AttributeError, KeyError, TypeError):
         valid = False

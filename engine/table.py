@@ -185,7 +185,7 @@ def protocol(record):
 
 def plain(text):
     """A text from a log, which may be hostile, as a part of Markdown."""
-    return html.escape(printable(text), quote=False)
+    return html.escape(printable(text), quote=False).replace('|', '&#124;')
 
 
 def _rate(record):

@@ -13,8 +13,11 @@ import numpy as np  # noqa: E402
 cv2.setNumThreads(0)
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # `read_image` names the bad file
 
+warnings.filterwarnings('ignore', module=r'PIL\.')  # about metadata
+
 MAX_BYTES = 2**28  # of an image file
-MAX_PIXELS = int(os.environ['OPENCV_IO_MAX_IMAGE_PIXELS'])
+LIMIT = os.environ['OPENCV_IO_MAX_IMAGE_PIXELS']
+MAX_PIXELS = int(LIMIT) if LIMIT.isdecimal() else 2**27  # OpenCV also takes units, like 512MB
 EXTRA_SAMPLES, BITS, PLANES, SEPARATE = 338, 258, 284, 2  # tags of a TIFF, and a value of the last one
 
 
@@ -63,17 +66,16 @@ def _decode_plain(content):
         return _decode(content)
     from PIL import Image  # slow to import, and rarely needed
 
+    Image.MAX_IMAGE_PIXELS = None  # they are counted here
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # about metadata, and many pixels, which are counted here
-            image = Image.open(io.BytesIO(content), formats=('GIF', 'TIFF'))
-            tags = image.tag_v2 if image.format == 'TIFF' else {}
-            if tags and EXTRA_SAMPLES not in tags:
-                return _decode(content)
-            mixed_up = tags.get(PLANES) == SEPARATE and max(tags.get(BITS)) > 8  # by PIL
-            if image.width * image.height > MAX_PIXELS or mixed_up:
-                return None
-            return np.array(image.convert('RGB'))
+        image = Image.open(io.BytesIO(content), formats=('GIF', 'TIFF'))
+        tags = image.tag_v2 if image.format == 'TIFF' else {}
+        if tags and EXTRA_SAMPLES not in tags:
+            return _decode(content)
+        mixed_up = tags.get(PLANES) == SEPARATE and max(tags.get(BITS)) > 8  # by PIL
+        if image.width * image.height > MAX_PIXELS or mixed_up:
+            return None
+        return np.array(image.convert('RGB'))
     except Exception:  # a damaged file can make PIL raise anything
         return None
 

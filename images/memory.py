@@ -90,16 +90,19 @@ def _cifar(dataset, root, note, **_):
     import torchvision  # slow to import, so only where it is needed
 
     source = getattr(torchvision.datasets, dataset)
-    if not os.path.isdir(os.path.join(root, source.base_folder)):
+    folder, missing = os.path.join(root, source.base_folder), not os.path.exists(root)
+    if not os.path.isdir(folder):
         size = {'CIFAR10': 163, 'CIFAR100': 161}[dataset]
         note(f'{dataset} is not in {root}: downloading {size} MiB from {source.url}')
-    missing = not os.path.exists(root)
     try:
-        with _alone(root):
-            parts = [source(root, train=train, download=True) for train in (True, False)]
+        with _alone(folder):
+            test = source(root, train=False, download=True)
+        parts = source(root, train=True), test
     except (URLError, HTTPException, TimeoutError, ConnectionError) as error:
-        if missing and os.path.isdir(root) and not os.listdir(root):
-            os.rmdir(root)
+        with contextlib.suppress(OSError):  # only empty folders can be removed
+            os.rmdir(folder)
+            if missing:
+                os.rmdir(root)
         raise OSError(
             f'{dataset} is not in {root} and {source.url} cannot be reached ({getattr(error, "reason", error)}): '
             f'put {source.base_folder} there by hand, or name its folder with --dataroot'
@@ -110,16 +113,16 @@ def _cifar(dataset, root, note, **_):
 
 
 @contextlib.contextmanager
-def _alone(root):
-    """Make a folder that one process at a time uses: while it downloads, the others wait."""
-    os.makedirs(root, exist_ok=True)
-    folder = os.open(root, os.O_RDONLY)
+def _alone(folder):
+    """Make a folder into which one process at a time downloads, while others wait."""
+    os.makedirs(folder, exist_ok=True)
+    opened = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(folder, fcntl.LOCK_EX)
+            fcntl.flock(opened, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(folder)
+        os.close(opened)
 
 
 def _cifar10(root, note, **_):

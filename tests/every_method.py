@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import sys
-import warnings
 from functools import partial
 
 import torch
@@ -86,7 +85,6 @@ def hashes(tensors):
 
 
 def main():
-    warnings.filterwarnings('error', 'Grad strides do not match')  # weights in another order than gradients
     dist.init_process_group('gloo')
     torch.set_num_threads(1)
     cases = itertools.product(SHAPES, METHODS, ('float', 'bfloat16'))

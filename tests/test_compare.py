@@ -61,6 +61,13 @@ def test_methods_are_compared_in_pairs_of_seeds_and_named_by_what_differs(script
     ]
 
 
+def test_methods_of_different_schedules_are_named_by_these(script, run):
+    runs = [run(f'alone{s}', 10, {**SMALL, 'workers': 1}, seed=s) for s in range(2)]
+    runs += [run(f'at{s}', 9, {**SMALL, 'batch_size': 64, 'workers': 2}, seed=s, beta=1.0) for s in range(2)]
+    lines = shown(script, *runs)
+    assert '| WRN-16-1 | AT, batch_size 64, workers 2 - alone, batch_size 128, workers 1 | -1.00 | 0.00 | 2 |' in lines
+
+
 def test_runs_of_different_images_are_not_compared(script, run):
     runs = [run(f'digits{s}', 10, {**SMALL, 'dataset': 'digits'}, seed=s) for s in range(2)]
     runs += [run(f'cifar{s}', 20, SMALL, seed=s, beta=1e3) for s in range(2)]
@@ -93,12 +100,12 @@ def test_what_cannot_be_compared_is_named(script, run):
 
 
 def test_a_hostile_log_controls_neither_terminal_nor_markdown(script, run):
-    evil = '\x1b[2J<b>'
+    evil = '\x1b[2J<b>|'
     runs = [
         run(f'run{i}', 10, SMALL, seed=i, beta=1.0, groups=f'{i}{evil}', dataset=evil, device=evil) for i in range(2)
     ]
     text = '\n'.join(shown(script, *runs, run('\x1b<b>', 10, SMALL, epochs=[1])))
-    assert '?[2J&lt;b&gt;' in text and '\x1b' not in text and '<b>' not in text
+    assert '?[2J&lt;b&gt;&#124;' in text and '\x1b' not in text and '<b>' not in text
 
 
 def test_a_flag_that_an_older_log_lacks_has_its_default(script, run):

@@ -171,6 +171,8 @@ def test_a_checkpoint_that_no_run_wrote_is_not_resumed(train):
         {'progress': {**progress, 'steps': -1}},
         {'progress': {**progress, 'steps': 0, 'workers': [{'errors': {'n': 16, 'sum': {}}, 'bad': 0}]}},
         {'progress': {**progress, 'seed': [[]]}},
+        {'epoch': 0, 'progress': {**progress, 'steps': 0, 'settings': {'lr': torch.ones(2)}}},
+        {'epoch': 0, 'progress': {**progress, 'steps': 0, 'settings': [3]}},
     ):
         write.save('hostile.pt7', {**state, **change})
         assert refused(train('--epochs 2 --resume hostile.pt7'), 'hostile.pt7')
