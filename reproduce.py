@@ -4,8 +4,8 @@
     python reproduce.py table1 --dataroot data --dtype bfloat16 --compile  # table 1: 5 seeds of 200 epochs
     python reproduce.py table2 --dataroot data --dtype bfloat16 --compile  # table 2: mapping functions, one group only
     python reproduce.py table3 --dataroot data     # table 3: gradients, on networks without batch norm
-    python reproduce.py tuning --dataroot data     # weights of AT and F-ActT, on held-out training images
-    python reproduce.py controls --dataroot data   # AT to the maps of another image, and of an untrained teacher
+    python reproduce.py tuning --dataroot data --dtype bfloat16 --compile  # betas of AT and F-ActT, on held-out images
+    python reproduce.py controls --dataroot data --dtype bfloat16  # AT to another image's maps, an untrained teacher's
     python reproduce.py crd --dataroot data        # CIFAR-100, as papers on distillation do: 5 seeds of 240 epochs
     python reproduce.py table1 --show              # the table from the logs that are there
 

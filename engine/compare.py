@@ -62,28 +62,28 @@ def _named(records):
     the network do. With several sets of test images, a network's name has the set. Methods are in order: alone, single
     ones, others.
     """
-    tested = {
-        path: f'{r["dataset"]}, {r["test_images"]:,} {"held-out " * bool(r["holdout"])}images'
-        for path, r in records.items()
-    }
-    kinds, found = {}, {}
+    several, found = len(set(map(_images, records.values()))) > 1, {}
+    networks, kinds, schedules = {}, {}, {}
     for path, record in records.items():
-        network = network_of(record) + plain(f' on {tested[path]}') * (len(set(tested.values())) > 1)
+        network = network_of(record) + plain(f' on {_images(record)}') * several
+        networks.setdefault(network, {})[path] = record
         kinds.setdefault((network, method_of(record)), {})[path] = record
+    for runs in networks.values():
+        schedules |= {path: [s for s in varied if s[0] in SCHEDULE] for path, varied in _varied(runs).items()}
     for network, method in sorted(kinds, key=lambda kind: (kind[1] != 'alone', kind[1].count('+'))):
-        runs = kinds[network, method]
-        of_network = {
-            path: record for kind, found in kinds.items() if kind[0] == network for path, record in found.items()
-        }
-        everywhere = _varied(of_network)
-        for path, varied in _varied(runs).items():
-            varied += [of for of in everywhere[path] if of[0] in SCHEDULE and of not in varied]
-            of_seed = found.setdefault(network, {}).setdefault((method, *varied), {})
-            seed, error = records[path]['seed'], 100 - records[path]['test_acc']
+        for path, varied in _varied(kinds[network, method]).items():
+            label = method, *dict.fromkeys(varied + schedules[path])
+            of_seed = found.setdefault(network, {}).setdefault(label, {})
+            seed = records[path]['seed']
             if seed in of_seed:
                 raise ValueError(f'{path}: another run has the same settings and the seed {seed}')
-            of_seed[seed] = error
+            of_seed[seed] = 100 - records[path]['test_acc']
     return found
+
+
+def _images(record):
+    """The images that a record was tested on, in words."""
+    return f'{record["dataset"]}, {record["test_images"]:,} {"held-out " * bool(record["holdout"])}images'
 
 
 def _varied(runs):

@@ -145,9 +145,8 @@ def _check_progress(progress, opt, params, path, data):
             if world() > 1:
                 check_fit(shapes, mine['statistics'], path)
             valid &= type(meters.bad) is type(meters.errors.n) is int and isinstance(meters.seconds, float)
-            valid &= set(meters.errors.sum) == set(data.topk) and all(
-                type(n) is int for n in meters.errors.sum.values()
-            )
+            wrong = meters.errors.sum
+            valid &= set(wrong) == set(data.topk) and all(type(n) is int for n in wrong.values())
         fields, values = set(vars(AverageValueMeter())), progress['values']
         valid &= not plain and (not progress['steps'] or 'loss' in values)
         valid &= all(set(v) == fields and all(type(n) is float for n in v.values()) for v in values.values())

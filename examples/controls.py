@@ -8,8 +8,8 @@
 `shifted` compares each image's maps with the teacher's of another image of its batch. `untrained` takes a teacher of
 the same shape with initial weights, whose batch norm has its initial statistics too. All else is as in cifar.py, whose
 flags this program takes: compare its run with the student alone and with attention transfer of the same seed, as
-`python reproduce.py controls` does with three seeds. It also shows how to train with any function of images that
-returns (logits, groups) as the teacher.
+`python reproduce.py controls --dtype bfloat16` does with three seeds. It also shows how to train with any function of
+images that returns (logits, groups) as the teacher.
 """
 
 import os

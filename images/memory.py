@@ -91,7 +91,7 @@ def _cifar(dataset, root, note, **_):
 
     source = getattr(torchvision.datasets, dataset)
     folder, missing = os.path.join(root, source.base_folder), not os.path.exists(root)
-    if not os.path.isdir(folder):
+    if not os.path.isdir(folder) or not os.listdir(folder):
         size = {'CIFAR10': 163, 'CIFAR100': 161}[dataset]
         note(f'{dataset} is not in {root}: downloading {size} MiB from {source.url}')
     try:
