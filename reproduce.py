@@ -63,6 +63,7 @@ def parse():
     markdown = 'also write the table into FILE, between its markers'
     flag('--markdown', default='', type=path, metavar='FILE', help=markdown)
     flag('--compile', action='store_true', help='as in cifar.py')
+    flag('--cuda_graphs', action='store_true', help='as in cifar.py')
     flag('--all', action='store_true', help='also print the cells of the table that were not run')
     flag = parser.add_mutually_exclusive_group().add_argument
     flag('--dry_run', action='store_true', help='print the remaining commands and their time, and stop')
@@ -88,6 +89,8 @@ def parse():
         raise ValueError(f'--rows {opt.rows}: {opt.table} has rows 1 to {len(rows)}')
     opt.rows = [rows[int(i) - 1] for i in dict.fromkeys(numbers)]
     opt.epochs = opt.epochs or (opt.show and longest_schedule(opt)) or table['epochs']
+    if opt.cuda_graphs and not opt.compile:
+        raise ValueError('--cuda_graphs goes with --compile')
     if opt.markdown:
         around(opt.markdown, opt.table)  # a file without the markers is reported before training
     return opt

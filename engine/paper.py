@@ -182,7 +182,7 @@ def commands(opt):
     common += ['--epoch_step', json.dumps(sorted({s for s in steps if s > 1}), separators=(',', ':')), *table['flags']]
     common += ['--holdout', str(opt.holdout)] if opt.holdout else []
     common += ['--dtype', opt.dtype] if opt.dtype else []
-    common += ['--compile'] * opt.compile
+    common += ['--compile'] * opt.compile + ['--cuda_graphs'] * opt.cuda_graphs
     for row in opt.rows:
         methods = columns(opt, row)
         taught = any(known[method].taught for method in methods)

@@ -127,6 +127,10 @@ def test_the_schedule_scales_with_the_epochs(script, fast):
         "python cifar.py --dataset CIFAR10 --dataroot . --epochs 16 --epoch_step '[5,10,13]' --dtype bfloat16 "
         '--depth 16 --width 1 --seed 0 --save logs/cifar10-e16/wrn-16-1-s0 --resume auto'
     )
+    graphs = '--compile --cuda_graphs --dry_run'
+    _, out, _ = script(reproduce, f'table1 --rows 2 --methods student --epochs 16 --seeds 1 {graphs}')
+    assert "--epoch_step '[5,10,13]' --compile --cuda_graphs --depth 16" in out.splitlines()[0]
+    assert refused(script(reproduce, 'table1 --cuda_graphs --dry_run'), '--cuda_graphs goes with --compile')
 
 
 def test_the_time_is_that_of_real_steps(script):
