@@ -57,7 +57,7 @@ def build_teacher(opt, data, sample):
     f, accuracies = teacher.build(opt, f'--teacher_id {opt.teacher_id}', network, data, sample)
     if accuracies:
         same = all(record.get(flag, default) == getattr(opt, flag) for flag, default in TEST_SET.items())
-        teacher.check_accuracy(record, accuracies[0], same, opt.teacher_dtype)
+        teacher.check_accuracy(record, accuracies[0], same * data.counts['test_images'], opt.teacher_dtype)
     return f
 
 

@@ -12,6 +12,7 @@ from test_cifar import logged, teacher  # noqa: F401
 import checkpoint
 import cifar
 import imagenet
+from engine.teacher import check_accuracy
 
 
 def test_unusable_teachers_are_refused_and_nothing_is_written(train, script, teacher):
@@ -41,6 +42,14 @@ def test_unusable_teachers_are_refused_and_nothing_is_written(train, script, tea
         classes = '--teacher_id teacher has 3 output classes, the data set has 10', flags.split()[0]
         assert refused(script(cifar, other, student, 'teacher', flags), *classes)
     assert not os.path.exists('logs/student')
+
+
+@pytest.mark.parametrize('images, allowed', [(797, 1.7), (9_980, 0.5), (50_000, 0.5)])
+def test_a_teacher_may_differ_from_its_log_by_what_rounding_does(images, allowed):
+    check_accuracy({'test_acc': 56.0}, 56 - allowed, images)
+    for accuracy in (56 - allowed - 0.1, 56 + allowed + 0.1, float('nan')):
+        with pytest.raises(ValueError, match='by its own log'):
+            check_accuracy({'test_acc': 56.0}, accuracy, images)
 
 
 @pytest.mark.parametrize('flags, term', [('', 'at2'), ('--transfer full', 'full2'), ('--groups 2', 'at2')])
