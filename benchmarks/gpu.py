@@ -56,9 +56,17 @@ def run(words, folder=ROOT, **environment):
 
 
 def call(words, folder, environment):
-    """Python with these arguments, when it has ended. If it fails, all that it printed goes to stderr."""
+    """Python with these arguments, when it has ended. If it fails, all that it printed goes to stderr.
+
+    Raises ValueError if it does not end within LIMIT seconds.
+    """
     text = {'encoding': 'utf-8', 'errors': 'replace', 'capture_output': True, 'timeout': LIMIT}
-    done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, **text)
+    try:
+        done = subprocess.run([sys.executable, *words], cwd=folder, env=environment, **text)
+    except subprocess.TimeoutExpired as error:
+        for printed in filter(None, (error.stdout, error.stderr)):  # bytes, whatever the encoding
+            print(printed.decode(errors='replace'), end='', file=sys.stderr, flush=True)
+        raise ValueError(f'it did not end within {LIMIT} seconds') from None
     if done.returncode:
         print(done.stdout, done.stderr, sep='', file=sys.stderr, flush=True)
     return done
@@ -73,7 +81,7 @@ def reason(text):
 def tests():
     """Run the tests that need a GPU."""
     environment = {name: value for name, value in ENVIRONMENT.items() if name != 'AT_QUICK_TESTS'}
-    words = '-m pytest -m gpu -p no:cacheprovider --color=no'.split()
+    words = '-m pytest -v -m gpu -p no:cacheprovider --color=no'.split()  # -v: names, should the time run out
     done = call(words, ROOT, {**environment, 'AT_GPU_TESTS': '1', 'COLUMNS': '400'})
     lines = (done.stdout or done.stderr).splitlines() or ['it printed nothing']
     for line in lines:

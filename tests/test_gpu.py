@@ -86,6 +86,15 @@ def test_a_failure_is_told_by_its_error_and_shown_whole(script, pretended, monke
     assert gpu.reason('') == 'it printed nothing'
 
 
+def test_what_a_program_printed_before_the_time_ran_out_is_shown(script, pretended, monkeypatch, tmp_path):
+    (tmp_path / 'waits.py').write_text("import time; print('test_one FAILED', flush=True); time.sleep(600)")
+    monkeypatch.setattr(gpu, 'LIMIT', 2)
+    monkeypatch.setattr(gpu, 'PARTS', {'epoch': lambda: iter([('epoch', gpu.run([str(tmp_path / 'waits.py')]))])})
+    status, out, err = script(gpu, '--out table.md')
+    assert status == 1 and 'epoch: failed: it did not end within 2 seconds\n' in out
+    assert err == 'test_one FAILED\n'
+
+
 def test_a_part_that_fails_in_any_way_ends_neither_the_others_nor_the_table(script, pretended, monkeypatch):
     def fails():
         raise torch.OutOfMemoryError('CUDA out of\nmemory')
