@@ -17,10 +17,10 @@ def call(command, job, jobs):
     Raises ValueError with its last line of error output if it fails, and KeyboardInterrupt if it was stopped.
     """
     environment = {**os.environ, 'AT_PARENT': str(os.getpid())}
-    if jobs > 1 and torch.cuda.is_available():
-        command = [*command, '--gpu_id', str(job % torch.cuda.device_count())]
-    elif jobs > 1:
+    if jobs > 1:
         environment.setdefault('OMP_NUM_THREADS', str(max(1, os.cpu_count() // jobs)))
+        if torch.cuda.is_available():
+            command = [*command, '--gpu_id', str(job % torch.cuda.device_count())]
     text = {'encoding': 'utf-8', 'errors': 'replace'}
     pipes = {} if jobs == 1 else {'stdout': subprocess.DEVNULL, 'stderr': subprocess.PIPE, **text}
     with subprocess.Popen(command, env=environment, **pipes) as process:

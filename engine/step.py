@@ -159,9 +159,8 @@ class Updates:
     def __init__(self, opt, trained, device):
         self.trained, half = list(trained), DTYPES[opt.dtype] == torch.float16
         # With fused=True, a skipped first step would leave momentum uninitialised (PyTorch 2.14).
-        self.optimizer = torch.optim.SGD(
-            self.trained, opt.lr, momentum=0.9, weight_decay=opt.weight_decay, fused=not half
-        )
+        how = {'foreach': True} if half else {'fused': True}
+        self.optimizer = torch.optim.SGD(self.trained, opt.lr, momentum=0.9, weight_decay=opt.weight_decay, **how)
         self.scaler = torch.amp.GradScaler(device.type, enabled=half)
 
     def zero_grad(self):

@@ -201,7 +201,9 @@ class TrainBatches:
         n, device = len(images.labels), images.labels.device
         global_batches = batches.global_batches(n, batch_size, seed, epoch, least=world)[start:]
         self.sizes = [len(b) for b in global_batches]
-        self.batches = [torch.from_numpy(batches.share(b, rank, world)).to(device) for b in global_batches]
+        shares = [batches.share(b, rank, world) for b in global_batches]
+        indices = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *shares]))  # one copy to wait for
+        self.batches = indices.to(device).split([len(b) for b in shares])
         self.where = torch.from_numpy(batches.augmentation(n, pad, flip, seed, epoch)).to(device)
         self.images, self.pad = images, pad
 
