@@ -60,6 +60,7 @@ format: venv-dev
 table: venv
 	$(BIN)/python reproduce.py table1 --rows 2 --show --markdown README.md
 	$(BIN)/python reproduce.py table1 --rows 2 --methods teacher,student,at,full-const,kd,at-kd --epochs 16 --seeds 3 --show --markdown docs/results.md
+	$(BIN)/python reproduce.py tuning --show --markdown docs/results.md
 	$(BIN)/python reproduce.py controls --show --markdown docs/results.md
 
 clean:
