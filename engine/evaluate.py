@@ -10,6 +10,7 @@ from torchnet.engine import Engine
 from torchnet.meter import AverageValueMeter, ClassErrorMeter
 
 from engine.precision import autocast, place
+from engine.step import FLUSH
 from engine.student import Network
 from engine.workers import say, sum_over_workers
 from formats.networks import checkpoint_of, describe, load_teacher
@@ -22,7 +23,7 @@ def evaluate(network, batches, device, dtype='float', topk=(1,), on_batch=lambda
     Returns (loss, [accuracy for each k of topk]). on_batch() is called after each batch.
     """
     f, params = network
-    losses, errors = AverageValueMeter(), ClassErrorMeter(list(topk), accuracy=True)
+    losses, errors, pending = AverageValueMeter(), ClassErrorMeter(list(topk), accuracy=True), []
 
     def forward(sample):
         with autocast(device, dtype):
@@ -30,12 +31,21 @@ def evaluate(network, batches, device, dtype='float', topk=(1,), on_batch=lambda
         return F.cross_entropy(logits, sample[1], reduction='sum'), logits
 
     def on_forward(state):
-        losses.add(state['loss'].item(), len(state['sample'][1]))
-        errors.add(state['output'].float(), state['sample'][1])
+        pending.append((state['loss'], state['output'].float(), state['sample'][1]))
+        if len(pending) == FLUSH:
+            flush()
         on_batch()
 
+    def flush(*_):
+        if pending:
+            sums, logits, labels = zip(*pending)
+            for loss, part in zip(torch.stack(sums).tolist(), labels):
+                losses.add(loss, len(part))
+            errors.add(torch.cat(logits), torch.cat(labels))
+            pending.clear()
+
     engine = Engine()
-    engine.hooks['on_forward'] = on_forward
+    engine.hooks.update(on_forward=on_forward, on_end=flush)
     with torch.no_grad():
         engine.test(forward, batches)
     loss, n, *wrong = sum_over_workers([losses.sum, losses.n, *(errors.sum[k] for k in topk)], device)

@@ -7,19 +7,34 @@ import sys
 import cv2
 import numpy as np
 import pytest
+import torch
+import torch.nn.functional as F
 from conftest import HANGS, draw, refused
 from test_workers import ENVIRONMENT
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpoint
 import cifar
 import finetune
 import imagenet
+import resnet
+from engine.evaluate import evaluate
 from engine.log import read_log
+from engine.step import FLUSH
+from engine.student import Network
 from formats import networks, write
 
 
 def scores(out):
     return json.loads(out.splitlines()[-1])
+
+
+class Calls(TorchDispatchMode, list):
+    """The names of the operators that are called within it."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.append(str(function))
+        return function(*args, **kwargs or {})
 
 
 def test_a_run_scores_what_its_log_says(script, train, photos):
@@ -38,6 +53,22 @@ def test_a_run_scores_what_its_log_says(script, train, photos):
         '--dataset folder --image_size 16 --holdout 6 --dtype bfloat16 --evaluate logs/run/model.pt7 --json --dataroot'
     )
     assert scores(script(cifar, file, [photos])[1])['top1'] == found['top1']
+
+
+def test_the_host_waits_once_for_many_batches():
+    f, params = resnet.wide_resnet(10, 0.25, 10)
+    torch.manual_seed(0)
+    batches = [(torch.randn(n, 3, 8, 8), torch.randint(10, (n,)), n) for n in (3,) * 2 * FLUSH + (1,)]
+    with Calls() as calls:
+        loss, (top1, top5) = evaluate(Network(f, params), batches, torch.device('cpu'), topk=(1, 5))
+    assert calls.count('aten.topk.default') == 3 and 'aten._local_scalar_dense.default' not in calls
+    with torch.no_grad():
+        logits = [f(images, params, False)[0] for images, *_ in batches]
+    losses = [F.cross_entropy(y, sample[1], reduction='sum').item() for y, sample in zip(logits, batches)]
+    logits, labels = torch.cat(logits), torch.cat([sample[1] for sample in batches])
+    right = (logits.topk(5)[1] == labels[:, None]).cumsum(1).sum(0)
+    assert loss == sum(losses) / len(labels)
+    assert [top1, top5] == pytest.approx([100 * int(right[k]) / len(labels) for k in (0, 4)])
 
 
 @pytest.mark.parametrize('size', [True, 99999999999999, 10**400, '16; rm', 'x', None])
