@@ -21,7 +21,7 @@ from layers import full, keep_strides
 from utils import DTYPES
 
 PART = 64  # images of a pass of an int8 teacher: its activations stay in the cache, a step is 3% faster
-FLUSH = 20  # steps between two reads of the losses: each read makes the host wait for the device
+FLUSH = 20  # training or test batches between two reads of the results: each makes the host wait for the device
 LEAST_SCALE = 1e-8  # of a float16 loss: gradients that are infinite here are infinite at any scale
 
 

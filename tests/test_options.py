@@ -164,6 +164,7 @@ OTHERS = {  # of the other scripts: {words: {flag: values that it has to refuse}
         'dtype': ['float8'],
         'jobs': ['0', '-1', '1.5', '1000000'],
         'compile': ['yes'],
+        'cuda_graphs': ['yes'],
         'all': ['yes'],
         'dry_run': ['yes'],
         'show': ['yes'],

@@ -133,6 +133,16 @@ def test_the_schedule_scales_with_the_epochs(script, fast):
     assert refused(script(reproduce, 'table1 --cuda_graphs --dry_run'), '--cuda_graphs goes with --compile')
 
 
+def test_runs_side_by_side_on_gpus_share_the_cores(monkeypatch):
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    monkeypatch.setattr('os.cpu_count', lambda: 8)
+    monkeypatch.setattr('torch.cuda.is_available', lambda: True)
+    monkeypatch.setattr('torch.cuda.device_count', lambda: 2)
+    code = 'import os, sys; sys.exit(" ".join([os.environ["OMP_NUM_THREADS"], *sys.argv[1:]]))'
+    with pytest.raises(ValueError, match='exit status 1: 2 --gpu_id 1$'):
+        jobs.call([sys.executable, '-c', code], 3, 4)
+
+
 def test_the_time_is_that_of_real_steps(script):
     write_log('digits-e2/wrn-16-2-s0', 10.0, epochs=2, last=2)
     status, out, _ = script(reproduce, 'demo --methods at --epochs 2 --seeds 1 --dry_run')
