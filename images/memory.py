@@ -202,8 +202,9 @@ class TrainBatches:
         global_batches = batches.global_batches(n, batch_size, seed, epoch, least=world)[start:]
         self.sizes = [len(b) for b in global_batches]
         shares = [batches.share(b, rank, world) for b in global_batches]
-        indices = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *shares]))  # one copy to wait for
-        self.batches = indices.to(device).split([len(b) for b in shares])
+        # One copy, since a GPU makes the host wait for each; np.empty for a resume after the last batch.
+        indices = torch.from_numpy(np.concatenate([np.empty(0, np.int64), *shares])).to(device)
+        self.batches = indices.split([len(b) for b in shares])
         self.where = torch.from_numpy(batches.augmentation(n, pad, flip, seed, epoch)).to(device)
         self.images, self.pad = images, pad
 
