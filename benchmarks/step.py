@@ -7,8 +7,8 @@
 
 The plain step is float32, contiguous and eager, with the whole teacher under no_grad, losses as the authors write them
 and .item() on every term. The fast one is the step of cifar.py and imagenet.py with --dtype bfloat16, --compile, and on
-CPUs --teacher_dtype int8. They run in turns on the same random images, and each pair gives a ratio. The plain step
-has its own process, a new one for each case, since the fast step changes the memory allocator of its whole process.
+CPUs with VNNI --teacher_dtype int8. They run in turns on the same random images, and each pair gives a ratio. The plain
+step has its own process, a new one for each case, since the fast step changes the memory allocator of its process.
 FlopCounterMode counts the operations of the plain step; their rate is given as a fraction of that of a product of two
 2048x2048 matrices in the fast step's dtype.
 """
@@ -31,7 +31,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'
 from authors import step as authors_step
 from measure import flops, matrix_rate, peak_memory, seconds, settled_seconds
 
-from engine import ending, workers
+from engine import ending, int8, workers
 from engine.arguments import Parser, number, path
 from engine.flags import parse_cifar
 from engine.log import commit, environment
@@ -181,7 +181,7 @@ def of_plain(measured, name, authors):
 
 
 def default_teacher_dtype(dtype):
-    return 'int8' if DTYPES[dtype].itemsize == 2 and device().type == 'cpu' else 'same'
+    return 'int8' if DTYPES[dtype].itemsize == 2 and device().type == 'cpu' and int8.exact() else 'same'
 
 
 def choose_arithmetic():
@@ -248,7 +248,7 @@ def main():
     flag('--dtype', default='bfloat16', choices=list(DTYPES), help='of the fast step')
     flag('--eager', action='store_true', help='the fast step without --compile')
     flag('--cuda_graphs', action='store_true', help='the fast step with --cuda_graphs, on a GPU')
-    integers = "of the fast step's teacher (default: int8 on a CPU beside a 16-bit --dtype)"
+    integers = "of the fast step's teacher (default: int8 on a CPU with VNNI beside a 16-bit --dtype)"
     flag('--teacher_dtype', choices=['same', 'int8'], help=integers)
     flag('--pairs', default=11, type=number(int, 1, 10_000), help='pairs that are measured')
     theirs = 'a clone of szagoruyko/attention-transfer: its step in place of the plain one'

@@ -27,7 +27,7 @@ def common_flags(
         flag('--depth', default=depth, type=number(int, 1, 10_000), help='layers of the network')
         flag('--width', default=1, type=number(float, 0, 100, above=True), help='times the base width')
     flag('--dtype', default='float', choices=list(DTYPES), help='compute dtype; parameters and losses stay float32')
-    integers = "int8: the teacher's convolutions in integers, on CPUs (same: as --dtype)"
+    integers = "int8: the teacher's convolutions in integers, on CPUs with VNNI (same: as --dtype)"
     flag('--teacher_dtype', default='same', choices=['same', 'int8'], help=integers)
     flag('--compile', action='store_true', help='compile the student and its losses with torch.compile at the start')
     flag('--cuda_graphs', action='store_true', help='with --compile on a single GPU: replay the step as CUDA graphs')

@@ -6,6 +6,7 @@
 functions call the `__torch_function__` of such an object.
 """
 
+import functools
 import re
 
 import torch
@@ -91,6 +92,15 @@ def _rounded(x, step):
 def _to_uint8(x):
     """x rounded down and clamped to 0 to 255, as uint8; overwrites x."""
     return x.clamp_(0, LEVELS).to(torch.int16).to(torch.uint8)  # PyTorch's direct conversion takes one number at a time
+
+
+@functools.cache
+def exact():
+    """Whether this CPU adds int8 products exactly: without VNNI, oneDNN adds pairs in 16 bits, which saturate."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    result = _Int8(torch.full((16, 16, 3, 3), 127.0), 1.0).conv2d(torch.full((1, 16, 8, 8), LEVELS, dtype=torch.uint8))
+    return bool((result == 16 * 9 * 127 * LEVELS).all())
 
 
 def quantize(f, params, images):

@@ -5,9 +5,8 @@ from functools import partial
 
 import torch
 
-from engine import runs
+from engine import int8, runs
 from engine.evaluate import evaluate
-from engine.int8 import quantize
 from engine.log import read_log
 from engine.precision import freeze, place
 from engine.student import Network
@@ -48,13 +47,13 @@ def build(opt, name, network, data, sample, check=True):
 def frozen(opt, network, sample, device):
     """A teacher's parameters, folded, in the dtypes of the flags; sample() returns images for int8 calibration.
 
-    Raises ValueError for int8 if the device has no int8 convolutions.
+    Raises ValueError for int8 if the device has no exact int8 convolutions.
     """
     folded = fold(place(network.params, opt.dtype, torch.device('cpu')))
     if opt.teacher_dtype == 'int8':
-        if device.type != 'cpu' or not torch.backends.mkldnn.is_available():
-            raise ValueError('--teacher_dtype int8: only on CPUs, with a PyTorch that has oneDNN')
-        return place(folded, 'float', device) | quantize(network.f, folded, sample())
+        if device.type != 'cpu' or not int8.exact():
+            raise ValueError('--teacher_dtype int8: only on CPUs with VNNI instructions and a PyTorch that has oneDNN')
+        return place(folded, 'float', device) | int8.quantize(network.f, folded, sample())
     return freeze(folded, opt.dtype, device)
 
 

@@ -14,13 +14,14 @@ import torchvision
 from PIL import Image
 
 import cifar
-from engine import ending
+from engine import ending, int8
 from images import memory, photographs
 
 if not os.environ.get('AT_GPU_TESTS'):
     os.environ['CUDA_VISIBLE_DEVICES'] = ''  # most tests are about bits, int8 and workers of CPUs
 torch.set_num_threads(1)
 HANGS = 600  # seconds after which a process that tests wait for counts as hung
+VNNI = pytest.mark.skipif(not int8.exact(), reason='without VNNI, this CPU cannot add int8 products exactly')
 TRAINING, TESTING = 25, 9  # images that `write_photographs` writes
 
 

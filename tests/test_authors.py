@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import torchvision
-from conftest import refused
+from conftest import VNNI, refused
 from test_imagenet import folder, train  # noqa: F401
 
 import checkpoint
@@ -70,7 +70,9 @@ def test_students_of_the_authors_are_read_folded_and_exported(script, depth, blo
 
 
 @AUTHORS
-@pytest.mark.parametrize('flags', ['--transfer full', '--teacher_dtype int8', '--transfer gradient'])
+@pytest.mark.parametrize(
+    'flags', ['--transfer full', pytest.param('--teacher_dtype int8', marks=VNNI), '--transfer gradient']
+)
 def test_students_of_the_authors_teach(train, depth, blocks, said, flags):
     torch.save(authors_student(blocks, stats_apart=False)[1], 'model.pt7')
     status, _, err = train('--epochs 1 --teacher_params model.pt7 --beta 10 --alpha 0.5', flags)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import draw, refused
+from conftest import VNNI, draw, refused
 from PIL import Image
 
 import imagenet
@@ -55,7 +55,7 @@ def test_a_baseline_trains_and_logs_top1_and_top5(train):
     assert last['test_acc'][0] * 18 / 100 == pytest.approx(round(last['test_acc'][0] * 18 / 100))
 
 
-@pytest.mark.parametrize('depth, flags', [(18, ''), (50, ''), (18, '--teacher_dtype int8')])
+@pytest.mark.parametrize('depth, flags', [(18, ''), (50, ''), pytest.param(18, '--teacher_dtype int8', marks=VNNI)])
 def test_students_learn_from_torchvision_teachers_basic_and_bottleneck(train, depth, flags):
     write_teacher('teacher.bin', depth=depth)
     status, out, err = train('--epochs 1 --teacher_params teacher.bin --beta 1e+3 --alpha 0.5 --save logs/run', flags)
@@ -204,7 +204,7 @@ def test_unusable_input_is_refused_in_one_line_and_nothing_is_written(script, tr
     [
         ('--beta 1', {'ce', 'at0', 'at1', 'at2', 'at3'}),
         ('--beta 1 --transfer full', {'ce', 'full0', 'full1', 'full2', 'full3'}),
-        ('--beta 1 --teacher_dtype int8', {'ce', 'at0', 'at1', 'at2', 'at3'}),
+        pytest.param('--beta 1 --teacher_dtype int8', {'ce', 'at0', 'at1', 'at2', 'at3'}, marks=VNNI),
     ],
 )
 def test_a_teacher_of_other_classes_teaches_attention_unchecked(train, flags, terms):

@@ -1,11 +1,14 @@
 """A teacher in 8-bit integers: its arithmetic, its error, and runs with it."""
 
+import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL
+from conftest import SMALL, VNNI
 
 import cifar
 import imagenet_resnet
@@ -42,6 +45,7 @@ def pieces(network):
     return f, folded, folded | int8.quantize(f, folded, images), images
 
 
+@VNNI
 @pytest.mark.parametrize('stride, padding, kernel', [(1, 1, 3), (2, 1, 3), (2, 0, 1)])
 @pytest.mark.parametrize('with_bias', [True, False])
 def test_an_int8_convolution_is_that_of_the_rounded_numbers(stride, padding, kernel, with_bias):
@@ -117,6 +121,7 @@ def test_a_batch_in_parts_is_the_whole_batch(flags, monkeypatch):
             torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-6)
 
 
+@VNNI
 def test_a_run_with_an_int8_teacher_checks_it_learns_from_it_and_logs_it(train):
     assert train('--width 0.5 --epochs 12 --epoch_step [8] --lr 0.05 --save logs/teacher')[0] == 0
     taught = '--teacher_id teacher --teacher_dtype int8 --epochs 2 --epoch_step [] --lr 0.05 --dtype bfloat16'
@@ -146,13 +151,20 @@ def test_a_teacher_that_overflows_is_not_hidden_by_rounding():
         int8.quantize(f, params, torch.randn(4, 3, 16, 16))
 
 
-def test_int8_is_for_cpus_alone():
+@pytest.mark.parametrize('device, exact', [('cpu', True), ('cpu', False), ('cuda', True)])
+def test_int8_is_for_cpus_with_exact_sums_alone(device, exact, monkeypatch):
+    monkeypatch.setattr(int8, 'exact', lambda: exact)
     f, params = resnet.wide_resnet(10, 0.25, 10)
     opt = parse_cifar('', '--teacher_id x --beta 1 --teacher_dtype int8'.split())
-    for device in ('cpu', 'cuda'):
-        make = partial(frozen, opt, Network(f, params), lambda: torch.randn(4, 3, 16, 16), torch.device(device))
-        if device == 'cpu':
-            assert isinstance(make()['group2.block0.conv1'], int8._Int8)
-        else:
-            with pytest.raises(ValueError, match='only on CPUs'):
-                make()
+    make = partial(frozen, opt, Network(f, params), lambda: torch.randn(4, 3, 16, 16), torch.device(device))
+    if device == 'cpu' and exact:
+        assert isinstance(make()['group2.block0.conv1'], int8._Int8)
+    else:
+        with pytest.raises(ValueError, match='only on CPUs with VNNI'):
+            make()
+
+
+def test_sums_of_a_cpu_without_vnni_are_not_exact():
+    words = [sys.executable, '-c', 'from engine import int8; print(int8.exact())']
+    avx2 = os.environ | {'ONEDNN_MAX_CPU_ISA': 'AVX2', 'PYTHONPATH': os.path.dirname(cifar.__file__)}
+    assert subprocess.check_output(words, env=avx2, text=True) == 'False\n'

@@ -113,16 +113,19 @@ def test_the_waits_of_the_plain_step_are_seen():
         benchmark.plain_step(opt, small, CPU)(torch.randn(4, 3, 16, 16), torch.arange(4))
 
 
-def test_attention_transfer_takes_at_most_a_third_more_memory_than_the_student_alone():
+@pytest.mark.parametrize('dtype', ['float', 'bfloat16'])
+def test_attention_transfer_takes_at_most_a_third_more_memory_than_the_student_alone(dtype):
     peaks = []
     for words in ('', TAUGHT[0]):
-        opt, paper = case(f'{words} --dtype bfloat16', 32, depth=16)
+        opt, paper = case(f'{words} --dtype {dtype}', 32, depth=16)
         update = benchmark.fast_step(opt, paper, CPU)
         batch = torch.randn(32, 3, 32, 32).contiguous(memory_format=torch.channels_last), torch.arange(32) % 10
         update(*batch)  # also allocates the momentum
         peaks.append(benchmark.peak_memory(update, *batch))
     alone, taught = peaks
-    assert alone > 10e6 and taught <= 1.3 * alone, peaks
+    # Without AVX-512, PyTorch unfolds the images of a bfloat16 convolution: each pixel is copied nine times.
+    unfolded = dtype == 'bfloat16' and not torch.cpu.get_capabilities().get('avx512_f')
+    assert alone > 10e6 and taught <= (1.4 if unfolded else 1.3) * alone, peaks
 
 
 def test_a_frozen_teacher_holds_weights_in_the_compute_dtype_and_batch_norm_in_float32():
