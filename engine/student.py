@@ -65,8 +65,9 @@ def pair(opt, student, teacher, image):
         print_tensor_dict(params)
     if teacher and not (opt.alpha or opt.beta):
         say('note: the teacher teaches nothing: neither --alpha nor --beta is given')
-    if image.device.type == 'cpu' and opt.dtype == 'bfloat16' and torch.backends.cpu.get_cpu_capability() == 'AVX2':
-        say('note: this CPU has no AVX-512, without which --dtype float is several times faster than bfloat16')
+    slow = image.device.type == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2'
+    if slow and opt.dtype in ('bfloat16', 'half'):
+        say(f'note: this CPU has no AVX-512, without which --dtype float is several times faster than {opt.dtype}')
     trained = sum(v.numel() for v in without_adapters(params).values() if v.requires_grad)
     say(f'{trained:,} trained parameters')
     _say_weights(opt, pairs, image.shape)
