@@ -78,6 +78,11 @@ def difference(ours, theirs):
     return difference.mean(), difference.max()
 
 
+def pytest_runtest_setup():
+    """A test and its fixtures have the same random numbers in every run: PyTorch begins with a random seed."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def environment():
     """Undo a script's changes to the environment after its test."""
