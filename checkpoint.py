@@ -19,13 +19,18 @@ from engine import arguments, ending
 from engine.predict import open_network, predict
 from formats.networks import build, checkpoint_of, describe, load, load_params, load_teacher
 from formats.write import WRITERS, save, write, write_whole
-from utils import STATISTICS, num_trained, without_adapters
+from utils import STATISTICS, num_parameters, without_adapters
 
 
 def slim(run):
-    """Reduce a run's checkpoint to its parameters; it can still teach, but no longer be resumed."""
+    """Reduce a run's checkpoint to its parameters; it can still teach, but no longer be resumed.
+
+    Raises ValueError for a run that was stopped within an epoch: its parameters are those of no line of its log.
+    """
     path = checkpoint_of(run)
     state = load(path)
+    if state.get('progress'):
+        raise ValueError(f'{path} was stopped within an epoch: first finish the run with --resume auto')
     before = os.path.getsize(path)
     kept = {key: state[key] for key in ('epoch', 'classes', 'image_size') if key in state}
     save(path, {'params': without_adapters(state['params']), **kept})
@@ -53,7 +58,7 @@ def info(run):
     statistics = sum(v.numel() for k, v in params.items() if k.endswith(STATISTICS))
     dtypes = ', '.join(sorted({str(v.dtype).removeprefix('torch.') for v in loaded.values()}))
     print(f'{path}: {describe(params)}')
-    print(f'{num_trained(params):,} parameters and {statistics:,} running statistics, {dtypes}')
+    print(f'{num_parameters(params):,} parameters and {statistics:,} running statistics, {dtypes}')
     if os.path.isfile(path):
         with open(path, 'rb') as file:
             digest = hashlib.file_digest(file, 'sha256').hexdigest()
@@ -118,4 +123,5 @@ def main():
 
 
 if __name__ == '__main__':
+    ending.with_its_reader()
     ending.run(main)

@@ -9,6 +9,7 @@
 In the paper, WRN-16-1 has a test error of 8.77% on CIFAR-10 alone, and of 7.93% with attention transfer from WRN-16-2.
 """
 
+import os
 from functools import partial
 
 from engine import ending, flags, teacher
@@ -56,9 +57,17 @@ def build_teacher(opt, data, sample):
     network, record = teacher.find(opt.teacher_id)
     f, accuracies = teacher.build(opt, f'--teacher_id {opt.teacher_id}', network, data, sample)
     if accuracies:
-        same = all(record.get(flag, default) == getattr(opt, flag) for flag, default in TEST_SET.items())
-        teacher.check_accuracy(record, accuracies[0], same * data.counts['test_images'], opt.teacher_dtype)
+        teacher.check_accuracy(record, accuracies[0], same_images(record, opt, data.counts), opt.teacher_dtype)
     return f
+
+
+def same_images(record, opt, counts):
+    """The number of test images if they are those of a log's record, else 0."""
+    same = all(record.get(flag, default) == getattr(opt, flag) for flag, default in TEST_SET.items())
+    if opt.dataset == 'folder':  # others have one test set, wherever it is
+        same &= record.get('test_images') == counts['test_images']
+        same &= os.path.abspath(str(record.get('dataroot', '.'))) == os.path.abspath(opt.dataroot)
+    return same * counts['test_images']
 
 
 def main():

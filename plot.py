@@ -367,4 +367,5 @@ def main():
 
 
 if __name__ == '__main__':
+    ending.with_its_reader()
     ending.run(main)

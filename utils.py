@@ -73,8 +73,8 @@ def set_requires_grad_except_bn_(params):
             value.requires_grad_()
 
 
-def num_trained(params):
-    """The number of trained values of a network in a flat dictionary: no running statistics, no adapters."""
+def num_parameters(params):
+    """The number of values in a network's flat dictionary, fixed ones too: no running statistics, no adapters."""
     return sum(v.numel() for k, v in without_adapters(params).items() if not k.endswith(STATISTICS))
 
 

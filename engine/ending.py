@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import errno
 import os
+import signal
 import sys
 import traceback
 
@@ -17,7 +18,11 @@ from images import children
 
 OUT_OF_MEMORY = 'out of memory', "can't allocate memory"  # in PyTorch's messages on GPUs and on CPUs
 OF_THE_RUN = FloatingPointError, ChildProcessError, BrokenPipeError  # not the fault of the command
-DISK_ERRORS = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO  # likewise
+OF_THE_MACHINE = {  # likewise: full or failing disks, lost network drives, too many open files
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.EREMOTEIO, errno.ENODEV),
+    *(errno.ENOTCONN, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ESHUTDOWN),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN),
+}
 
 
 def run(main):
@@ -39,6 +44,11 @@ def run(main):
         leave(error.code or 0 if isinstance(error, SystemExit) else 1)
     if torch.distributed.is_initialized():
         leave(0)
+
+
+def with_its_reader():
+    """Let the process end quietly when nobody reads what it prints any more, as in `| head`; not for training."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def leave(status):
@@ -93,7 +103,7 @@ def _status_and_message(error):
         return 1, f'out of memory ({error}); try a smaller --batch_size, --image_size or network'
     if 'does not have a deterministic implementation' in message:
         return 2, f'--deterministic: {message.splitlines()[0]}'
-    if isinstance(error, OF_THE_RUN) or getattr(error, 'errno', None) in DISK_ERRORS:
+    if isinstance(error, OF_THE_RUN) or getattr(error, 'errno', None) in OF_THE_MACHINE:
         return 1, message
     return (2, message) if isinstance(error, ValueError | OSError) else (1, None)
 

@@ -13,7 +13,7 @@ from engine.precision import autocast, place
 from engine.step import FLUSH
 from engine.student import Network
 from engine.workers import say, sum_over_workers
-from formats.networks import checkpoint_of, describe, load_teacher
+from formats.networks import checkpoint_of, describe, family_of, load_teacher
 from layers import full
 
 
@@ -66,6 +66,9 @@ def report(opt, device, build_data):
     data, _ = build_data(opt, device)
     if len(params['fc.bias']) != data.num_classes:
         raise ValueError(f'{path} has {len(params["fc.bias"])} output classes, the data set has {data.num_classes}')
+    script = family_of(params).script
+    if (script == 'cifar.py') != hasattr(opt, 'net'):  # a flag of cifar.py
+        say(f'note: such networks are trained by {script}, which crops and normalises images in another way')
     network, since = Network(f, place(params, opt.dtype, data.device)), time.perf_counter()
     batches = data.test()
     loss, accuracies = evaluate(network, batches, data.device, opt.dtype, data.topk)

@@ -141,6 +141,8 @@ def parse_cifar(description, words=None):
         others = ' or '.join(name for name, family in offered.items() if 'no_bn' in family.flags)
         raise ValueError(f'--no_bn: {offered[opt.net].plural} have batch norm; --net {others} can do without')
     if 'depth' not in offered[opt.net].flags:
+        if opt.depth != parser.get_default('depth'):
+            raise ValueError(f'--depth {opt.depth}: {offered[opt.net].plural} have one depth')
         opt.depth = None
     return opt
 
@@ -159,6 +161,7 @@ def parse(parser, logged, words=None):
         texts = {flag: str(last[flag]) for flag in logged if type(last.get(flag)) in (str, int)}
         parser.set_defaults(**{flag: text for flag, text in texts.items() if _is_valid(actions[flag], text)})
         opt = parser.parse_args(words)
+    opt.dtype = next(name for name in DTYPES if DTYPES[name] is DTYPES[opt.dtype])  # float32 is logged as float
     return opt
 
 
@@ -184,6 +187,8 @@ def check(opt, teacher, flag):
         raise ValueError(f'--{"alpha" if opt.alpha else "beta"} needs a teacher: name one with {flag}')
     transfer.check(opt)
     events.check(opt)
+    if opt.max_restarts and opt.ngpu == 1:
+        raise ValueError('--max_restarts goes with --ngpu; to go on after a single worker has died, --resume auto')
     if opt.cuda_graphs and not opt.compile:
         raise ValueError('--cuda_graphs goes with --compile')
     if opt.teacher_dtype == 'int8' and (not teacher or transfer.of_image(opt) or DTYPES[opt.dtype].itemsize == 8):

@@ -12,7 +12,7 @@ from engine.workers import world
 from formats.read import check_regular
 from formats.write import not_written
 
-MAX_LOG = 2**28  # characters; an epoch takes 2,000
+MAX_LOG = 2**28  # characters; an epoch takes 2,000, and the names of its classes
 
 
 def read_log(path):

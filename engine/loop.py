@@ -28,7 +28,7 @@ from engine.step import FLUSH, Updates, total_loss
 from engine.stopping import Requests, Stopped
 from engine.workers import join_statistics_, rank, say, sum_over_workers, world
 from formats.write import save
-from utils import num_trained
+from utils import num_parameters
 
 HIGH_LOSS = 1000.0  # guessing among n classes gives ln(n)
 # The flags that bear on a test; the tested network has a shape of its own.
@@ -78,7 +78,8 @@ def start(opt):
 
 
 def fit(opt, step, student, data):
-    """Train for opt.epochs, keeping log and checkpoint in opt.save; return the last epoch's record.
+    """Train for opt.epochs, keeping log and checkpoint in opt.save; return the last epoch's record, or None if
+    all epochs were done.
 
     step: from `make_step`. student: the Network that is trained, evaluated and saved. Accuracies are logged as a
     number, or as a list if data.topk has several.
@@ -90,6 +91,9 @@ def fit(opt, step, student, data):
         done, progress = resume_(opt, student.params, updates, data)
         if done >= opt.epochs:
             return say(f'nothing to do: {done} of {opt.epochs} epochs are done')
+        late = [epoch for epoch in json.loads(opt.epoch_step) if epoch > opt.epochs]
+        if late:
+            say(f'note: --epochs {opt.epochs} ends before the learning rate drops at {late} (--epoch_step)')
         runs.open_run(opt, done)
         note = stack.enter_context(events.writer(opt, done))
         run = Run(opt, step, student, data, updates, requests, done, progress, note)
@@ -109,7 +113,7 @@ class Run:
         self.requests, self.epoch, self.progress = requests, done, progress
         self.note = note  # takes the results of an epoch, for TensorBoard
         self.meters = Meters(data.device, data.topk)
-        self.facts = {**vars(opt), **data.counts, 'n_parameters': num_trained(student.params)}
+        self.facts = {**vars(opt), **data.counts, 'n_parameters': num_parameters(student.params)}
         self.facts |= log.environment(data.device)
         self.record = self.batches = self.images = None  # images: the batch of the last step
         self.saved_at, self.warned = time.monotonic(), False

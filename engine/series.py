@@ -96,7 +96,10 @@ def method_of(record):
 
     def label(table, name, weight):
         kind = table.get(name) if isinstance(name, str) else None
-        return [kind.label] if kind and _number(record.get(weight)) > 0 else []
+        if not kind or not _number(record.get(weight)) > 0:
+            return []
+        constant = record.get('beta_decay', 'none') == 'none' != getattr(kind, 'beta_decay', 'none')
+        return [f'{kind.label}, constant beta' if constant else kind.label]
 
     labels = label(TRANSFERS, record.get('transfer', 'activation'), 'beta')
     control = CONTROLS.get(f'at-{record.get("control")}')  # of examples/controls.py

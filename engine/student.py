@@ -7,7 +7,7 @@ import torch
 from engine.precision import place
 from engine.transfer import chosen, group_numbers, of_groups
 from engine.workers import rank, say
-from utils import adapt, adapter_params, print_tensor_dict, set_requires_grad_except_bn_, without_adapters
+from utils import DTYPES, adapt, adapter_params, print_tensor_dict, set_requires_grad_except_bn_, without_adapters
 
 
 class Network(NamedTuple):
@@ -66,7 +66,7 @@ def pair(opt, student, teacher, image):
     if teacher and not (opt.alpha or opt.beta):
         say('note: the teacher teaches nothing: neither --alpha nor --beta is given')
     slow = image.device.type == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2'
-    if slow and opt.dtype in ('bfloat16', 'half'):
+    if slow and DTYPES[opt.dtype].itemsize == 2:
         say(f'note: this CPU has no AVX-512, without which --dtype float is several times faster than {opt.dtype}')
     trained = sum(v.numel() for v in without_adapters(params).values() if v.requires_grad)
     say(f'{trained:,} trained parameters')

@@ -66,7 +66,7 @@ def table_lines(opt):
     if not ran and not opt.all:
         return [f'logs/ has no finished run of {opt.table} with {opt.epochs} epochs.']
     lines += [] if ran == len(runs) else ['', f'{ran} of {len(runs)} cells were run.']
-    lines += differences(opt, runs, {method: methods[method].label for _, method in runs})
+    lines += differences(runs, {method: methods[method].label for _, method in runs})
     records = [record for done in runs.values() for record in done.values()]
     images = sorted({f'{record["test_images"]:,}' for record in records})
     if len(images) > 1:
@@ -142,7 +142,7 @@ def _cells(opt, row, method, label, done, of_paper):
     return cells + [f'{statistics.median(errors.values()) - paper:+.2f}' if known else ''] * of_paper
 
 
-def differences(opt, runs, labels):
+def differences(runs, labels):
     """The lines of a table of paired differences of errors: to the student alone and to AT, over common seeds.
 
     runs: {(row, method): {seed: last record of the log}}. Empty if no two methods have two seeds in common.

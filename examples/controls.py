@@ -50,8 +50,8 @@ def main():
         raise ValueError(f'{control!r} is not a control: expected {" or ".join(CONTROLS)}, then the flags of cifar.py')
     opt = flags.parse_cifar(__doc__, words if control in CONTROLS else [control])
     opt.control = control  # for the log
-    if not opt.beta or opt.alpha:
-        raise ValueError('a control compares attention maps: it takes --beta, and no --alpha')
+    if not opt.beta or opt.alpha or opt.transfer != 'activation':
+        raise ValueError('a control compares attention maps: it takes --beta, and neither --alpha nor --transfer')
     device = start(opt)
     data, sample = build_data(opt, device)
     student = initialise(network(opt), opt, data.num_classes, device)

@@ -42,7 +42,7 @@ def write_whole(path, content):
     except OSError as error:
         if os.path.lexists(temporary):
             os.unlink(temporary)
-        raise not_written(path, error, '; the old file is unchanged') from None
+        raise not_written(path, error, '; the old file is unchanged' * os.path.exists(path)) from None
 
 
 def not_written(path, error, more=''):

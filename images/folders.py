@@ -8,7 +8,7 @@ import unicodedata
 IMAGE_SUFFIXES = tuple('.png .jpg .jpeg .jfif .bmp .gif .webp .tif .tiff .ppm .pgm'.split())
 # What operating systems create in folders, besides names that begin with a dot.
 SYSTEM_NAMES = {*'__macosx @eadir thumbs.db desktop.ini lost+found $recycle.bin'.split(), 'system volume information'}
-TEST_PARTS = 'val', 'validation', 'test'  # folders of test images; the first that is there is used
+TEST_PARTS = 'val', 'valid', 'validation', 'test'  # folders of test images; the first that is there is used
 MAX_LIST = 2**26  # bytes of a list of images
 
 

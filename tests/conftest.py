@@ -78,11 +78,6 @@ def difference(ours, theirs):
     return difference.mean(), difference.max()
 
 
-def pytest_runtest_setup():
-    """A test and its fixtures have the same random numbers in every run: PyTorch begins with a random seed."""
-    torch.manual_seed(0)
-
-
 @pytest.fixture(autouse=True)
 def environment():
     """Undo a script's changes to the environment after its test."""
@@ -93,6 +88,7 @@ def environment():
 
 
 def pytest_runtest_setup(item):
+    torch.manual_seed(0)  # PyTorch begins with a random seed; a test and its fixtures have the same in every run
     if os.environ.get('AT_QUICK_TESTS') and item.get_closest_marker('slow'):
         pytest.skip('takes seconds')
 

@@ -27,6 +27,13 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert os.listdir(tmp_path) == ['model.pt7']
 
 
+def test_a_run_that_was_stopped_within_an_epoch_is_not_slimmed(script, tmp_path):
+    write.save(tmp_path / 'model.pt7', {**STATE, 'progress': {'steps': 1}})
+    before = (tmp_path / 'model.pt7').read_bytes()
+    assert refused(script(checkpoint, 'slim', [tmp_path]), 'was stopped within an epoch', '--resume auto')
+    assert (tmp_path / 'model.pt7').read_bytes() == before
+
+
 def test_no_space_left_leaves_the_previous_checkpoint_whole(tmp_path):
     path = tmp_path / 'model.pt7'
     write.save(path, STATE)

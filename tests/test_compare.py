@@ -61,6 +61,12 @@ def test_methods_are_compared_in_pairs_of_seeds_and_named_by_what_differs(script
     ]
 
 
+@pytest.mark.parametrize('decay, label', [('none', 'F-ActT, constant beta'), ('linear', 'F-ActT')])
+def test_a_weight_that_does_not_fall_as_in_the_paper_is_named(script, run, decay, label):
+    name = run('full', 9, SMALL, beta=1.0, transfer='full', beta_decay=decay)
+    assert f'| WRN-16-1 | {label} | 9.00 |  | 0 |' in shown(script, name)
+
+
 def test_methods_of_different_schedules_are_named_by_these(script, run):
     runs = [run(f'alone{s}', 10, {**SMALL, 'workers': 1}, seed=s) for s in range(2)]
     runs += [run(f'at{s}', 9, {**SMALL, 'batch_size': 64, 'workers': 2}, seed=s, beta=1.0) for s in range(2)]

@@ -71,6 +71,16 @@ def test_the_host_waits_once_for_many_batches():
     assert [top1, top5] == pytest.approx([100 * int(right[k]) / len(labels) for k in (0, 4)])
 
 
+def test_a_network_of_another_script_is_noted(script, train, photos):
+    assert train('--epochs 1 --save logs/run')[0] == 0
+    assert 'note: such networks' not in script(cifar, '--evaluate logs/run --dataroot', [photos])[1]
+    for module in (imagenet, finetune):
+        words = '--image_size 32 --nthread 0 --evaluate logs/run --dataroot', [photos]
+        status, out, err = script(module, *words, *(['--dataset folder'] if module is finetune else []))
+        said = 'note: such networks are trained by cifar.py, which crops and normalises images in another way\n'
+        assert status == 0 and said in out, err
+
+
 @pytest.mark.parametrize('size', [True, 99999999999999, 10**400, '16; rm', 'x', None])
 def test_what_a_log_has_wrong_is_not_taken(script, train, photos, size):
     assert train('--epochs 1 --save logs/run')[0] == 0

@@ -174,7 +174,9 @@ def test_controls_train_as_cifar_does_with_another_teacher(script, train, photos
 
 def test_what_is_no_control_is_refused(script):
     assert refused(script(controls, 'other'), "'other' is not a control: expected shifted or untrained")
-    assert refused(script(controls, 'shifted --teacher_id x --beta 1 --alpha 0.5'), 'takes --beta, and no --alpha')
+    for flags in ('--alpha 0.5', '--transfer gradient'):
+        refusal = 'takes --beta, and neither --alpha nor --transfer'
+        assert refused(script(controls, 'shifted --teacher_id x --beta 1', flags), refusal)
     assert 'CIFAR10' in script(controls, '--help')[1]
 
 

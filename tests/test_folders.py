@@ -35,7 +35,7 @@ def test_unusable_folders_are_refused_by_name(tmp_path):
 
 def test_all_scripts_test_on_the_same_folder_and_a_note_says_which_of_several(tmp_path, capsys):
     root, last = write_photographs(tmp_path / 'photos'), 'val'
-    for name in ('test', 'validation', 'val'):
+    for name in ('test', 'validation', 'valid', 'val'):
         (root / last).rename(root / name)
         last = name
         small = memory.load('folder', root)
@@ -62,7 +62,9 @@ def test_unusable_folders_are_refused_in_one_line_that_says_why(tmp_path):
     assert "has no folder 'train': expected train/<class>/*" in refusal(OSError, tmp_path)
     root = write_photographs(tmp_path / 'whole')
     (root / 'val').rename(root / 'tests')
-    expected = 'has no folder to test on: expected val/<class>/*, validation/<class>/* or test/<class>/*'
+    expected = (
+        'has no folder to test on: expected val/<class>/*, valid/<class>/*, validation/<class>/* or test/<class>/*'
+    )
     assert expected in refusal(OSError, root)
     (root / 'val').mkdir()
     Image.new('RGB', (9, 9)).save(root / 'val' / 'flat.jpg')

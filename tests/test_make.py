@@ -6,6 +6,7 @@ import shutil
 import subprocess
 
 import pytest
+import torch
 from conftest import HANGS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -61,6 +62,10 @@ def foreign(pip=True):
     pathlib.Path('.venv/precious').touch()
     if pip:
         pathlib.Path('.venv/pip-there').touch()
+
+
+def test_every_test_begins_with_the_same_random_numbers():
+    assert torch.initial_seed() == 0
 
 
 def test_an_environment_is_made_once_and_removed_by_clean(make):

@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -75,6 +76,15 @@ def run(script, *words, **environment):
         command, env={**os.environ, 'OMP_NUM_THREADS': '1', **environment}, capture_output=True, timeout=HANGS
     )
     return done.returncode, *(stream.decode(errors='replace') for stream in (done.stdout, done.stderr))
+
+
+def test_what_nobody_reads_any_more_ends_quietly():
+    network = str(ROOT / 'logs' / 'cifar10-e16' / 'wrn-16-2-s0')
+    for words in (['checkpoint.py', 'info', network], ['plot.py', 'table', network]):
+        command = [sys.executable, str(ROOT / words[0]), *words[1:]]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        process.stdout.close()
+        assert process.stderr.read() == b'' and process.wait(HANGS) == -signal.SIGPIPE
 
 
 def test_names_of_any_bytes_are_printed_trained_on_and_logged_on_any_terminal(photos, tmp_path):

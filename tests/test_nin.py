@@ -66,7 +66,7 @@ def test_logits_and_groups_equal_those_of_modules(no_bn, training):
 )
 def test_parameter_counts_are_about_those_of_the_paper(width, no_bn, count):
     _, params = nin(width, 10, no_bn)
-    assert utils.num_trained(params) == count
+    assert utils.num_parameters(params) == count
     assert nin_shape(params) == (width, 10, no_bn)
 
 

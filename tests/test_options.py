@@ -17,6 +17,7 @@ import cifar
 import finetune
 import imagenet
 from engine.arguments import Parser
+from utils import DTYPES
 
 ROOT = pathlib.Path(cifar.__file__).parent
 
@@ -249,6 +250,10 @@ def test_the_authors_imagenet_command_is_understood(monkeypatch):
 def test_early_spellings_mean_the_same(monkeypatch):
     opt = parser(monkeypatch, '--batchSize 64 --weightDecay 1e-4 --data_root here'.split())[1]
     assert (opt.batch_size, opt.weight_decay, opt.dataroot) == (64, 1e-4, 'here')
+    names = {name: parser(monkeypatch, ['--dtype', name])[1].dtype for name in DTYPES}
+    assert names == {
+        name: {'float32': 'float', 'float64': 'double', 'float16': 'half'}.get(name, name) for name in DTYPES
+    }
 
 
 def test_flags_that_contradict_each_other_are_refused(script):
@@ -260,6 +265,8 @@ def test_flags_that_contradict_each_other_are_refused(script):
         script(cifar, '--teacher_id x --beta 1 --transfer full --power 4'),
         '--power belongs to --transfer activation alone, not to --transfer full',
     )
+    assert refused(script(cifar, '--net nin --depth 40'), '--depth 40: Networks-in-Network have one depth')
+    assert refused(script(cifar, '--max_restarts 1'), '--max_restarts goes with --ngpu')
     assert refused(script(cifar, '--resume auto'), '--save, which is not given')
     assert refused(script(cifar, '--resume auto --save x --overwrite'), 'contradict')
     assert refused(script(cifar, '--dataset digits --cuda_graphs'), '--compile')

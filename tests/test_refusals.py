@@ -1,17 +1,20 @@
 """What cifar.py refuses, and how a run that fails ends: one line, and nothing is lost."""
 
+import errno
 import os
+import pathlib
 import re
 import resource
 import shutil
 
 import pytest
-from conftest import refused
+from conftest import SMALL, refused
 from test_cifar import logged, teacher  # noqa: F401
 
 import checkpoint
 import cifar
 import imagenet
+from engine import log
 from engine.teacher import check_accuracy
 
 
@@ -42,6 +45,20 @@ def test_unusable_teachers_are_refused_and_nothing_is_written(train, script, tea
         classes = '--teacher_id teacher has 3 output classes, the data set has 10', flags.split()[0]
         assert refused(script(cifar, other, student, 'teacher', flags), *classes)
     assert not os.path.exists('logs/student')
+
+
+def test_a_teacher_is_held_against_its_log_on_the_same_images_alone(script, teacher, photos, tmp_path):
+    log = pathlib.Path('logs/teacher/log.txt')
+    log.write_text(re.sub(r'"test_acc": [\d.]+', '"test_acc": 99.9', log.read_text()))
+    shutil.copytree(photos, 'other')
+    student = f'{SMALL} --epochs 1 --epoch_step [] --teacher_id teacher --beta 1 --dataroot'
+    assert refused(script(cifar, student, [photos]), '99.90% by its own log')
+    status, out, err = script(cifar, student, 'other')
+    assert status == 0 and 'its log has no accuracy on the same ones' in out, err
+    log.write_text(log.read_text().replace(str(photos), str(tmp_path / 'other')))
+    assert refused(script(cifar, student, 'other'), '99.90% by its own log')
+    os.unlink('other/test/ant/0.png')
+    assert script(cifar, student, 'other')[0] == 0
 
 
 @pytest.mark.parametrize('images, allowed', [(797, 1.7), (9_980, 0.5), (50_000, 0.5)])
@@ -169,6 +186,22 @@ def test_no_space_left_stops_the_run_and_leaves_its_last_checkpoint_whole(train,
     assert sorted(os.listdir('logs/teacher')) == ['log.txt', 'model.pt7']
     assert train('--epochs 8 --epoch_step [4] --lr 0.05 --save logs/teacher --resume auto')[0] == 0
     assert [r['epoch'] for r in logged('teacher')] == list(range(1, 9))
+
+
+@pytest.mark.parametrize('error', [errno.ESTALE, errno.EROFS, errno.EMFILE, errno.ENOTCONN])
+def test_what_the_machine_does_to_a_run_is_a_failed_run(train, monkeypatch, error):
+    def fails(path, line):
+        raise log.not_written(path, OSError(error, os.strerror(error)))
+
+    monkeypatch.setattr(log, 'append_line', fails)
+    status, _, err = train('--epochs 1 --epoch_step [] --save logs/run')
+    assert status == 1 and err == f'cifar.py: error: logs/run/log.txt could not be written: {os.strerror(error)}\n'
+
+
+def test_a_drop_of_the_rate_that_no_epoch_reaches_is_noted(train):
+    said = train('--epochs 2 --epoch_step [2,3,40]')[1]
+    assert 'note: --epochs 2 ends before the learning rate drops at [3, 40] (--epoch_step)\n' in said
+    assert 'ends before' not in train('--epochs 2 --epoch_step [2]')[1]
 
 
 def test_without_save_nothing_is_kept(train, tmp_path):

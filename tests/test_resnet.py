@@ -83,7 +83,7 @@ def test_logits_groups_and_statistics_equal_those_of_modules(depth, width, class
     'depth, width, count', [(16, 1, 175_066), (16, 2, 691_674), (40, 1, 563_930), (40, 2, 2_243_546)]
 )
 def test_parameter_counts_are_those_of_the_paper(depth, width, count):
-    assert utils.num_trained(resnet.wide_resnet(depth, width, 10)[1]) == count
+    assert utils.num_parameters(resnet.wide_resnet(depth, width, 10)[1]) == count
 
 
 def test_keys_are_those_of_the_authors_and_a_prefix_is_followed():

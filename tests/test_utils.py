@@ -282,7 +282,7 @@ def test_all_but_running_statistics_are_trained():
     params = {'conv': utils.conv_params(2, 3), **utils.flatten({'bn': utils.bnparams(3)})}
     utils.set_requires_grad_except_bn_(params)
     assert {k for k, v in params.items() if v.requires_grad} == {'conv', 'bn.weight', 'bn.bias'}
-    assert utils.num_trained(params) == 6 + 3 + 3
+    assert utils.num_parameters(params) == 6 + 3 + 3
 
 
 def test_tensor_table_names_shapes_and_what_is_not_trained(capsys):

@@ -116,6 +116,8 @@ def test_what_cannot_be_exported_leaves_no_file(script, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxscript', None)  # as if it were not installed
     assert refused(script(checkpoint, 'export', [tmp_path, out], '--to onnx'), 'needs onnxscript: pip install')
     assert not out.exists()
+    _, _, err = result = script(checkpoint, 'export', [tmp_path, tmp_path / 'no' / 'out'], '--to hkl')
+    assert refused(result, 'no/out could not be written: No such file or directory') and 'the old file' not in err
 
 
 def test_info_says_what_a_file_holds(script, tmp_path, torchvision_net, run):
