@@ -141,8 +141,6 @@ def parse_cifar(description, words=None):
         others = ' or '.join(name for name, family in offered.items() if 'no_bn' in family.flags)
         raise ValueError(f'--no_bn: {offered[opt.net].plural} have batch norm; --net {others} can do without')
     if 'depth' not in offered[opt.net].flags:
-        if opt.depth != parser.get_default('depth'):
-            raise ValueError(f'--depth {opt.depth}: {offered[opt.net].plural} have one depth')
         opt.depth = None
     return opt
 

@@ -265,7 +265,6 @@ def test_flags_that_contradict_each_other_are_refused(script):
         script(cifar, '--teacher_id x --beta 1 --transfer full --power 4'),
         '--power belongs to --transfer activation alone, not to --transfer full',
     )
-    assert refused(script(cifar, '--net nin --depth 40'), '--depth 40: Networks-in-Network have one depth')
     assert refused(script(cifar, '--max_restarts 1'), '--max_restarts goes with --ngpu')
     assert refused(script(cifar, '--resume auto'), '--save, which is not given')
     assert refused(script(cifar, '--resume auto --save x --overwrite'), 'contradict')
