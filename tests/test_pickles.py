@@ -115,6 +115,17 @@ def test_a_zip_bomb_is_refused(tmp_path):
     assert 'not a zip file' in reason(tmp_path / 'bomb')
 
 
+@pytest.mark.parametrize('method', [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_an_archive_that_unpacks_to_more_than_it_declares_is_refused_unread(tmp_path, method):
+    with zipfile.ZipFile(tmp_path / 'bomb', 'w', method) as bomb:
+        bomb.writestr('archive/data.pkl', bytes(2**25))
+    content = bytearray((tmp_path / 'bomb').read_bytes())
+    directory = content.rfind(b'PK\1\2')
+    content[22:26] = content[directory + 24 : directory + 28] = (100).to_bytes(4, 'little')
+    (tmp_path / 'bomb').write_bytes(content)
+    assert 'a compressed zip archive' in reason(tmp_path / 'bomb')
+
+
 def with_pickle(path, content):
     """Save a checkpoint and replace its pickle."""
     torch.save({'a': torch.ones(1)}, path)
