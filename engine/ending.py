@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import errno
 import os
 import signal
 import sys
@@ -14,15 +13,11 @@ from engine.arguments import printable
 from engine.launch import LOST_PEER, claim
 from engine.stopping import Stopped
 from engine.workers import rank, world
+from formats.faults import is_of_the_machine
 from images import children
 
 OUT_OF_MEMORY = 'out of memory', "can't allocate memory"  # in PyTorch's messages on GPUs and on CPUs
 OF_THE_RUN = FloatingPointError, ChildProcessError, BrokenPipeError  # not the fault of the command
-OF_THE_MACHINE = {  # likewise: full or failing disks, lost network drives, too many open files
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.EREMOTEIO, errno.ENODEV),
-    *(errno.ENOTCONN, errno.ECONNRESET, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ESHUTDOWN),
-    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN),
-}
 
 
 def run(main):
@@ -100,10 +95,10 @@ def _status_and_message(error):
     """The (exit status, message) of an error that the user can fix; (1, None) for a bug."""
     message = str(error) or type(error).__name__
     if isinstance(error, MemoryError) or any(words in message for words in OUT_OF_MEMORY):
-        return 1, f'out of memory ({error}); try a smaller --batch_size, --image_size or network'
+        return 1, f'out of memory ({message}); try a smaller --batch_size, --image_size or network'
     if 'does not have a deterministic implementation' in message:
         return 2, f'--deterministic: {message.splitlines()[0]}'
-    if isinstance(error, OF_THE_RUN) or getattr(error, 'errno', None) in OF_THE_MACHINE:
+    if isinstance(error, OF_THE_RUN) or is_of_the_machine(error):
         return 1, message
     return (2, message) if isinstance(error, ValueError | OSError) else (1, None)
 

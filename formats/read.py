@@ -9,6 +9,7 @@ from functools import partial
 
 import safetensors.torch
 
+from formats.faults import behind
 from formats.hdf5 import read_hdf5
 from formats.pickles import read_torch
 
@@ -42,9 +43,21 @@ def read(path):
             warnings.simplefilter('ignore')
             return reader(path)
     except Exception as error:  # a damaged or hostile file can make a reader raise anything
+        check_machine(error, path)
         advice = ''.join(f': {note}' for note in getattr(error, '__notes__', ()))
         damaged = ' of tensors alone' if advice else ', or is damaged'
         raise ValueError(f'{path} is not a checkpoint{damaged} ({first_line(error)}){advice}') from None
+
+
+def check_machine(error, path):
+    """Raise the failure of the machine that an error of reading a file is or hides, if there is one."""
+    fault = behind(error)
+    if isinstance(fault, MemoryError):
+        raise MemoryError(f'{path} could not be read') from None
+    if fault:
+        failure = OSError(f'{path} could not be read: {fault.strerror}')
+        failure.errno = fault.errno
+        raise failure from None
 
 
 def first_line(error):

@@ -53,7 +53,9 @@ def _decode(content):
     try:
         colours = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
         return cv2.imdecode(np.frombuffer(content, np.uint8), colours)
-    except cv2.error:  # for example, more pixels than OpenCV's limit
+    except cv2.error as error:  # for example, more pixels than OpenCV's limit
+        if error.code == cv2.Error.StsNoMem:
+            raise MemoryError('to decode an image') from None
         return None
 
 
@@ -76,6 +78,8 @@ def _decode_plain(content):
         if image.width * image.height > MAX_PIXELS or mixed_up:
             return None
         return np.array(image.convert('RGB'))
+    except MemoryError:
+        raise
     except Exception:  # a damaged file can make PIL raise anything
         return None
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from formats.faults import is_of_the_machine
 from images import batches, crops, folders, readers, shared
 
 MEAN = (123.675, 116.28, 103.53)  # of ImageNet's training images, red, green, blue: 255 * (0.485, 0.456, 0.406)
@@ -157,6 +158,8 @@ def read_batch(files, size, augment, indices, pixels=None):
                     else:
                         crop = crops.train_crop(path, size, *draws)
             except (OSError, ValueError) as error:
+                if is_of_the_machine(error):  # the image itself may be good
+                    raise
                 if j == i:
                     bad.append(str(error))
                 continue

@@ -26,6 +26,7 @@ from multiprocessing.reduction import recv_handle, send_handle
 import numpy as np
 import torch
 
+from formats.faults import is_of_the_machine
 from images import children
 from images.children import STATUS
 from images.shared import Shared, memory
@@ -184,6 +185,8 @@ def _receive(reader, readers):
             f'a process that reads images died ({how}); if the system killed it for lack of memory, '
             'lower --nthread or --batch_size'
         )
+    if isinstance(answer, Exception):
+        raise answer
     if isinstance(answer, str):
         raise RuntimeError(f'in a process that reads images: {answer}')
     return answer
@@ -220,6 +223,6 @@ def _fill(connection, read, rest, sizes, shape, count, folder):
         try:
             rows, *values = read(value, task, slots[i % SLOTS])
             answer = len(rows), *values
-        except Exception:
-            answer = traceback.format_exc()
+        except Exception as error:
+            answer = error if is_of_the_machine(error) else traceback.format_exc()
         connection.send(answer)

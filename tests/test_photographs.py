@@ -1,16 +1,18 @@
 """Photographs from real files: batches do not depend on the numbers of workers and loader processes; bad images."""
 
+import errno
 import math
 import os
 import subprocess
 import sys
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from conftest import TESTING, TRAINING, smooth, write_photographs
 
-from images import batches, photographs
+from images import batches, crops, decode, photographs
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(photographs.__file__)))
 CPU = torch.device('cpu')
@@ -129,6 +131,28 @@ def test_a_bad_training_image_is_named_once_counted_and_replaced_by_the_next_goo
     for index, taken in ((3, 5), (4, 5), (24, 0)):
         assert torch.equal(pixels[index], pixels[taken]) and labels[index] == damaged.train.labels[taken]
     assert len(bad) == 3
+
+
+@pytest.mark.parametrize('fault', [OSError(errno.ESTALE, 'it fails'), OSError(errno.EMFILE, 'it fails'), MemoryError()])
+@pytest.mark.parametrize('augment', [None, (5, 2)])
+def test_a_failure_of_the_machine_does_not_make_an_image_a_bad_one(folder, monkeypatch, fault, augment):
+    def fails(*_):
+        raise fault
+
+    monkeypatch.setattr(crops, 'read_image', fails)
+    with pytest.raises(type(fault)):
+        photographs.read_batch(folder.train, SIZE, augment, range(3))
+
+
+def test_a_lack_of_memory_is_no_damage_of_an_image(folder, monkeypatch):
+    def fails(*_):
+        error = cv2.error('no memory')
+        error.code = cv2.Error.StsNoMem
+        raise error
+
+    monkeypatch.setattr(cv2, 'imdecode', fails)
+    with pytest.raises(MemoryError):
+        decode.read_image(folder.train.paths[0])
 
 
 @pytest.mark.parametrize('world', [2, 3])

@@ -1,5 +1,6 @@
 """A file of any kind is read whole or refused in one line."""
 
+import errno
 import json
 
 import h5py
@@ -55,6 +56,24 @@ def test_a_safetensors_header_that_lies_is_refused(tmp_path):
     for header, how in lies:
         write(header, **how)
         assert 'is not a checkpoint' in reason(path)
+
+
+@pytest.mark.parametrize('fault', [MemoryError(), OSError(errno.EIO, 'it fails'), OSError(errno.EMFILE, 'it fails')])
+@pytest.mark.parametrize('hidden', [False, True])
+def test_a_failure_of_the_machine_does_not_make_a_file_a_damaged_one(tmp_path, monkeypatch, fault, hidden):
+    def fails(path):
+        try:
+            raise fault
+        except type(fault):
+            if hidden:
+                raise ValueError('I/O operation on closed file') from None
+            raise
+
+    monkeypatch.setattr(read, 'read_torch', fails)
+    (tmp_path / 'file').write_bytes(b'PK')
+    with pytest.raises(type(fault), match='file could not be read') as caught:
+        read.read(tmp_path / 'file')
+    assert getattr(caught.value, 'errno', None) == getattr(fault, 'errno', None)
 
 
 @pytest.mark.parametrize('content', [b'', b'{}', b'PK\x03\x04', b'\x89HDF\r\n\x1a\n', b'<html>404</html>', b'\0' * 99])

@@ -1,5 +1,6 @@
 """Loader processes: whole batches in order, and an end in one line when any process dies."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -67,6 +68,12 @@ def test_names_are_relative_to_the_folder_where_reading_begins(tmp_path, monkeyp
 def test_a_fault_in_a_loader_process_is_raised_with_its_traceback():
     with pytest.raises(RuntimeError, match="KeyError: 'no such thing'"):
         list(readers.read_ahead(reading.filled, NOTHING, [(1, 1), (9, 1)], (2, 4, 4, 3), 2))
+
+
+def test_a_failure_of_the_machine_in_a_loader_process_is_raised_as_it_is():
+    with pytest.raises(OSError, match="too many open files: 'a.jpg'") as caught:
+        list(readers.read_ahead(reading.filled, NOTHING, [(1, 1), (8, 1)], (2, 4, 4, 3), 2))
+    assert caught.value.errno == errno.EMFILE
 
 
 needs_proc = pytest.mark.skipif(not os.path.exists('/proc/self/stat'), reason='finds processes in /proc')
