@@ -10,6 +10,7 @@ the authors', their folded export (.pth, .hkl), a torchvision ResNet's state_dic
 Files are read as data, never as code: nothing in them can run or open another file.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import sys
 
 from engine import arguments, ending
 from engine.predict import open_network, predict
+from engine.runs import locked
 from formats.networks import build, checkpoint_of, describe, load, load_params, load_teacher
 from formats.write import WRITERS, save, write, write_whole
 from utils import STATISTICS, num_parameters, without_adapters
@@ -25,15 +27,17 @@ from utils import STATISTICS, num_parameters, without_adapters
 def slim(run):
     """Reduce a run's checkpoint to its parameters; it can still teach, but no longer be resumed.
 
-    Raises ValueError for a run that was stopped within an epoch: its parameters are those of no line of its log.
+    Raises ValueError for a run that is training, or was stopped within an epoch: its parameters are those of no line of
+    its log.
     """
     path = checkpoint_of(run)
-    state = load(path)
-    if state.get('progress'):
-        raise ValueError(f'{path} was stopped within an epoch: first finish the run with --resume auto')
-    before = os.path.getsize(path)
-    kept = {key: state[key] for key in ('epoch', 'classes', 'image_size') if key in state}
-    save(path, {'params': without_adapters(state['params']), **kept})
+    with locked(os.path.dirname(path) or '.') if os.path.isfile(path) else contextlib.nullcontext():
+        state = load(path)
+        if state.get('progress'):
+            raise ValueError(f'{path} was stopped within an epoch: first finish the run with --resume auto')
+        before = os.path.getsize(path)
+        kept = {key: state[key] for key in ('epoch', 'classes', 'image_size') if key in state}
+        save(path, {'params': without_adapters(state['params']), **kept})
     print(f'{path}: {before:,} bytes before, {os.path.getsize(path):,} now')
 
 
@@ -42,6 +46,8 @@ def export(run, to, out, image_size=None, overwrite=False):
 
     Raises ValueError if `out` exists and `overwrite` is not set.
     """
+    if image_size and to != 'onnx':
+        raise ValueError('--image_size goes with --to onnx')
     if os.path.exists(out) and not overwrite:
         raise ValueError(f'{out} exists already; --overwrite replaces it')
     f, params = load_teacher(checkpoint_of(run))

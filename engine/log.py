@@ -10,9 +10,9 @@ import torch
 from engine.schedules import beta_at, lr_at
 from engine.workers import world
 from formats.read import check_regular
-from formats.write import not_written
+from formats.write import not_written, write_whole
 
-MAX_LOG = 2**28  # characters; an epoch takes 2,000, and the names of its classes
+MAX_LOG = 2**26  # characters; an epoch takes 2,000, and the names of its classes
 
 
 def read_log(path):
@@ -20,6 +20,22 @@ def read_log(path):
 
     Raises OSError if there is no such file and ValueError if another line cannot be read.
     """
+    return [record for _, record in _lines(path) if record is not None]
+
+
+def cut_log(path, epochs):
+    """Remove the records of later epochs than `epochs`, and a truncated last line; other lines stay."""
+    kept = [line for line, record in _lines(path) if record is None or epoch_of(record) <= epochs]
+    write_whole(path, ''.join(f'{line}\n' for line in kept).encode())
+
+
+def epoch_of(record):
+    """The epoch of a record; 0 if it names none."""
+    return record['epoch'] if isinstance(record.get('epoch'), int) else 0
+
+
+def _lines(path):
+    """The lines of a log with their records, None for lines without one; a truncated last line is left out."""
     check_regular(path)
     with open(path, encoding='utf-8', errors='replace') as file:
         text = file.read(MAX_LOG + 1)
@@ -28,19 +44,22 @@ def read_log(path):
     if text.startswith('\ufffd\ufffd'):  # FE FF or FF FE, which are not UTF-8
         raise ValueError(f'{path} is a text in UTF-16: save it in UTF-8')
     lines = [line.lstrip('\ufeff') for line in text.splitlines()]  # without byte order marks
-    records = []
+    if lines and not text.endswith('\n') and 'json_stats'.startswith(lines[-1]):
+        del lines[-1]
+    found = []
     for number, line in enumerate(lines, 1):
         if not line.startswith('json_stats'):
+            found.append((line, None))
             continue
         try:
             record = json.loads(line[line.index(':') + 1 :])
             if not isinstance(record, dict):
                 raise ValueError
-            records.append(record)
+            found.append((line, record))
         except (ValueError, RecursionError):
             if number < len(lines):
                 raise ValueError(f'{path}, line {number}: json_stats is not followed by a JSON object') from None
-    return records
+    return found
 
 
 def last_record(records):

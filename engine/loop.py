@@ -86,7 +86,7 @@ def fit(opt, step, student, data):
     Raises Stopped after a signal, FloatingPointError for a loss or parameter that is not finite, ValueError if
     another process trains into --save, and OSError if it cannot be written.
     """
-    with runs.locked(opt), Requests() as requests, contextlib.ExitStack() as stack:
+    with runs.locked(opt.save), Requests() as requests, contextlib.ExitStack() as stack:
         updates = Updates(opt, trained(student.params).values(), data.device)
         done, progress = resume_(opt, student.params, updates, data)
         if done >= opt.epochs:
@@ -152,7 +152,12 @@ class Run:
         join_statistics_(self.student.params)
         since, batches = time.perf_counter(), self.data.test()
         settings = self.data.device, self.opt.dtype, self.data.topk
-        tested = evaluate(self.student, batches, *settings, lambda: self.pause(alone=True))
+        try:
+            tested = evaluate(self.student, batches, *settings, lambda: self.pause(alone=True))
+        except (OSError, ValueError):  # an image cannot be read, which is no reason to train the epoch again
+            if world() == 1:  # several workers could only save together
+                self.keep_progress()
+            raise
         if not math.isfinite(tested[0]):
             raise FloatingPointError(f'epoch {self.epoch}: the test loss is not finite ({tested[0]}); {CALMER}')
         tested_for = time.perf_counter() - since

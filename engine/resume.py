@@ -67,6 +67,9 @@ def _load_(opt, params, updates, data):
     optimizer, epoch, progress = (state.get(key) for key in ('optimizer', 'epoch', 'progress'))
     if not isinstance(optimizer, dict) or type(epoch) is not int or not isinstance(progress, dict | None):
         raise ValueError(f'{path} holds only parameters, without optimizer and epoch: it can teach, but not be resumed')
+    saved, own = ({k for k in names if k.startswith('adapter.')} for names in (state['params'], params))
+    if saved != own:
+        raise ValueError(f'{path} has other adapters: go on with the same --transfer, --groups and teacher')
     check_fit({k: v.shape for k, v in params.items()}, state['params'], path)
     inner = _optimizer_state(optimizer, updates.optimizer, list(trained(params)))
     if epoch < 0 or inner is None:

@@ -6,7 +6,7 @@ import fcntl
 import os
 
 from engine import launch
-from engine.log import last_record, line_of, read_log
+from engine.log import cut_log, epoch_of, last_record, read_log
 from engine.workers import rank, say
 from formats.networks import checkpoint_of
 from formats.torchvision import check_name
@@ -89,6 +89,10 @@ def check_save(opt):
             say('note: without --save, neither log nor parameters will be kept')
         return
     log, model = (os.path.join(opt.save, name) for name in ('log.txt', 'model.pt7'))
+    for flag in ('teacher_id', 'teacher_params', 'pretrained'):
+        name = getattr(opt, flag, '')
+        if name and os.path.realpath(checkpoint_of(name)) == os.path.realpath(model):
+            raise ValueError(f'--{flag} {name} is the run in --save {opt.save}, and would be replaced: save elsewhere')
     if os.path.exists(opt.save) and not os.path.isdir(opt.save):
         raise ValueError(f'--save {opt.save} is not a folder')
     if opt.overwrite or not (os.path.exists(log) or os.path.exists(model)):
@@ -126,25 +130,28 @@ def _resumes_own(opt):
 
 
 @contextlib.contextmanager
-def locked(opt):
-    """Lock the folder --save. Raises ValueError if another process trains into it; a lock ends with its process."""
-    if not opt.save or rank():
+def locked(folder):
+    """Lock a run's folder, if one is named. Raises ValueError if another process trains into it.
+
+    A lock ends with its process.
+    """
+    if not folder or rank():
         yield
         return
-    new = not os.path.isdir(opt.save)
-    os.makedirs(opt.save, exist_ok=True)
-    folder = os.open(opt.save, os.O_RDONLY)
+    new = not os.path.isdir(folder)
+    os.makedirs(folder, exist_ok=True)
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f'another process trains into --save {opt.save}') from None
+        raise ValueError(f'another process trains into {folder}') from None
     try:
         yield
     finally:
-        os.close(folder)
+        os.close(opened)
         if new:
             with contextlib.suppress(OSError):
-                os.rmdir(opt.save)  # if nothing was saved
+                os.rmdir(folder)  # if nothing was saved
 
 
 def open_run(opt, done):
@@ -156,17 +163,11 @@ def open_run(opt, done):
     if opt.overwrite and os.path.exists(model):
         os.unlink(model)
     if os.path.lexists(log):
-        epochs = [(_epoch(record), record) for record in ([] if opt.overwrite else read_log(log))]
-        last = max((epoch for epoch, _ in epochs), default=0)
+        last = max(map(epoch_of, [] if opt.overwrite else read_log(log)), default=0)
         if last > done + 1:  # a killed run can log one epoch more than it saves
+            has = f'the checkpoint has {done}' if done or os.path.exists(model) else 'there is no model.pt7'
             raise ValueError(
-                f'{log} has {last} epochs, but the checkpoint has {done}: '
-                'put the right model.pt7 beside it, or start over with --overwrite'
+                f'{log} has {last} epochs, but {has}: put the right model.pt7 beside it, or start over with --overwrite'
             )
-        kept = [record for epoch, record in epochs if epoch <= done]
-        write_whole(log, ''.join(map(line_of, kept)).encode())
+        write_whole(log, b'') if opt.overwrite else cut_log(log, done)
     launch.note_opened()
-
-
-def _epoch(record):
-    return record['epoch'] if isinstance(record.get('epoch'), int) else 0

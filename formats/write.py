@@ -1,5 +1,6 @@
 """Write files whole or not at all, and networks in other formats."""
 
+import contextlib
 import io
 import os
 from functools import partial
@@ -40,7 +41,7 @@ def write_whole(path, content):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if os.path.lexists(temporary):
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise not_written(path, error, '; the old file is unchanged' * os.path.exists(path)) from None
 

@@ -11,6 +11,7 @@ from conftest import refused
 
 import checkpoint
 import resnet
+from engine import runs
 from engine.log import append_line
 from formats import networks, write
 from formats.torchvision import from_torchvision
@@ -31,6 +32,14 @@ def test_a_run_that_was_stopped_within_an_epoch_is_not_slimmed(script, tmp_path)
     write.save(tmp_path / 'model.pt7', {**STATE, 'progress': {'steps': 1}})
     before = (tmp_path / 'model.pt7').read_bytes()
     assert refused(script(checkpoint, 'slim', [tmp_path]), 'was stopped within an epoch', '--resume auto')
+    assert (tmp_path / 'model.pt7').read_bytes() == before
+
+
+def test_a_run_that_is_training_is_not_slimmed(script, tmp_path):
+    write.save(tmp_path / 'model.pt7', STATE)
+    before = (tmp_path / 'model.pt7').read_bytes()
+    with runs.locked(str(tmp_path)):
+        assert refused(script(checkpoint, 'slim', [tmp_path]), f'another process trains into {tmp_path}')
     assert (tmp_path / 'model.pt7').read_bytes() == before
 
 

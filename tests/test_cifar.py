@@ -206,7 +206,7 @@ def test_a_log_of_more_epochs_than_the_checkpoint_is_not_cut_silently(train, tea
     before = open('logs/teacher/log.txt').read()
     shutil.move('logs/teacher/model.pt7', 'elsewhere.pt7')
     again = '--epochs 6 --epoch_step [4] --lr 0.05 --save logs/teacher'
-    assert refused(train(again, '--resume auto'), 'log.txt has 6 epochs, but the checkpoint has 0', '--overwrite')
+    assert refused(train(again, '--resume auto'), 'log.txt has 6 epochs, but there is no model.pt7', '--overwrite')
     assert open('logs/teacher/log.txt').read() == before
     shutil.move('elsewhere.pt7', 'logs/teacher/model.pt7')
     assert train(again, '--resume auto')[0] == 0

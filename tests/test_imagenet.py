@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torchvision
 from conftest import VNNI, draw, refused
 from PIL import Image
+from test_cifar import logged, same_weights
 
 import imagenet
 import imagenet_resnet
@@ -167,6 +169,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(train, monkeypatch):
     assert train('--epochs 3 --epoch_step [3] --save logs/part --resume auto --nthread 1')[0] == 0
     whole, part = (networks.load(f'logs/{run}/model.pt7') for run in ('whole', 'part'))
     assert all(torch.equal(whole['params'][k], part['params'][k]) for k in whole['params'])
+
+
+def test_an_image_that_cannot_be_tested_costs_no_training(train, script, folder, tmp_path):
+    root = shutil.copytree(folder, tmp_path / 'photos')
+    image = root / 'val' / 'n00000005' / '2.JPEG'
+    image.write_bytes(b'no image')
+    words = '--epochs 2 --epoch_step [2] --save logs/part --imagenetpath', [root]
+    assert refused(script(imagenet, SMALL, *words), f'{image} is not a readable image')
+    shutil.copy(folder / 'val' / 'n00000005' / '2.JPEG', image)
+    status, out, err = script(imagenet, SMALL, *words, '--resume auto')
+    assert status == 0 and 'after step 5 of epoch 1' in out, err
+    assert train('--epochs 2 --epoch_step [2] --save logs/whole')[0] == 0
+    whole = [{**record, 'imagenetpath': str(root)} for record in logged('whole')]
+    assert logged('part') == whole
+    assert same_weights('part', 'whole')
 
 
 def test_held_out_training_images_of_every_class_take_the_place_of_the_validation(train):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from engine import log
-from engine.log import commit, line_of, read_log
+from engine.log import commit, cut_log, line_of, read_log
 
 UPSTREAM_LINE = (
     'json_stats: {"depth": 16, "width": 2.0, "lr": 0.1, "alpha": 0, "epoch_step": "[60,120,160]", "epoch": 1, '
@@ -32,6 +32,14 @@ def test_a_last_line_cut_short_is_left_out_and_any_other_is_an_error(tmp_path):
     path.write_text(f'json_stats: {"[" * 100_000}\n{UPSTREAM_LINE}\n')
     with pytest.raises(ValueError, match='line 1'):
         read_log(path)
+
+
+def test_a_log_is_cut_to_its_first_epochs_and_keeps_other_lines(tmp_path):
+    path, second = tmp_path / 'log.txt', UPSTREAM_LINE.replace('"epoch": 1,', '"epoch": 2,')
+    for end in ('', second[:5], second[:100]):
+        path.write_text(f'# a note\n{UPSTREAM_LINE}\n\n{second}\n# another\n{end}')
+        cut_log(path, 1)
+        assert path.read_text() == f'# a note\n{UPSTREAM_LINE}\n\n# another\n'
 
 
 def test_log_lines_are_strict_json():

@@ -79,6 +79,22 @@ def test_a_teacher_of_other_classes_teaches_by_its_activations_and_is_not_tested
     assert term in logged('run')[0]
 
 
+def test_a_teacher_is_not_replaced_by_its_student(train, teacher):
+    before = open('logs/teacher/model.pt7', 'rb').read()
+    for name in ('teacher', './logs/teacher', 'logs/teacher/model.pt7'):
+        for how in ('--overwrite', '--resume auto'):
+            said = train(f'--epochs 7 --save logs/teacher --beta 1 --teacher_id {name} {how}')
+            assert refused(said, f'--teacher_id {name} is the run in --save logs/teacher', 'save elsewhere')
+    assert open('logs/teacher/model.pt7', 'rb').read() == before
+
+
+def test_a_resume_needs_the_adapters_of_the_checkpoint(train, teacher):
+    words = '--width 0.5 --beta 1 --teacher_id teacher --save logs/run'
+    assert train(words, '--epochs 1 --transfer full')[0] == 0
+    said = train(words, '--epochs 2 --resume auto')
+    assert refused(said, 'has other adapters: go on with the same --transfer, --groups and teacher')
+
+
 def test_a_teacher_is_named_by_run_folder_or_model(train, teacher, tmp_path):
     shutil.copytree('logs/teacher', 'elsewhere/run')
     names = 'teacher', 'teacher/', 'logs/teacher', 'logs/teacher/model.pt7', 'elsewhere/run', 'elsewhere/run/model.pt7'

@@ -167,7 +167,7 @@ def test_two_processes_do_not_train_into_one_folder_and_a_dead_one_holds_nothing
     first = start('run')
     wait_for_epoch(first, 1)
     status, _, err = ended(start('run'))
-    assert (status, err) == (2, 'paced.py: error: another process trains into --save logs/run\n')
+    assert (status, err) == (2, 'paced.py: error: another process trains into logs/run\n')
     first.kill()
     first.communicate()
     status, out, _ = ended(start('run'))  # the lock ended with the process

@@ -142,3 +142,15 @@ def test_pipes_and_devices_are_neither_replaced_nor_waited_for(tmp_path, use):
         with pytest.raises(OSError, match='is a folder, device or pipe'):
             use(str(path))
         assert not os.path.isfile(path)
+
+
+def test_a_folder_in_the_way_of_a_checkpoint_is_told(tmp_path):
+    (tmp_path / 'model.pt7.tmp').mkdir()
+    with pytest.raises(OSError, match='model.pt7 could not be written: Is a directory'):
+        write.save(tmp_path / 'model.pt7', {'params': {}})
+
+
+def test_only_onnx_has_a_size_of_images(script, tmp_path):
+    write.save(tmp_path / 'model.pt7', {'params': {}})
+    said = script(checkpoint, 'export', [tmp_path, tmp_path / 'a.hkl'], '--to hkl --image_size 64')
+    assert refused(said, '--image_size goes with --to onnx')
