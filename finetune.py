@@ -21,6 +21,7 @@ from engine.loop import fit, start
 from engine.precision import place
 from engine.step import make_step
 from engine.student import Network, pair
+from engine.transfer import group_numbers, of_groups
 from engine.workers import data_parallel, say
 from formats.networks import checkpoint_of, describe, load_teacher
 from imagenet_resnet import imagenet_forward, imagenet_resnet_depth
@@ -55,6 +56,9 @@ def parse():
     if flags.TRANSFERS[opt.transfer].at_image and opt.groups == parser.get_default('groups'):
         opt.groups = ''
     flags.check(opt, opt.teacher_params, '--teacher_params')
+    fixed = [n for n in group_numbers(opt.groups, 4) if n < opt.fixed_groups] if of_groups(opt) else []
+    if fixed:
+        raise ValueError(f'--groups: group {fixed[0]} is not trained (--fixed_groups {opt.fixed_groups})')
     if opt.sync_bn:
         raise ValueError('--sync_bn: batch norm is fixed in fine-tuning')
     return opt
@@ -69,8 +73,8 @@ def build_student(opt, num_classes, device):
     """The pretrained `Network` with a new last layer; batch norm and the first --fixed_groups are not trained."""
     f, params = load_teacher(checkpoint_of(opt.pretrained), note=say)
     if f is not imagenet_forward or 'bn0.weight' not in params:
-        description = describe(params)
-        raise ValueError(f'--pretrained {opt.pretrained} ({description}): expected an ImageNet ResNet, not folded')
+        fault = 'it has its batch norm folded' if f is imagenet_forward else 'expected an ImageNet ResNet'
+        raise ValueError(f'--pretrained {opt.pretrained} ({describe(params)}): {fault}')
     opt.depth = imagenet_resnet_depth(params)  # for the log
     torch.manual_seed(opt.seed)
     params |= flatten({'fc': linear_params(params['fc.weight'].shape[1], num_classes)})

@@ -39,6 +39,7 @@ from utils import attention_map
 
 ZOOMED = 10  # epochs: longer runs have a second panel for their last fifth
 MOST_TERMS = 40  # panels of a picture
+MAX_CELLS = 10_000_000  # of a table of logs, which may be hostile
 WIDTH, DPI = 9, 160  # inches, and pixels per inch: sharp at the 900 pixels of a README
 COLOURS = '#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000'.split()  # Okabe & Ito: safe for colour-blind eyes
 MARKERS = ('', 'o', '^', 's', 'x')  # none for the first seven runs, a circle for the next seven, and so on
@@ -320,8 +321,11 @@ def write_csv(paths, out):
     runs = [read_run(path) for path in paths]
     rows = [{'run': '', **flat(record)} | {'run': path} for path, run in zip(paths, runs) for record in run]
     rows = [{printable(k): printable(v) if isinstance(v, str) else v for k, v in r.items()} for r in rows]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    if len(rows) * len(columns) > MAX_CELLS:
+        raise ValueError(f'{len(rows):,} lines with {len(columns):,} different keys are too many for a table')
     text = io.StringIO()
-    table = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator='\n')
+    table = csv.DictWriter(text, columns, lineterminator='\n')
     table.writeheader()
     table.writerows(rows)
     if out:

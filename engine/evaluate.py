@@ -54,6 +54,13 @@ def evaluate(network, batches, device, dtype='float', topk=(1,), on_batch=lambda
     return loss / n, [100 * (1 - w / n) for w in wrong]
 
 
+def say_script(opt, name, params):
+    """Print a note if a network is of a family that another script trains."""
+    script = family_of(params).script
+    if (script == 'cifar.py') != hasattr(opt, 'net'):  # a flag of cifar.py
+        say(f'note: networks like {name} are trained by {script}, which crops and normalises images in another way')
+
+
 def report(opt, device, build_data):
     """Print and return, as a dictionary, the test loss and accuracies of the network of --evaluate, a run or a file.
 
@@ -66,9 +73,7 @@ def report(opt, device, build_data):
     data, _ = build_data(opt, device)
     if len(params['fc.bias']) != data.num_classes:
         raise ValueError(f'{path} has {len(params["fc.bias"])} output classes, the data set has {data.num_classes}')
-    script = family_of(params).script
-    if (script == 'cifar.py') != hasattr(opt, 'net'):  # a flag of cifar.py
-        say(f'note: such networks are trained by {script}, which crops and normalises images in another way')
+    say_script(opt, path, params)
     network, since = Network(f, place(params, opt.dtype, data.device)), time.perf_counter()
     batches = data.test()
     loss, accuracies = evaluate(network, batches, data.device, opt.dtype, data.topk)

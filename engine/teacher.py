@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from engine import int8, runs
-from engine.evaluate import evaluate
+from engine.evaluate import evaluate, say_script
 from engine.log import read_log
 from engine.precision import freeze, place
 from engine.student import Network
@@ -26,8 +26,9 @@ def find(teacher_id):
     records = read_log(log)
     if not records:
         raise ValueError(f'--teacher_id {teacher_id}: {log} has no line of results')
-    network = load_teacher(model, (records[-1].get('depth'), records[-1].get('width')), say)
-    return Network(*network), records[-1]
+    record = records[-1]
+    shape = (record.get('depth'), record['width']) if 'width' in record else None  # logs of finetune.py have none
+    return Network(*load_teacher(model, shape, say)), record
 
 
 def build(opt, name, network, data, sample, check=True):
@@ -36,6 +37,7 @@ def build(opt, name, network, data, sample, check=True):
     name: its name in messages. sample() returns training images for int8 calibration. Accuracies are None if the
     teacher has other classes than the data, or without `check`. Raises ValueError for a teacher that cannot teach.
     """
+    say_script(opt, name, network.params)
     same_classes = check_classes(opt, name, network.params, data.num_classes)
     network = Network(network.f, frozen(opt, network, sample, data.device))
     accuracies = None

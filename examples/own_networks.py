@@ -33,7 +33,7 @@ def with_groups(student, teacher, pairs):
     """Two torch.nn modules as functions images -> (logits, groups): groups are the outputs (N, C, H, W) of the layers.
 
     They raise ValueError for a layer that is not called or has another output, and for an output that the next layer
-    overwrites, as ReLU(inplace=True) does: pair that layer instead.
+    overwrites, as ReLU(inplace=True) does: pair that layer instead. In inference mode, outputs are copied.
     """
     if not pairs:
         raise ValueError('no pairs of layers to compare')
@@ -44,7 +44,10 @@ def _hooked(network, layers):
     kept = {}
 
     def keep(name, _, __, output):
-        kept[name] = output, None if torch.is_inference_mode_enabled() else getattr(output, '_version', None)
+        if torch.is_tensor(output) and output.is_inference():
+            kept[name] = output.clone(), None  # it would not show that the next layer overwrites it
+        else:
+            kept[name] = output, getattr(output, '_version', None)
 
     for name in layers:
         network.get_submodule(name).register_forward_hook(partial(keep, name))

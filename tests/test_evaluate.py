@@ -73,12 +73,15 @@ def test_the_host_waits_once_for_many_batches():
 
 def test_a_network_of_another_script_is_noted(script, train, photos):
     assert train('--epochs 1 --save logs/run')[0] == 0
-    assert 'note: such networks' not in script(cifar, '--evaluate logs/run --dataroot', [photos])[1]
+    assert 'note: networks like' not in script(cifar, '--evaluate logs/run --dataroot', [photos])[1]
     for module in (imagenet, finetune):
         words = '--image_size 32 --nthread 0 --evaluate logs/run --dataroot', [photos]
         status, out, err = script(module, *words, *(['--dataset folder'] if module is finetune else []))
-        said = 'note: such networks are trained by cifar.py, which crops and normalises images in another way\n'
-        assert status == 0 and said in out, err
+        said = 'are trained by cifar.py, which crops and normalises images in another way\n'
+        assert status == 0 and f'note: networks like logs/run/model.pt7 {said}' in out, err
+    words = '--image_size 32 --nthread 0 --width 0.0625 --batch_size 8 --epochs 1 --epoch_step [] --lr 0.01'
+    status, out, err = script(imagenet, words, '--alpha 0.9 --teacher_params logs/run --dataroot', [photos])
+    assert status == 0 and f'note: networks like logs/run {said}' in out, err
 
 
 @pytest.mark.parametrize('size', [True, 99999999999999, 10**400, '16; rm', 'x', None])

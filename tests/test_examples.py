@@ -209,3 +209,11 @@ def test_a_teacher_may_run_in_inference_mode(batch):
     _, teacher = own_networks.with_groups(net, net, [('0', '0')])
     with torch.inference_mode():
         assert teacher(batch[0])[1][0].shape[1] == 4
+
+
+def test_a_layer_whose_output_is_overwritten_keeps_it_in_inference_mode(batch):
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU(inplace=True))
+    _, teacher = own_networks.with_groups(net, net, [('0', '0')])
+    with torch.inference_mode():
+        (group,) = teacher(batch[0])[1]
+        assert group.min() < 0 and torch.equal(group, net[0](batch[0]))

@@ -13,6 +13,7 @@ from conftest import draw, refused
 from PIL import Image
 from torchvision import transforms
 
+import cifar
 import finetune
 import imagenet_resnet
 import resnet
@@ -231,12 +232,25 @@ def test_held_out_training_images_of_every_class_are_tested_on_with_their_boxes(
     assert refused(tune(root, f'--dataset {dataset} --holdout 16'), '--holdout 16: at most 15 of the 18', 'keep none')
 
 
+@pytest.mark.parametrize('words, group', [('--groups 0,2', 0), ('--fixed_groups 4', 2), ('--fixed_groups 3', 2)])
+def test_groups_that_are_not_trained_learn_nothing_from_a_teacher(tune, cub, pretrained, words, group):
+    said = tune(cub, words, '--beta 1 --teacher_params', [pretrained])
+    assert refused(said, f'--groups: group {group} is not trained (--fixed_groups')
+
+
+def test_a_fine_tuned_network_teaches_in_another_script_with_a_note(tune, script, cub, photos):
+    assert tune(cub, '--save logs/tuned')[0] == 0
+    words = '--dataset folder --image_size 32 --depth 10 --width 0.25 --epochs 1 --alpha 0.9 --teacher_id tuned'
+    status, out, err = script(cifar, words, ['--dataroot', photos])
+    assert status == 0 and 'note: networks like --teacher_id tuned are trained by imagenet.py' in out, err
+
+
 def test_networks_that_cannot_be_fine_tuned_are_refused(script, tune, cub, pretrained):
     write.save('wide.pt7', {'params': {k: v.detach() for k, v in resnet.wide_resnet(10, 0.25, 3)[1].items()}})
     assert refused(tune(cub, '--pretrained wide.pt7'), 'WRN-10-0.25', 'expected an ImageNet ResNet')
     folded = imagenet_resnet.fold_batch_norm(networks.load(pretrained)['params'])
     torch.save(folded, 'folded.pth')
-    assert refused(tune(cub, '--pretrained folded.pth'), 'not folded')
+    assert refused(tune(cub, '--pretrained folded.pth'), 'batch norm folded')
     assert refused(tune(cub, '--pretrained none.pth'), 'none.pth')
     for flag in ('--pretrained', '--teacher_params', '--resume'):
         told = f'{flag} wide.pt: no such checkpoint; . holds wide.pt7'

@@ -238,6 +238,11 @@ def test_csv_has_a_line_for_each_epoch_of_each_log_and_a_column_for_each_number(
     assert refused(script(plot, 'csv nowhere'), 'nowhere: no such log')
 
 
+def test_a_table_of_more_cells_than_memory_bears_is_refused(script, log):
+    paths = [log('wide', [{'epoch': i, 'test_acc': 1.0, f'k{i}': 1} for i in range(1, 4001)])]
+    assert refused(script(plot, 'csv', paths), '4,000 lines with 4,00', 'are too many for a table')
+
+
 def test_a_label_for_each_log_stands_in_the_legend(script, log):
     paths = [log(name, [ours(1), ours(2)]) for name in ('a', 'b')]
     labels = ['--label', 'F-ActT, 5 $', '--label', 'KD']
