@@ -65,5 +65,5 @@ table: venv
 
 clean:
 	[ -L .venv ] || [ ! -e $(MADE) ] || rm -rf .venv
-	rm -rf .pytest_cache .ruff_cache .hypothesis logs/digits-*
+	rm -rf .pytest_cache .ruff_cache .hypothesis logs/digits-e[0-9]*
 	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
