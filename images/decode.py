@@ -62,15 +62,16 @@ def _decode(content):
 def _decode_plain(content):
     """Decode to colours without applying alpha, as PIL's convert('RGB') does.
 
-    OpenCV does so too, except for GIF and TIFF, which it darkens: PIL reads GIFs, and TIFFs with alpha.
+    OpenCV does so too, except for GIF and TIFF, which it darkens: PIL reads GIFs, and TIFFs with alpha. PIL also reads
+    animated PNGs, of which OpenCV passes over a first picture that is not part of the animation.
     """
-    if not content.startswith((b'GIF8', b'II', b'MM')):
+    if not content.startswith((b'GIF8', b'II', b'MM')) and not 0 < content.find(b'acTL') < content.find(b'IDAT'):
         return _decode(content)
     from PIL import Image  # slow to import, and rarely needed
 
     Image.MAX_IMAGE_PIXELS = None  # they are counted here
     try:
-        image = Image.open(io.BytesIO(content), formats=('GIF', 'TIFF'))
+        image = Image.open(io.BytesIO(content), formats=('GIF', 'TIFF', 'PNG'))
         tags = image.tag_v2 if image.format == 'TIFF' else {}
         if tags and EXTRA_SAMPLES not in tags:
             return _decode(content)

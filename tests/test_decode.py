@@ -81,6 +81,7 @@ def test_colours_that_a_tiff_multiplied_by_its_alpha_are_divided_by_it_as_pil_do
     np.testing.assert_array_equal(decode.read_image(path), np.asarray(Image.open(path).convert('RGB')))
 
 
+MOVING = {'save_all': True, 'append_images': [Image.new('L', (30, 20), grey) for grey in (9, 99)]}
 SAVED = {  # mode of the image, and arguments of PIL's save
     'packed.tif': ('RGBA', {'compression': 'tiff_lzw'}),
     'big.tif': ('RGBA', {'big_tiff': True}),
@@ -94,7 +95,12 @@ SAVED = {  # mode of the image, and arguments of PIL's save
     'clear.gif': ('P', {'transparency': 3, 'comment': b'before it'}),
     'woven.gif': ('P', {'transparency': 3, 'interlace': 1}),
     'grey.gif': ('L', {}),
-    'moving.gif': ('P', {'save_all': True, 'append_images': [Image.new('L', (30, 20), 9)], 'transparency': 3}),
+    'moving.gif': ('P', {**MOVING, 'transparency': 3}),
+    'moving.png': ('RGBA', MOVING),
+    'first.png': ('RGBA', {**MOVING, 'default_image': True}),
+    'first_palette.png': ('P', {**MOVING, 'default_image': True, 'transparency': 3}),
+    'moving.webp': ('RGB', {**MOVING, 'lossless': True}),
+    'moving.tif': ('RGB', MOVING),
     'image.jfif': ('RGB', {'format': 'JPEG'}),
 }
 
