@@ -10,7 +10,6 @@ the authors', their folded export (.pth, .hkl), a torchvision ResNet's state_dic
 Files are read as data, never as code: nothing in them can run or open another file.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -31,7 +30,7 @@ def slim(run):
     its log.
     """
     path = checkpoint_of(run)
-    with locked(os.path.dirname(path) or '.') if os.path.isfile(path) else contextlib.nullcontext():
+    with locked((os.path.dirname(path) or '.') if os.path.isfile(path) else ''):
         state = load(path)
         if state.get('progress'):
             raise ValueError(f'{path} was stopped within an epoch: first finish the run with --resume auto')

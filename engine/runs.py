@@ -169,5 +169,8 @@ def open_run(opt, done):
             raise ValueError(
                 f'{log} has {last} epochs, but {has}: put the right model.pt7 beside it, or start over with --overwrite'
             )
-        write_whole(log, b'') if opt.overwrite else cut_log(log, done)
+        if opt.overwrite:
+            write_whole(log, b'')
+        else:
+            cut_log(log, done)
     launch.note_opened()

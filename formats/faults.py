@@ -14,6 +14,13 @@ def is_of_the_machine(error):
     return isinstance(error, MemoryError) or getattr(error, 'errno', None) in OF_THE_MACHINE
 
 
+def told(message, error):
+    """An OSError with a message for the user and the errno of `error`."""
+    failure = OSError(message)
+    failure.errno = getattr(error, 'errno', None)
+    return failure
+
+
 def behind(error):
     """The failure of the machine that an error is or hides, or None."""
     while error is not None and not is_of_the_machine(error):

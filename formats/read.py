@@ -9,7 +9,7 @@ from functools import partial
 
 import safetensors.torch
 
-from formats.faults import behind
+from formats.faults import behind, told
 from formats.hdf5 import read_hdf5
 from formats.pickles import read_torch
 
@@ -55,9 +55,7 @@ def check_machine(error, path):
     if isinstance(fault, MemoryError):
         raise MemoryError(f'{path} could not be read') from None
     if fault:
-        failure = OSError(f'{path} could not be read: {fault.strerror}')
-        failure.errno = fault.errno
-        raise failure from None
+        raise told(f'{path} could not be read: {fault.strerror}', fault) from None
 
 
 def first_line(error):

@@ -5,6 +5,7 @@ import warnings
 
 import torch
 
+from formats.faults import told
 from formats.read import first_line
 from imagenet_resnet import IMAGENET_DEPTHS, NORM, imagenet_resnet_shape
 
@@ -160,6 +161,8 @@ def download(name):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             return weights.get_state_dict(progress=False, check_hash=True, weights_only=True, map_location='cpu')
+    except MemoryError:
+        raise
     except Exception as error:  # no network, a proxy's page, a damaged or half-written file in the cache
         reason = first_line(error)
-        raise OSError(f'torchvision:{name}: {weights.url} could not be fetched or read ({reason})') from None
+        raise told(f'torchvision:{name}: {weights.url} could not be fetched or read ({reason})', error) from None

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch.utils._pytree import tree_map_only
 
+from formats.faults import told
 from formats.networks import describe
 from formats.read import check_regular
 from formats.torchvision import to_torchvision
@@ -47,10 +48,8 @@ def write_whole(path, content):
 
 
 def not_written(path, error, more=''):
-    """An OSError with a message for the user and the errno of `error`."""
-    failure = OSError(f'{path} could not be written: {error.strerror}{more}')
-    failure.errno = error.errno
-    return failure
+    """The OSError `told` of a file that could not be written."""
+    return told(f'{path} could not be written: {error.strerror}{more}', error)
 
 
 def write(f, params, kind, image_size):

@@ -1,5 +1,7 @@
 """torchvision's networks keep their logits here, names convert back, and weights are downloaded."""
 
+import errno
+import os
 import pickle
 import re
 import urllib.error
@@ -110,10 +112,17 @@ def test_without_network_torchvisions_weights_are_one_clear_error(tmp_path, monk
     def offline(*_, **__):
         raise urllib.error.URLError('no route to host')
 
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     monkeypatch.setattr(torch.hub, 'urlopen', offline)
     with pytest.raises(OSError, match='torchvision:resnet34: https://.* could not be fetched .*no route to host') as e:
         networks.load_teacher('torchvision:resnet34')
     assert '\n' not in str(e.value)
+    monkeypatch.setattr(torch.hub, 'urlopen', full)
+    with pytest.raises(OSError, match='could not be fetched or read .*No space left') as e:
+        networks.load_teacher('torchvision:resnet34')
+    assert e.value.errno == errno.ENOSPC
     (tmp_path / 'hub/checkpoints/resnet34-b627a593.pth').write_bytes(pickle.dumps(Touch(trace)))
     with pytest.raises(OSError, match='could not be fetched or read'):
         networks.load_teacher('torchvision:resnet34')
