@@ -31,6 +31,7 @@ from torchvision import transforms
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:0] = [os.path.join(HERE, '..'), HERE]
 
+import measure
 import step as benchmark
 
 from engine import ending, workers
@@ -77,7 +78,7 @@ def load(dataroot, count):
 @functools.cache
 def plain_epoch(dataroot, count, nthread):
     """The plain loop: run() -> (seconds of training, seconds of evaluation)."""
-    flags, dataset, device = parse_cifar('', AT.split()), load(dataroot, count), benchmark.device()
+    flags, dataset, device = parse_cifar('', AT.split()), load(dataroot, count), measure.device()
     tensor = [transforms.ToTensor(), transforms.Normalize(*(np.array(v) / 255 for v in (memory.MEAN, memory.STD)))]
     augment = [transforms.Pad(4, padding_mode='reflect'), transforms.RandomCrop(32), transforms.RandomHorizontalFlip()]
     loader = partial(DataLoader, batch_size=flags.batch_size, num_workers=nthread)
@@ -167,7 +168,7 @@ def main():
     flag = parser.add_argument
     flag('--dataroot', default='', type=path, help='where CIFAR-10 is (default: random images)')
     flag('--images', default=10_000, type=number(int, 256), help='number of training images')
-    flag('--dtype', default='bfloat16', choices=list(DTYPES), help='of the fast epoch')
+    flag('--dtype', default=measure.fast_dtype(), choices=list(DTYPES), help='of the fast epoch')
     flag('--eager', action='store_true', help='the fast epoch without --compile')
     flag('--teacher_dtype', choices=['same', 'int8'], help='as in step.py')
     flag('--nthread', default=2, type=number(int, 0, 64), help='processes of the plain DataLoader')
@@ -179,7 +180,7 @@ def main():
     benchmark.choose_arithmetic()
     words = f'{AT} --dtype {opt.dtype} --teacher_dtype {opt.teacher_dtype} --epochs 1'
     flags = parse_cifar('', words.split() + ['--compile'] * (not opt.eager))
-    dataset, device = load(opt.dataroot, opt.images), benchmark.device()
+    dataset, device = load(opt.dataroot, opt.images), measure.device()
     print(f'{environment(device)["device"]}, torch {torch.__version__}, commit {commit()}')
     print(f'{opt.images:,} training and {len(dataset.test.labels):,} test images, {opt.dtype} beside float32')
     run, plain = fast_epoch(flags, dataset, device), (run_plain_epoch, opt.dataroot, opt.images, opt.nthread)

@@ -5,6 +5,17 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine.precision import slow_in_16_bits
+
+
+def device():
+    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+
+
+def fast_dtype():
+    """The dtype that is fastest here, as --dtype: bfloat16, or float on x86 CPUs without AVX-512."""
+    return 'float' if slow_in_16_bits(device()) else 'bfloat16'
+
 
 def seconds(step, *batch):
     """Seconds that a step on a batch takes, including its work on a GPU."""

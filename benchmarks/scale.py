@@ -21,6 +21,8 @@ import torch
 ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), '..')
 sys.path.insert(0, ROOT)
 
+from measure import fast_dtype
+
 from engine import ending
 from engine.arguments import Parser, path
 from engine.log import read_log
@@ -75,7 +77,7 @@ def plot(results, path):
 def main():
     """Train a run for each row, print the table and plot it."""
     parser = Parser(__doc__)
-    parser.add_argument('--dtype', default='bfloat16', choices=list(DTYPES), help='compute dtype')
+    parser.add_argument('--dtype', default=fast_dtype(), choices=list(DTYPES), help='compute dtype')
     parser.add_argument('--out', type=path, metavar='FILE', help='also draw a picture, .svg or .png')
     opt = parser.parse_args()
     print('| batch size | width | processes | images/s | seconds an epoch of 50,000 | MB of the largest process |')

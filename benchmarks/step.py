@@ -1,14 +1,15 @@
 """How fast a training step is, compared with the plain one of distillation repositories.
 
     python benchmarks/step.py                                      # every case, with every switch that makes it fast
-    python benchmarks/step.py --only at,student --eager --teacher_dtype same     # with --dtype bfloat16 alone
+    python benchmarks/step.py --only at,student --eager --teacher_dtype same     # without --compile and int8
     python benchmarks/step.py --only at --profile                  # the most expensive operators of the fast step
     python benchmarks/step.py --only student,at --authors ../attention-transfer  # beside the authors' own step
 
 The plain step is float32, contiguous and eager, with the whole teacher under no_grad, losses as the authors write them
-and .item() on every term. The fast one is the step of cifar.py and imagenet.py with --dtype bfloat16, --compile, and on
-CPUs with VNNI --teacher_dtype int8. They run in turns on the same random images, and each pair gives a ratio. The plain
-step has its own process, a new one for each case, since the fast step changes the memory allocator of its process.
+and .item() on every term. The fast one is the step of cifar.py and imagenet.py with --dtype bfloat16 where the machine
+is fast in it, --compile, and on CPUs with VNNI --teacher_dtype int8. They run in turns on the same random images, and
+each pair gives a ratio. The plain step has its own process, a new one for each case, since the fast step changes the
+memory allocator of its process.
 FlopCounterMode counts the operations of the plain step; their rate is given as a fraction of that of a product of two
 2048x2048 matrices in the fast step's dtype.
 """
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), '..'))
 
 from authors import step as authors_step
-from measure import flops, matrix_rate, peak_memory, seconds, settled_seconds
+from measure import device, fast_dtype, flops, matrix_rate, peak_memory, seconds, settled_seconds
 
 from engine import ending, int8, workers
 from engine.arguments import Parser, number, path
@@ -138,10 +139,6 @@ def fast_step(opt, case, device):
     return make_update(opt, Network(f, params), teacher, image)
 
 
-def device():
-    return torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-
-
 def batch(case):
     """Random images (N, 3, H, W) in channels-last order and labels (N,)."""
     torch.manual_seed(0)
@@ -245,7 +242,7 @@ def main():
     parser = Parser(__doc__)
     flag = parser.add_argument
     flag('--only', default=','.join(CASES), help=f'some of {",".join(CASES)} (default: all)')
-    flag('--dtype', default='bfloat16', choices=list(DTYPES), help='of the fast step')
+    flag('--dtype', default=fast_dtype(), choices=list(DTYPES), help='of the fast step')
     flag('--eager', action='store_true', help='the fast step without --compile')
     flag('--cuda_graphs', action='store_true', help='the fast step with --cuda_graphs, on a GPU')
     integers = "of the fast step's teacher (default: int8 on a CPU with VNNI beside a 16-bit --dtype)"

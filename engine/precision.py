@@ -15,6 +15,14 @@ def autocast(device, dtype):
     return contextlib.nullcontext()
 
 
+def slow_in_16_bits(device):
+    """Whether bfloat16 and float16 take several times as long as float32: on x86 CPUs without AVX-512.
+
+    PyTorch has no convolutions in them there, and unfolds the images.
+    """
+    return device.type == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2'
+
+
 def place(params, dtype, device):
     """A network's parameters on the device: float64 for --dtype double, else float32; see `wants_channels_last`."""
     params = cast(params, 'double' if DTYPES[dtype] == torch.float64 else 'float', device)

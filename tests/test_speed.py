@@ -182,6 +182,12 @@ def test_freed_memory_stays_with_the_process():
     assert faults() < 4096
 
 
+@pytest.mark.parametrize('capability, dtype', [('AVX2', 'float'), ('AVX512', 'bfloat16'), ('DEFAULT', 'bfloat16')])
+def test_benchmarks_take_the_dtype_that_is_fast_on_the_cpu(monkeypatch, capability, dtype):
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    assert benchmark.fast_dtype() == dtype
+
+
 def test_the_benchmark_ends_with_a_line_of_json(script):
     status, out, err = script(benchmark, '--only student --pairs 1 --json --dtype float --eager')
     assert status == 0, err
