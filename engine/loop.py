@@ -133,7 +133,25 @@ class Run:
         _set_rate_(self.opt, self.updates.optimizer, self.epoch, begins=not progress)
         done = self.meters.steps
         self.batches = self.data.train(self.epoch, done)
-        state['iterator'] = state['bar'] = _bar(self.batches, f'epoch {self.epoch}/{self.opt.epochs}', done)
+        name, total = f'epoch {self.epoch}/{self.opt.epochs}', done + len(self.batches)
+        state['iterator'] = state['bar'] = _bar(self.read(), name, done, total)
+
+    def read(self):
+        with self.keeping():
+            yield from self.batches
+
+    @contextlib.contextmanager
+    def keeping(self):
+        """While images are read: if that fails, a single worker saves the steps before. Several could only together."""
+        try:
+            yield
+        except (OSError, ValueError, MemoryError, RuntimeError):
+            if world() == 1:
+                self.meters.flush(self.epoch)
+                if self.meters.steps:
+                    self.keep_progress()
+                    say(self.where())
+            raise
 
     def on_update(self, state):
         self.images = state['sample'][0]
@@ -152,12 +170,8 @@ class Run:
         join_statistics_(self.student.params)
         since, batches = time.perf_counter(), self.data.test()
         settings = self.data.device, self.opt.dtype, self.data.topk
-        try:
+        with self.keeping():
             tested = evaluate(self.student, batches, *settings, lambda: self.pause(alone=True))
-        except (OSError, ValueError):  # an image cannot be read, which is no reason to train the epoch again
-            if world() == 1:  # several workers could only save together
-                self.keep_progress()
-            raise
         if not math.isfinite(tested[0]):
             raise FloatingPointError(f'epoch {self.epoch}: the test loss is not finite ({tested[0]}); {CALMER}')
         tested_for = time.perf_counter() - since
@@ -188,17 +202,20 @@ class Run:
             self.meters.flush(self.epoch)
             self.keep_progress()
         if signum:
-            advice = 'go on with --resume auto' if self.opt.save else 'nothing is kept without --save'
-            raise Stopped(signum, f'stopped after step {self.meters.steps} of epoch {self.epoch}; {advice}')
+            raise Stopped(signum, self.where())
+
+    def where(self):
+        """Where the run stopped, and how to continue."""
+        advice = 'go on with --resume auto' if self.opt.save else 'nothing is kept without --save'
+        return f'stopped after step {self.meters.steps} of epoch {self.epoch}; {advice}'
 
     def keep_progress(self):
         """Save in the middle of an epoch, with the progress of every worker."""
         self.check_finite()
         shared, mine = self.meters.state(getattr(self.batches, 'bad', 0))
-        if world() > 1:
-            mine['statistics'] = {k: v.cpu() for k, v in statistics(self.student.params).items()}
         per_worker = [mine]
         if world() > 1:
+            mine['statistics'] = {k: v.cpu() for k, v in statistics(self.student.params).items()}
             per_worker = [None] * world()
             dist.all_gather_object(per_worker, mine)
         batches = {'batch_size': self.opt.batch_size, 'seed': self.opt.seed}
@@ -254,9 +271,8 @@ class Run:
         return '' if logits.isfinite().all() else 'the output of the network'
 
 
-def _bar(batches, name, start):
+def _bar(batches, name, start, total):
     """A progress bar over the remaining batches, shown by the first worker on a terminal."""
-    total = start + len(batches)
     return tqdm(batches, name, total, initial=start, unit='step', leave=False, disable=True if rank() else None)
 
 

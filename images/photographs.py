@@ -232,9 +232,9 @@ class TrainBatches:
     def __iter__(self):
         self.bad = 0
         for (pixels, labels, bad), size in zip(_read(*self.read), self.sizes):
-            self.bad += len(bad)
             if not len(labels):
                 raise ValueError(f'{bad[0]}; no other training image can be read either')
+            self.bad += len(bad)
             for reason in bad:
                 _warn_once(f'{reason}; another replaces it in training')
             yield *_on_device(pixels, labels, self.device), size

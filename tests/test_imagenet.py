@@ -1,5 +1,6 @@
 """Whole runs of imagenet.py on real image files: several kinds of teacher, workers, refusals."""
 
+import errno
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from engine.log import read_log
 from engine.loop import Run
 from formats import networks, write
 from formats.torchvision import from_torchvision
+from images import photographs
 
 SMALL = '--image_size 32 --depth 18 --width 0.0625 --batch_size 8 --lr 0.02 --epoch_step [] --nthread 0'
 
@@ -184,6 +186,40 @@ def test_an_image_that_cannot_be_tested_costs_no_training(train, script, folder,
     whole = [{**record, 'imagenetpath': str(root)} for record in logged('whole')]
     assert logged('part') == whole
     assert same_weights('part', 'whole')
+
+
+@pytest.mark.parametrize('nthread', [0, 1])
+def test_a_failure_to_read_in_mid_epoch_costs_a_single_worker_no_step(train, monkeypatch, nthread):
+    words = '--epochs 2 --epoch_step [2] --save logs/part --resume auto --nthread', [nthread]
+    good, read = photographs._read, []
+
+    def failing(*given):
+        for batch in good(*given):
+            read.append(batch)
+            if len(read) == 12:  # 5 to train on, 3 to test on, and the fourth of the second epoch
+                raise OSError(errno.ESTALE, 'Stale file handle', 'train')
+            yield batch
+
+    monkeypatch.setattr(photographs, '_read', failing)
+    status, out, err = train(*words)
+    assert status == 1 and err.endswith("Stale file handle: 'train'\n"), err
+    assert out.endswith('stopped after step 3 of epoch 2; go on with --resume auto\n')
+    monkeypatch.setattr(photographs, '_read', good)
+    status, out, err = train(*words)
+    assert status == 0 and 'after step 3 of epoch 2' in out, err
+    assert train('--epochs 2 --epoch_step [2] --save logs/whole --nthread', [nthread])[0] == 0
+    assert logged('part') == logged('whole') and same_weights('part', 'whole')
+
+
+def test_what_cannot_be_read_at_first_leaves_no_run_behind(train, monkeypatch):
+    def failing(*_):
+        raise OSError(errno.ESTALE, 'Stale file handle', 'train')
+
+    good = photographs._read
+    monkeypatch.setattr(photographs, '_read', failing)
+    assert train('--epochs 1 --save logs/run')[0] == 1
+    monkeypatch.setattr(photographs, '_read', good)
+    assert train('--epochs 1 --save logs/run')[0] == 0
 
 
 def test_held_out_training_images_of_every_class_take_the_place_of_the_validation(train):
