@@ -1,7 +1,7 @@
 """The parameters and losses that every network and script of this repository is built from.
 
 Parameters are flat dictionaries of tensors (`conv0`, `group0.block0.bn0.weight`, ...) and networks are functions of
-them. The losses of the paper come after them, each two lines that one can check against its equation.
+them. The losses of the paper come after them, each short enough to be checked against its equation.
 """
 
 import torch
@@ -60,7 +60,10 @@ def flatten(params, base=''):
 
 
 def cast(params, dtype='float', device=None):
-    """A tensor, or every tensor of a dictionary, as a leaf of a dtype (a name in `DTYPES`) on a device."""
+    """A tensor, or every tensor of a dictionary, as a leaf of a dtype (a name in `DTYPES`) on a device.
+
+    What already is of that dtype and there keeps its memory.
+    """
     if isinstance(params, dict):
         return {k: cast(v, dtype, device) for k, v in params.items()}
     return params.detach().to(device=device, dtype=DTYPES[dtype])
@@ -114,10 +117,12 @@ def attention_map(x, p=2, mapping='sum', relative=False):
     """Collapse activations to one map over positions (eq. 1 and section 3.1).
 
     x is (N, C, H, W); the result is (N, H, W) in at least float32: sum_c |x_c|^p, or max_c |x_c|^p for
-    mapping='max'. With `relative`, |x| may be divided by its largest value in each sample, so that no power over- or
-    underflows; normalised maps and their gradients stay the same. The gradient of |x|^p for p < 1, infinite at zero, is
-    set to zero there. Raises ValueError for another mapping or p <= 0.
+    mapping='max'. With `relative` and a p other than 2, |x| is divided by its largest value in each sample, so that no
+    power over- or underflows; normalised maps and their gradients stay the same. The gradient of |x|^p for p < 1,
+    infinite at zero, is set to zero there. Raises ValueError for another shape or mapping, or p <= 0.
     """
+    if x.dim() != 4:
+        raise ValueError(f'attention map: expected activations (N, C, H, W), not {tuple(x.shape)}')
     if mapping not in ('sum', 'max') or not p > 0:
         raise ValueError(f"attention map: mapping is 'sum' or 'max' and p > 0, not {mapping!r} and {p}")
     if (p, mapping) == (2, 'sum'):
@@ -146,12 +151,17 @@ class _SumOfSquares(torch.autograd.Function):
     Plain autograd would also keep x in float32, and write squares of the whole batch to memory.
     """
 
+    generate_vmap_rule = True  # of torch.func
+
     @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
+    def forward(x):
         if x.device.type != 'cpu' or torch.compiler.is_compiling():
             return full(x).square().sum(1)
         return torch.cat([full(part).square().sum(1) for part in x.split(32)])  # parts that fit a cache
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, g):
@@ -168,7 +178,7 @@ def at(x, p=2, mapping='sum'):
 
 
 def _map(x, p, mapping):
-    return x if x.dim() == 3 else attention_map(x, p, mapping, relative=True)
+    return full(x) if x.dim() == 3 else attention_map(x, p, mapping, relative=True)
 
 
 def at_loss(x, y, p=2, mapping='sum', form='code'):
@@ -177,9 +187,12 @@ def at_loss(x, y, p=2, mapping='sum', form='code'):
     y may also be a map from `attention_map`, (N, H', W'), which is all that has to be kept of a teacher.
     form='code' is what the authors' code computes, mean((Q_x - Q_y)^2) over samples and positions. form='paper' is
     eq. 2, 1/2 mean_n ||Q_x - Q_y||_2. Both are to be multiplied by beta; they are not proportional to each other.
-    If the maps differ in size, the larger is average-pooled to the smaller before it is normalised.
-    Raises ValueError for an unknown form, and what `attention_map` raises.
+    If the maps differ in size, the larger is average-pooled to the smaller before it is normalised. With a single
+    position, all normalised maps are equal: the loss is 0 and teaches nothing.
+    Raises ValueError for an unknown form or other shapes, and what `attention_map` raises.
     """
+    if x.dim() != 4:  # three dimensions would be taken for a map
+        raise ValueError(f'attention loss: expected activations (N, C, H, W), not {tuple(x.shape)}')
     x, y = _pooled(_map(x, p, mapping), _map(y, p, mapping))
     q_x, q_y = at(x), at(y)  # (N, H, W) -> (N, H*W)
     if form == 'code':
@@ -190,7 +203,9 @@ def at_loss(x, y, p=2, mapping='sum', form='code'):
 
 
 def _pooled(x, y):
-    """Two batches (N, ..., H, W), average-pooled to the smaller size of the two."""
+    """Two batches (N, ..., H, W), average-pooled to the smaller size of the two. Raises ValueError if N differs."""
+    if len(x) != len(y):
+        raise ValueError(f'{len(x)} samples of the student are not the {len(y)} of the teacher')
     size = [min(a, b) for a, b in zip(x.shape[-2:], y.shape[-2:])]
     return (a if list(a.shape[-2:]) == size else F.adaptive_avg_pool2d(a, size) for a in (x, y))
 
@@ -199,7 +214,7 @@ def full_activation_loss(x, y):
     """Full-activation transfer (F-ActT, section 4.1): the distance of activations, not of their maps; a scalar.
 
     The mean squared difference of x and y (N, C, H, W), each L2-normalised per sample, in at least float32. The larger
-    is first average-pooled to the size of the smaller. Raises ValueError if the channels differ: see `adapt`.
+    is first average-pooled to the size of the smaller. Raises ValueError if N or C differ: see `adapt`.
     """
     if x.shape[1] != y.shape[1]:
         raise ValueError(f'full-activation transfer: {x.shape[1]} channels are not {y.shape[1]}')

@@ -17,6 +17,10 @@ NOT_SETTINGS = {
     *'save resume overwrite save_every tensorboard verbose nthread gpu_id max_restarts'.split(),
     *'dataroot imagenetpath follow_links skip_teacher_check'.split(),
 }
+OLDER = {  # the settings of older logs that lack them: there were no others
+    **{'control': '', 'net': 'wrn', 'transfer': 'activation', 'penalty': 'none', 'gamma': 0, 'teacher_dtype': 'same'},
+    **dict.fromkeys(('no_bn', 'compile', 'cuda_graphs', 'sync_bn', 'keep_momentum', 'deterministic'), False),
+}
 
 
 def find(teacher_id):
@@ -118,7 +122,7 @@ def changed_settings(opt, records):
 
 def settings(record):
     """A log's `last_record` without the flags that do not bear on results; what older logs have is as in newer ones."""
-    found = {'control': '', **{key: value for key, value in record.items() if key not in NOT_SETTINGS}}
+    found = {**OLDER, **{key: value for key, value in record.items() if key not in NOT_SETTINGS}}
     if isinstance(found.get('teacher_id'), str):  # in older logs, the protocol was a part of the name
         found['teacher_id'] = found['teacher_id'].replace('/', '-')
     return found
