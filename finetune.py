@@ -24,7 +24,7 @@ from engine.student import Network, pair
 from engine.transfer import group_numbers, of_groups
 from engine.workers import data_parallel, say
 from formats.networks import checkpoint_of, describe, load_teacher
-from imagenet_resnet import imagenet_forward, imagenet_resnet_depth
+from imagenet_resnet import imagenet_forward, imagenet_resnet_expected
 from images.photographs import DATASETS
 from utils import flatten, linear_params, set_requires_grad_except_bn_
 
@@ -75,7 +75,7 @@ def build_student(opt, num_classes, device):
     if f is not imagenet_forward or 'bn0.weight' not in params:
         fault = 'it has its batch norm folded' if f is imagenet_forward else 'expected an ImageNet ResNet'
         raise ValueError(f'--pretrained {opt.pretrained} ({describe(params)}): {fault}')
-    opt.depth = imagenet_resnet_depth(params)  # for the log
+    _, _, (opt.depth, opt.width) = imagenet_resnet_expected(params)  # for the log
     torch.manual_seed(opt.seed)
     params |= flatten({'fc': linear_params(params['fc.weight'].shape[1], num_classes)})
     params = place(params, opt.dtype, device)

@@ -142,11 +142,6 @@ def is_imagenet_resnet(params):
     return 'conv0.weight' in params or 'bn0.weight' in params or any(k.startswith('group3.') for k in params)
 
 
-def imagenet_resnet_depth(params):
-    """The depth of the ImageNet ResNet that a flat dictionary belongs to: see `imagenet_resnet_shape`."""
-    return imagenet_resnet_shape(params)[0]
-
-
 def imagenet_resnet_shape(params):
     """The depth of an ImageNet ResNet, its blocks in each group and the convolutions of a block: (34, (3, 4, 6, 3), 2).
 

@@ -175,7 +175,7 @@ def spread(labels, count):
 def load_images(images, dataroot, count, image_size, imagenet):
     """Up to `count` images, (N, H, W, 3) uint8, of a data set's test part or a folder, spread over classes or folders.
 
-    `images` is a data set of `memory.DATASETS`, or a folder. `image_size` None is the network's usual training size.
+    `images` is a data set of `memory.DATASETS`, or a folder. `image_size` None is 32, or 224 for an ImageNet network.
     Files are read as `engine.predict.read_pixels` does. Raises ValueError or OSError if there are none or one cannot be
     read.
     """

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 
 import torch
@@ -119,7 +120,7 @@ def results(opt, epoch, meters, trained_for, tested, tested_for):
         'test_acc': _one_or_list(tested[1]),
         'train_time': trained_for,
         'test_time': tested_for,
-        'at_losses': [v for k, v in values.items() if k.startswith('at')],
+        'at_losses': [v for k, v in values.items() if re.fullmatch(r'at\d+', k)],
         **{k: v[0] for k, v in values.items() if k != 'loss'},
         'lr_now': lr_at(epoch, opt.lr, json.loads(opt.epoch_step), opt.lr_decay_ratio),
         'beta_now': beta_at(epoch, opt.epochs, opt.beta, opt.beta_decay),

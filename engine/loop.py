@@ -21,14 +21,14 @@ from engine import events, log, runs, workers
 from engine.arguments import listed
 from engine.evaluate import evaluate
 from engine.meters import CALMER, Meters
-from engine.precision import autocast
+from engine.precision import autocast, slow_in_16_bits
 from engine.resume import resume_, state_of, statistics, trained
 from engine.schedules import lr_at
 from engine.step import FLUSH, Updates, total_loss
 from engine.stopping import Requests, Stopped
 from engine.workers import join_statistics_, rank, say, sum_over_workers, world
 from formats.write import save
-from utils import num_parameters
+from utils import DTYPES, num_parameters
 
 HIGH_LOSS = 1000.0  # guessing among n classes gives ln(n)
 # The flags that bear on a test; the tested network has a shape of its own.
@@ -74,6 +74,8 @@ def start(opt):
             runs.check_save(opt)  # the first worker prints its notes
     device = workers.join(opt)
     say(listed({name: value for name, value in vars(opt).items() if not opt.evaluate or name in OF_A_TEST}))
+    if DTYPES[opt.dtype].itemsize == 2 and slow_in_16_bits(device):
+        say(f'note: this CPU has no AVX-512, without which --dtype float is several times faster than {opt.dtype}')
     return device
 
 
@@ -110,8 +112,7 @@ class Run:
 
     def __init__(self, opt, step, student, data, updates, requests, done, progress, note):
         self.opt, self.step, self.student, self.data, self.updates = opt, step, student, data, updates
-        self.requests, self.epoch, self.progress = requests, done, progress
-        self.note = note  # takes the results of an epoch, for TensorBoard
+        self.requests, self.epoch, self.progress, self.note = requests, done, progress, note
         self.meters = Meters(data.device, data.topk)
         self.facts = {**vars(opt), **data.counts, 'n_parameters': num_parameters(student.params)}
         self.facts |= log.environment(data.device)
@@ -181,7 +182,7 @@ class Run:
             results['bad_images'] = int(sum_over_workers([bad], self.data.device)[0])
         self.record = {**self.facts, **results}
         self.keep_epoch()
-        self.note(results)
+        self.note(results)  # for TensorBoard
         _print_epoch(self.opt, self.record, self.meters)
         if tested[0] > HIGH_LOSS and not self.warned:
             say(f'note: a test loss of {tested[0]:.3g} is far above that of guessing: the run may diverge; {CALMER}')
@@ -218,11 +219,9 @@ class Run:
             mine['statistics'] = {k: v.cpu() for k, v in statistics(self.student.params).items()}
             per_worker = [None] * world()
             dist.all_gather_object(per_worker, mine)
+        images, settings = self.data.counts['train_images'], runs.settings({**vars(self.opt), 'lr_now': self.opt.lr})
         batches = {'batch_size': self.opt.batch_size, 'seed': self.opt.seed}
-        batches |= {
-            'train_images': self.data.counts['train_images'],
-            'settings': runs.settings({**vars(self.opt), 'lr_now': self.opt.lr}),
-        }
+        batches |= {'train_images': images, 'settings': settings}
         self.save({**shared, **batches, 'workers': per_worker}, self.epoch - 1)
 
     def keep_epoch(self):

@@ -1,5 +1,6 @@
 """Writes and reads the checkpoint from which a run continues exactly where it stopped."""
 
+import contextlib
 import math
 import os
 
@@ -7,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torchnet.meter import AverageValueMeter
 
+from engine.log import read_log
 from engine.meters import Meters
 from engine.runs import changed_settings
 from engine.workers import rank, say, world
@@ -82,12 +84,23 @@ def _load_(opt, params, updates, data):
         _check_progress(progress, opt, params, path, data)
     restore_(params, state['params'], path)
     place = f'step {progress["steps"]} of epoch {epoch + 1}' if progress else f'epoch {epoch}'
-    if progress and not epoch:  # no line of the log has the settings yet
-        changed = changed_settings(opt, [progress['settings']] if 'settings' in progress else [])
-        if changed:
-            say(f'note: {path} has other settings ({"; ".join(changed)}); the remaining steps use the new ones')
+    changed = changed_settings(opt, _records(opt, path, epoch, progress))
+    if changed:
+        say(f'note: {path} has other settings ({"; ".join(changed)}); the remaining steps use the new ones')
     say(f'resumed from {path} after {place}')
     return epoch, progress, scale, inner
+
+
+def _records(opt, path, epoch, progress):
+    """Records with the settings of a checkpoint, unless they have been compared: see `runs.check_save`."""
+    if progress and not epoch:  # no line of the log has them yet
+        return [progress['settings']] if 'settings' in progress else []
+    folder, name = os.path.split(os.path.realpath(path))
+    if name != 'model.pt7' or folder == os.path.realpath(opt.save):
+        return []
+    with contextlib.suppress(OSError, ValueError):  # the checkpoint is good without its log
+        return read_log(os.path.join(folder, 'log.txt'))
+    return []
 
 
 def _optimizer_state(saved, optimizer, names):

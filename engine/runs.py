@@ -6,6 +6,7 @@ import fcntl
 import os
 
 from engine import launch
+from engine.flags import parse_cifar
 from engine.log import cut_log, epoch_of, last_record, read_log
 from engine.workers import rank, say
 from formats.networks import checkpoint_of
@@ -17,20 +18,16 @@ NOT_SETTINGS = {
     *'save resume overwrite save_every tensorboard verbose nthread gpu_id max_restarts'.split(),
     *'dataroot imagenetpath follow_links skip_teacher_check'.split(),
 }
-OLDER = {  # the settings of older logs that lack them: there were no others
-    **{'control': '', 'net': 'wrn', 'transfer': 'activation', 'penalty': 'none', 'gamma': 0, 'teacher_dtype': 'same'},
-    **dict.fromkeys(('no_bn', 'compile', 'cuda_graphs', 'sync_bn', 'keep_momentum', 'deterministic'), False),
-}
 
 
 def find(teacher_id):
-    """The paths (log, model) of a run; teacher_id is its name in logs/, its folder or its model.pt7.
+    """The paths (log, model) of a run; teacher_id is its name in logs/, its folder, its model.pt7 or its log.txt.
 
     Raises OSError if one of them is missing; the message suggests similar names.
     """
-    names_model = os.path.basename(teacher_id) == 'model.pt7'
+    names_model = os.path.basename(teacher_id) in ('model.pt7', 'log.txt')
     folder = os.path.normpath(os.path.dirname(teacher_id) if names_model else teacher_id)
-    model = teacher_id if names_model and os.path.isfile(teacher_id) else checkpoint_of(folder)
+    model = os.path.join(folder, 'model.pt7') if names_model and os.path.isfile(teacher_id) else checkpoint_of(folder)
     if model == folder:  # it does not exist
         model = os.path.join(folder if os.sep in folder else os.path.join('logs', folder), 'model.pt7')
     log = os.path.join(os.path.dirname(model), 'log.txt')
@@ -97,8 +94,14 @@ def check_save(opt):
         name = getattr(opt, flag, '')
         if name and os.path.realpath(checkpoint_of(name)) == os.path.realpath(model):
             raise ValueError(f'--{flag} {name} is the run in --save {opt.save}, and would be replaced: save elsewhere')
-    if os.path.exists(opt.save) and not os.path.isdir(opt.save):
-        raise ValueError(f'--save {opt.save} is not a folder')
+    parent = os.path.abspath(opt.save)
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    if not os.path.isdir(parent):
+        where = '' if parent == os.path.abspath(opt.save) else f': {os.path.relpath(parent)}'
+        raise ValueError(f'--save {opt.save}{where} is not a folder')
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f'--save {opt.save}: {os.path.relpath(parent)} cannot be written to')
     if opt.overwrite or not (os.path.exists(log) or os.path.exists(model)):
         return
     changed = changed_settings(opt, read_log(log)) if os.path.exists(log) else []
@@ -117,12 +120,14 @@ def changed_settings(opt, records):
     if not records:
         return []
     logged, now = settings(last_record(records)), settings(vars(opt))
+    if 'net' in now:  # of cifar.py: a flag that an older log lacks has its default
+        logged = settings(vars(parse_cifar('', []))) | logged
     return [f'{k} {logged[k]!r:.99}, not {v!r:.99}' for k, v in now.items() if k in logged and logged[k] != v]
 
 
 def settings(record):
     """A log's `last_record` without the flags that do not bear on results; what older logs have is as in newer ones."""
-    found = {**OLDER, **{key: value for key, value in record.items() if key not in NOT_SETTINGS}}
+    found = {'control': '', **{key: value for key, value in record.items() if key not in NOT_SETTINGS}}
     if isinstance(found.get('teacher_id'), str):  # in older logs, the protocol was a part of the name
         found['teacher_id'] = found['teacher_id'].replace('/', '-')
     return found

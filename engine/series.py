@@ -5,6 +5,7 @@ import math
 import os
 import re
 
+from engine.arguments import printable
 from engine.log import read_log
 from engine.paper import CONTROLS
 from engine.transfer import PENALTIES, TRANSFERS
@@ -92,12 +93,17 @@ def rate_drops(records):
 
 
 def method_of(record):
-    """The method that a log's record was trained with, as in AT, F-ActT, KD, AT+KD; 'alone' without any."""
+    """The method that a log's record was trained with, as in AT, F-ActT, KD, AT+KD; 'alone' without any.
+
+    A method that this code does not have is called by its name in the log.
+    """
 
     def label(table, name, weight):
         kind = table.get(name) if isinstance(name, str) else None
-        if not kind or not _number(record.get(weight)) > 0:
+        if name == 'none' or not _number(record.get(weight)) > 0:
             return []
+        if not kind:  # the log is of other code
+            return [' '.join(printable(str(name)[:40]).split())]
         constant = record.get('beta_decay', 'none') == 'none' != getattr(kind, 'beta_decay', 'none')
         return [f'{kind.label}, constant beta' if constant else kind.label]
 

@@ -4,10 +4,10 @@ from typing import NamedTuple
 
 import torch
 
-from engine.precision import place, slow_in_16_bits
+from engine.precision import place
 from engine.transfer import chosen, group_numbers, of_groups
 from engine.workers import rank, say
-from utils import DTYPES, adapt, adapter_params, print_tensor_dict, set_requires_grad_except_bn_, without_adapters
+from utils import adapt, adapter_params, print_tensor_dict, set_requires_grad_except_bn_, without_adapters
 
 
 class Network(NamedTuple):
@@ -65,8 +65,6 @@ def pair(opt, student, teacher, image):
         print_tensor_dict(params)
     if teacher and not (opt.alpha or opt.beta):
         say('note: the teacher teaches nothing: neither --alpha nor --beta is given')
-    if DTYPES[opt.dtype].itemsize == 2 and slow_in_16_bits(image.device):
-        say(f'note: this CPU has no AVX-512, without which --dtype float is several times faster than {opt.dtype}')
     trained = sum(v.numel() for v in without_adapters(params).values() if v.requires_grad)
     say(f'{trained:,} trained parameters')
     _say_weights(opt, pairs, image.shape)

@@ -27,7 +27,7 @@ def find(teacher_id):
     if not records:
         raise ValueError(f'--teacher_id {teacher_id}: {log} has no line of results')
     record = records[-1]
-    shape = (record.get('depth'), record['width']) if 'width' in record else None  # logs of finetune.py have none
+    shape = (record.get('depth'), record['width']) if 'width' in record else None  # older logs of finetune.py have none
     return Network(*load_teacher(model, shape, say)), record
 
 

@@ -18,8 +18,11 @@ class Transfer(NamedTuple):
     paper: str  # section, equation, table
     label: str  # its name in tables and plots
     loss: Callable  # (the student's activation, what is kept of the teacher's, flags) -> a scalar
-    weighs: Callable  # (flags, C, H, W) -> (weight of a part of the loss, that part in words); weight 0: no effect
-    keep: Callable = lambda x, opt: x  # (the teacher's activation (N, C, H, W), flags) -> what stays in memory
+    # (flags, the teacher's C, the smaller H and W) -> (weight of a part of the loss, that part in words); 0: no effect
+    weighs: Callable
+    # (the teacher's activation (N, C, H, W), flags) -> the tensor (N, ...) that stays in memory, of each sample by
+    # itself, since an int8 teacher sees parts of a batch
+    keep: Callable = lambda x, opt: x
     adapts: bool = False  # whether 1x1 convolutions give the student's groups the teacher's channels
     beta: str = '1'  # its weight in reproduce.py's tables
     beta_decay: str = 'none'  # how its weight falls in these tables

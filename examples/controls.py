@@ -36,7 +36,9 @@ def build_teacher(control, opt, data, sample):
     trained, record = teacher.find(opt.teacher_id)
     if control == 'untrained':
         other = Namespace(**{**vars(opt), 'seed': opt.seed + OTHER})
-        build = family_of(trained.params).network(Namespace(**{'no_bn': False, **record}))
+        family = family_of(trained.params)
+        depth, width = family.expected(trained.params)[2]
+        build = family.network(Namespace(**{'no_bn': False, **record, 'depth': depth, 'width': width}))
         trained = initialise(build, other, data.num_classes, data.device)
     fixed = Network(trained.f, {name: value.detach() for name, value in trained.params.items()})
     taught = partial(fixed.f, params=teacher.frozen(opt, fixed, sample, data.device), mode=False)

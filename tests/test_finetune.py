@@ -174,6 +174,7 @@ def test_a_student_learns_from_a_fine_tuned_teacher_by_its_last_two_groups_and_r
     status, out, err = tune(scenes, words, '--epochs 2 --save logs/run')
     assert status == 0 and 'teacher: top-1 ' in out, err
     whole = read_log('logs/run/log.txt')
+    assert (whole[0]['depth'], whole[0]['width']) == (18, 0.0625)
     assert {k for k in whole[0] if k.startswith(('at', 'kd')) and k[-1].isdigit() or k == 'kd'} == {'at2', 'at3', 'kd'}
     assert tune(scenes, words, '--save logs/half')[0] == 0
     status, out, err = tune(scenes, words, '--epochs 2 --save logs/half --resume auto')

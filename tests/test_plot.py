@@ -179,7 +179,10 @@ SHAPE = {'net': 'wrn', 'depth': 16, 'width': 1.0}
         ({'net': ['wrn']}, 'run'),
         ({'depth': 'deep'}, 'run'),
         ({'depth': 10**400, 'transfer': [3], 'penalty': {}, 'beta': 'x'}, 'run'),
-        ({'transfer': [3], 'beta': 1.0}, 'WRN-16-1, alone'),
+        ({'transfer': [3], 'beta': 1.0}, 'WRN-16-1, [3]'),
+        ({'transfer': 'gram\n', 'beta': 1.0, 'alpha': 0.9}, 'WRN-16-1, gram+KD'),
+        ({'penalty': 'none', 'gamma': 0.1}, 'WRN-16-1, alone'),
+        ({'penalty': 'l1', 'gamma': 0.1}, 'WRN-16-1, l1'),
     ],
 )
 def test_a_run_is_called_by_its_network_and_its_method(log, more, name):

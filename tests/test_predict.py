@@ -4,12 +4,16 @@ import json
 import os
 
 import pytest
+import torch
 from conftest import refused, write_photographs
 
 import checkpoint
 import imagenet
+from engine import predict
 from engine.log import read_log
 from formats import networks, write
+from images import memory
+from images.decode import read_image
 from images.folders import find_images
 
 
@@ -31,6 +35,10 @@ def test_a_small_network_predicts_what_its_log_counted(script, train, photos):
     assert 100 * sum(right) / len(files) == pytest.approx(last['test_acc'])
     assert all(sum(c['probability'] for c in best['classes']) == pytest.approx(1, abs=1e-5) for best in found)
     best = found[0]['classes'][0]
+    f, params, classes, size = predict.open_network('logs/run')  # as docs/own-code.md has it
+    pixels = torch.from_numpy(memory.square(read_image(files[0][0]), size))[None]
+    logits, groups = f(predict.normalized(pixels, imagenet=False), params, False)
+    assert classes[logits.argmax()] == best['class'] and len(groups) == 3
     out = script(checkpoint, 'predict logs/run --top 1', [files[0][0]])[1]
     assert out == f'{files[0][0]}: {best["class"]} {100 * best["probability"]:.2f}%\n'
 

@@ -6,6 +6,7 @@ import pathlib
 import re
 import resource
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import SMALL, refused
@@ -98,6 +99,7 @@ def test_a_resume_needs_the_adapters_of_the_checkpoint(train, teacher):
 def test_a_teacher_is_named_by_run_folder_or_model(train, teacher, tmp_path):
     shutil.copytree('logs/teacher', 'elsewhere/run')
     names = 'teacher', 'teacher/', 'logs/teacher', 'logs/teacher/model.pt7', 'elsewhere/run', 'elsewhere/run/model.pt7'
+    names += 'logs/teacher/log.txt', './elsewhere/run/log.txt'
     for name in (*names, tmp_path / 'elsewhere' / 'run', './elsewhere/../logs/teacher'):
         status, out, err = train('--epochs 1 --beta 1 --teacher_id', [name])
         assert status == 0 and '% by its log' in out, (name, err)
@@ -223,3 +225,20 @@ def test_a_drop_of_the_rate_that_no_epoch_reaches_is_noted(train):
 def test_without_save_nothing_is_kept(train, tmp_path):
     status, out, _ = train('--epochs 1')
     assert status == 0 and 'without --save' in out and not list(tmp_path.iterdir())
+
+
+def test_a_setting_that_an_older_log_lacks_has_its_default(train, teacher):
+    log = Path('logs/teacher/log.txt')
+    log.write_text(log.read_text().replace('"keep_momentum": false, ', ''))
+    words = '--save logs/teacher --epochs 6 --lr 0.05 --epoch_step [4]'
+    assert refused(train(words), 'holds a run:')
+    assert refused(train(words, '--keep_momentum'), '(keep_momentum False, not True)')
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_data_are_read(script):
+    Path('file').touch()
+    nowhere = '--dataset folder --dataroot nowhere --save'
+    assert refused(script(cifar, nowhere, 'file'), '--save file is not a folder')
+    assert refused(script(cifar, nowhere, 'file/logs/run'), '--save file/logs/run: file is not a folder')
+    os.symlink('away', 'link')
+    assert refused(script(cifar, nowhere, 'link/run'), '--save link/run: link is not a folder')

@@ -24,7 +24,7 @@ def test_a_torchvision_state_gives_torchvisions_logits_however_it_is_wrapped(tor
     assert_near(logits_of(path, images), expected)
     safetensors.torch.save_file(state, path)
     assert_near(logits_of(path, images), expected)
-    assert imagenet_resnet.imagenet_resnet_depth(networks.load_params(path)) == depth
+    assert imagenet_resnet.imagenet_resnet_shape(networks.load_params(path))[0] == depth
     if depth == 18:
         torch.save({'epoch': 3, 'state_dict': {f'module.{k}': v for k, v in state.items()}}, path)
         assert_near(logits_of(path, images), expected)
