@@ -6,7 +6,6 @@ import pathlib
 import re
 import resource
 import shutil
-from pathlib import Path
 
 import pytest
 from conftest import SMALL, refused
@@ -228,7 +227,7 @@ def test_without_save_nothing_is_kept(train, tmp_path):
 
 
 def test_a_setting_that_an_older_log_lacks_has_its_default(train, teacher):
-    log = Path('logs/teacher/log.txt')
+    log = pathlib.Path('logs/teacher/log.txt')
     log.write_text(log.read_text().replace('"keep_momentum": false, ', ''))
     words = '--save logs/teacher --epochs 6 --lr 0.05 --epoch_step [4]'
     assert refused(train(words), 'holds a run:')
@@ -236,7 +235,7 @@ def test_a_setting_that_an_older_log_lacks_has_its_default(train, teacher):
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_any_data_are_read(script):
-    Path('file').touch()
+    pathlib.Path('file').touch()
     nowhere = '--dataset folder --dataroot nowhere --save'
     assert refused(script(cifar, nowhere, 'file'), '--save file is not a folder')
     assert refused(script(cifar, nowhere, 'file/logs/run'), '--save file/logs/run: file is not a folder')
