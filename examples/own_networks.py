@@ -33,7 +33,8 @@ def with_groups(student, teacher, pairs):
     """Two torch.nn modules as functions images -> (logits, groups): groups are the outputs (N, C, H, W) of the layers.
 
     They raise ValueError for a layer that is not called or has another output, and for an output that the next layer
-    overwrites, as ReLU(inplace=True) does: pair that layer instead. In inference mode, outputs are copied.
+    overwrites, as ReLU(inplace=True) does: pair that layer instead. In inference mode, outputs are copied. Of a layer
+    that is called several times, the last output counts.
     """
     if not pairs:
         raise ValueError('no pairs of layers to compare')
