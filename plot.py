@@ -28,9 +28,9 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from engine import ending
 from engine.arguments import Parser, number, path, printable, subcommand
 from engine.compare import comparison
-from engine.predict import normalized, read_pixels
+from engine.predict import normalized, open_network, read_pixels
 from engine.series import errors, flat, loss_terms, name_of, names_of, rate_drops, read_run, shorten, term_of
-from formats.networks import checkpoint_of, describe, load_teacher
+from formats.networks import describe
 from formats.write import write_whole
 from imagenet_resnet import imagenet_forward
 from images import memory
@@ -45,7 +45,7 @@ COLOURS = '#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000'.split()  # O
 MARKERS = ('', 'o', '^', 's', 'x')  # none for the first seven runs, a circle for the next seven, and so on
 STYLE = {'font.size': 8, 'axes.titlesize': 8, 'axes.spines.top': False, 'axes.spines.right': False}
 COLOUR_MAP = 'inferno'  # its lightness rises evenly: safe for colour-blind eyes, and in print
-IMAGENET_SIZE, SMALL_SIZE = 224, 32
+SIZE = 32  # pixels of the images of a data set in memory
 NAMES = {2: ('teacher', 'student'), 3: ('teacher', 'student 1', 'student 2')}  # of networks beside each other
 IMAGE_SETS = [name for name in memory.DATASETS if name != 'folder']
 
@@ -175,12 +175,11 @@ def spread(labels, count):
 def load_images(images, dataroot, count, image_size, imagenet):
     """Up to `count` images, (N, H, W, 3) uint8, of a data set's test part or a folder, spread over classes or folders.
 
-    `images` is a data set of `memory.DATASETS`, or a folder. `image_size` None is 32, or 224 for an ImageNet network.
-    Files are read as `engine.predict.read_pixels` does. Raises ValueError or OSError if there are none or one cannot be
-    read.
+    `images` is a data set of `memory.DATASETS`, or a folder. Files are read as `engine.predict.read_pixels` does.
+    Raises ValueError or OSError if there are none or one cannot be read.
     """
     if images in IMAGE_SETS:
-        test = memory.load(images, dataroot, image_size or SMALL_SIZE).test
+        test = memory.load(images, dataroot, image_size).test
         return test.pixels[spread(test.labels.tolist(), count)]
     if not os.path.isdir(images):
         raise OSError(f'--images {images}: no such folder, nor {", ".join(IMAGE_SETS)}')
@@ -191,9 +190,8 @@ def load_images(images, dataroot, count, image_size, imagenet):
     files = sorted(file for file in files if file.lower().endswith(IMAGE_SUFFIXES))
     if not files:
         raise ValueError(f'--images {images} holds no images ({" ".join(IMAGE_SUFFIXES)})')
-    size = image_size or (IMAGENET_SIZE if imagenet else SMALL_SIZE)
     chosen = [files[i] for i in spread(map(os.path.dirname, files), count)]
-    return torch.from_numpy(np.stack([read_pixels(file, size, imagenet) for file in chosen]))
+    return torch.from_numpy(np.stack([read_pixels(file, image_size, imagenet) for file in chosen]))
 
 
 def attention_maps(f, params, pixels, power=2, mapping='sum'):
@@ -282,8 +280,10 @@ def attention(opt):
         raise ValueError(f'give --model two or three times, the teacher first; {len(opt.model)} found')
     if opt.label and len(opt.label) != len(opt.model):
         raise ValueError(f'--label: {len(opt.label)} labels for {len(opt.model)} models')
-    networks = [load_teacher(checkpoint_of(model)) for model in opt.model]
-    pixels = load_images(opt.images, opt.dataroot, opt.count, opt.image_size, networks[0][0] is imagenet_forward)
+    opened = [open_network(model) for model in opt.model]
+    networks = [network[:2] for network in opened]
+    size = opt.image_size or (SIZE if opt.images in IMAGE_SETS else opened[0][3])
+    pixels = load_images(opt.images, opt.dataroot, opt.count, size, networks[0][0] is imagenet_forward)
     maps = [attention_maps(f, params, pixels, opt.power, opt.mapping) for f, params in networks]
     for own in maps:
         if len(own) != len(maps[0]):
@@ -357,7 +357,8 @@ def main():
     flag('--dataroot', default='.', type=path, help='folder of the data set, as in cifar.py')
     flag('--count', default=4, type=number(int, 1, 32), help='number of images')
     size = number(int, 8, 1024)
-    flag('--image_size', type=size, metavar='N', help='height and width (default: 224 for ImageNet networks, else 32)')
+    default = f'{SIZE}; of images in a folder, that of the training of the teacher'
+    flag('--image_size', type=size, metavar='N', help=f'height and width (default: {default})')
     flag('--mapping', default='sum', choices=['sum', 'max'], help='attention map: over channels (section 3.1)')
     flag('--power', default=2, type=number(float, 0, 16, above=True), help='p of |A|^p (section 3.1)')
     flag('--out', default='attention.png', type=picture, help='.png or .svg')

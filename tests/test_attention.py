@@ -102,7 +102,7 @@ def test_a_folder_gives_the_first_images_of_each_of_its_folders(photos):
     first = [sorted((photos / 'test' / name).iterdir())[0] for name in ('ant', 'bee', 'cat')]
     pixels = plot.load_images(str(photos / 'test'), '.', 3, 16, imagenet=True)
     assert all(np.array_equal(shown, crops.test_crop(path, 16)) for shown, path in zip(pixels, first))
-    pixels = plot.load_images(str(photos / 'test' / 'ant'), '.', 9, None, imagenet=False)
+    pixels = plot.load_images(str(photos / 'test' / 'ant'), '.', 9, 32, imagenet=False)
     assert pixels.shape == (7, 32, 32, 3)
     assert np.array_equal(pixels[0], memory.square(decode.read_image(first[0]), 32))  # whole, not its centre
 
@@ -114,6 +114,11 @@ def test_hidden_files_are_not_looked_at(photos, tmp_path):
     assert plot.load_images(str(tmp_path), '.', 9, 16, imagenet=False).shape == (1, 16, 16, 3)
 
 
-def test_the_default_size_is_that_of_the_network(photos):
-    assert plot.load_images(str(photos), '.', 1, None, imagenet=True).shape == (1, 224, 224, 3)
-    assert plot.load_images('digits', '.', 1, None, imagenet=False).shape == (1, 32, 32, 3)
+def test_images_of_a_folder_are_drawn_at_the_size_of_the_training(script, train, photos, monkeypatch):
+    assert train('--epochs 1 --save logs/run')[0] == 0
+    shapes, load = [], plot.load_images
+    monkeypatch.setattr(plot, 'load_images', lambda *given: shapes.append(load(*given)) or shapes[-1])
+    for images, flags in ((photos, ''), (photos, '--image_size 24'), ('digits', '')):
+        status, _, err = script(plot, 'attention --model run --model run --count 1', flags, '--images', [images])
+        assert status == 0, err
+    assert [pixels.shape[1:3] for pixels in shapes] == [(16, 16), (24, 24), (32, 32)]
