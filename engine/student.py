@@ -66,7 +66,7 @@ def pair(opt, student, teacher, image):
     if teacher and not (opt.alpha or opt.beta):
         say('note: the teacher teaches nothing: neither --alpha nor --beta is given')
     trained = sum(v.numel() for v in without_adapters(params).values() if v.requires_grad)
-    say(f'{trained:,} trained parameters')
+    say(f'{trained:,} trained parameters{" besides adapters" if len(without_adapters(params)) < len(params) else ""}')
     _say_weights(opt, pairs, image.shape)
     return _adapted(f) if transfer and transfer.adapts else f
 

@@ -164,6 +164,8 @@ def check(opt):
         changed = [flag for flag, words in row.flags.items() if getattr(opt, flag) != words['default']]
         if changed and row is not transfer:
             raise ValueError(f'--{changed[0]} belongs to --transfer {name} alone, not to --transfer {opt.transfer}')
+        if changed and not opt.beta:
+            raise ValueError(f'--{changed[0]} does nothing without the weight of the transfer, --beta')
     if transfer.at_image and opt.groups:
         raise ValueError('--groups: gradients are transferred at the image, not from groups')
     if opt.compile and (opt.penalty != 'none' or transfer.at_image):

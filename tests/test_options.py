@@ -264,6 +264,8 @@ def test_flags_that_contradict_each_other_are_refused(script):
         script(cifar, '--teacher_id x --beta 1 --transfer full --power 4'),
         '--power belongs to --transfer activation alone, not to --transfer full',
     )
+    for flags in ('--at_form paper', '--teacher_id x --alpha 0.9 --at_form paper'):
+        assert refused(script(cifar, flags), '--at_form does nothing without the weight of the transfer, --beta')
     assert refused(script(cifar, '--max_restarts 1'), '--max_restarts goes with --ngpu')
     assert refused(script(cifar, '--resume auto'), '--save, which is not given')
     assert refused(script(cifar, '--resume auto --save x --overwrite'), 'contradict')
