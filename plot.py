@@ -175,8 +175,8 @@ def spread(labels, count):
 def load_images(images, dataroot, count, image_size, imagenet):
     """Up to `count` images, (N, H, W, 3) uint8, of a data set's test part or a folder, spread over classes or folders.
 
-    `images` is a data set of `memory.DATASETS`, or a folder. Files are read as `engine.predict.read_pixels` does.
-    Raises ValueError or OSError if there are none or one cannot be read.
+    `images` is a data set of `memory.DATASETS`, or a folder; image_size is height and width. Files are read as
+    `engine.predict.read_pixels` does. Raises ValueError or OSError if there are none or one cannot be read.
     """
     if images in IMAGE_SETS:
         test = memory.load(images, dataroot, image_size).test
@@ -357,7 +357,7 @@ def main():
     flag('--dataroot', default='.', type=path, help='folder of the data set, as in cifar.py')
     flag('--count', default=4, type=number(int, 1, 32), help='number of images')
     size = number(int, 8, 1024)
-    default = f'{SIZE}; of images in a folder, that of the training of the teacher'
+    default = f"{SIZE}; for images in a folder, that of the teacher's training"
     flag('--image_size', type=size, metavar='N', help=f'height and width (default: {default})')
     flag('--mapping', default='sum', choices=['sum', 'max'], help='attention map: over channels (section 3.1)')
     flag('--power', default=2, type=number(float, 0, 16, above=True), help='p of |A|^p (section 3.1)')

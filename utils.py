@@ -210,6 +210,11 @@ def _pooled(x, y):
     return (a if list(a.shape[-2:]) == size else F.adaptive_avg_pool2d(a, size) for a in (x, y))
 
 
+def _check_equal(x, y, what):
+    if x.shape != y.shape:  # a single sample or class would be broadcast
+        raise ValueError(f'{what} {tuple(x.shape)} of the student, but {tuple(y.shape)} of the teacher')
+
+
 def full_activation_loss(x, y):
     """Full-activation transfer (F-ActT, section 4.1): the distance of activations, not of their maps; a scalar.
 
@@ -237,15 +242,20 @@ def gradient_loss(j, teacher_j=0.0):
 
     If `teacher_j` is the student's gradient of the mirrored images, mirrored back, it is the symmetry norm (eq. 6); if
     it is zero, the min-l2 penalty of Drucker & LeCun 1992. To be multiplied by beta.
+    Raises ValueError if their shapes differ.
     """
+    if isinstance(teacher_j, torch.Tensor):
+        _check_equal(j, teacher_j, 'input gradients')
     return torch.linalg.vector_norm((j - teacher_j).flatten(1), dim=1).mean() / 2  # (N, 3, H, W) -> (N, 3*H*W)
 
 
 def kd_loss(y, teacher_y, temperature):
     """Hinton et al. 2015, section 2: T^2 KL(softmax(y_T / T) || softmax(y / T)) of logits (N, classes); a scalar.
 
-    The divergence is summed over classes and averaged over samples, in the dtype of the logits.
+    The divergence is summed over classes and averaged over samples, in the dtype of the logits. Raises ValueError if
+    shapes differ.
     """
+    _check_equal(y, teacher_y, 'logits')
     log_p = F.log_softmax(y / temperature, dim=1)
     log_q = F.log_softmax(teacher_y / temperature, dim=1)
     return F.kl_div(log_p, log_q, reduction='batchmean', log_target=True) * temperature**2

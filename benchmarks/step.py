@@ -9,9 +9,8 @@ The plain step is float32, contiguous and eager, with the whole teacher under no
 and .item() on every term. The fast one is the step of cifar.py and imagenet.py with --dtype bfloat16 where the machine
 is fast in it, --compile, and on CPUs with VNNI --teacher_dtype int8. They run in turns on the same random images, and
 each pair gives a ratio. The plain step has its own process, a new one for each case, since the fast step changes the
-memory allocator of its process.
-FlopCounterMode counts the operations of the plain step; their rate is given as a fraction of that of a product of two
-2048x2048 matrices in the fast step's dtype.
+memory allocator of its process. FlopCounterMode counts the operations of the plain step; their rate is given as a
+fraction of that of a product of two 2048x2048 matrices in the fast step's dtype.
 """
 
 import functools

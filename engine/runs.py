@@ -25,9 +25,9 @@ def find(teacher_id):
 
     Raises OSError if one of them is missing; the message suggests similar names.
     """
-    names_model = os.path.basename(teacher_id) in ('model.pt7', 'log.txt')
-    folder = os.path.normpath(os.path.dirname(teacher_id) if names_model else teacher_id)
-    model = os.path.join(folder, 'model.pt7') if names_model and os.path.isfile(teacher_id) else checkpoint_of(folder)
+    names_file = os.path.basename(teacher_id) in ('model.pt7', 'log.txt')
+    folder = os.path.normpath(os.path.dirname(teacher_id) if names_file else teacher_id)
+    model = os.path.join(folder, 'model.pt7') if names_file and os.path.isfile(teacher_id) else checkpoint_of(folder)
     if model == folder:  # it does not exist
         model = os.path.join(folder if os.sep in folder else os.path.join('logs', folder), 'model.pt7')
     log = os.path.join(os.path.dirname(model), 'log.txt')
@@ -35,7 +35,7 @@ def find(teacher_id):
     if missing:
         nearby = os.path.normpath(os.path.join('logs', os.path.dirname(folder)))
         advice = _nearest(os.path.basename(folder), nearby if os.path.isdir(nearby) else os.path.dirname(folder))
-        if ':' in teacher_id or (os.path.isfile(teacher_id) and not names_model):
+        if ':' in teacher_id or (os.path.isfile(teacher_id) and not names_file):
             advice = (
                 '; cifar.py takes a run with its log, a file teaches in imagenet.py and finetune.py (--teacher_params)'
             )

@@ -1,6 +1,7 @@
 """The table of network families, and a network of any family from a file: (f, params).
 
-A new family is a file with its functions, like `nin`, and a line of `NETWORKS`; nothing else knows its name.
+A new family of `cifar.py` is a file with its functions, like `nin`, and a line of `NETWORKS`. For large images there is
+one family, `imagenet_resnet`, which `imagenet.py`, `finetune.py`, predictions and pictures know by name.
 """
 
 import os

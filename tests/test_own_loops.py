@@ -27,6 +27,16 @@ def test_activations_of_other_shapes_are_refused(x, y, named):
             utils.full_activation_loss(torch.zeros(x), torch.zeros(y))
 
 
+@pytest.mark.parametrize('shape', [(1, 10), (4, 1)])
+def test_what_would_be_broadcast_is_refused(shape):
+    logits = torch.zeros(4, 10)
+    for x, y in ((logits, torch.zeros(shape)), (torch.zeros(shape), logits)):
+        with pytest.raises(ValueError, match='logits .* of the student, but '):
+            utils.kd_loss(x, y, 4)
+        with pytest.raises(ValueError, match='input gradients .* of the student, but '):
+            utils.gradient_loss(x, y)
+
+
 def test_a_map_kept_in_half_precision_is_that_map():
     kept = utils.attention_map(30 * tensor(Y)).half()  # its norm is beyond what half precision holds
     assert utils.at_loss(tensor(X), kept) == pytest.approx(utils.at_loss(tensor(X), tensor(Y)).item(), rel=1e-3)

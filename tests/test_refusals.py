@@ -234,10 +234,12 @@ def test_a_setting_that_an_older_log_lacks_has_its_default(train, teacher):
     assert refused(train(words, '--keep_momentum'), '(keep_momentum False, not True)')
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_any_data_are_read(script):
+def test_a_folder_that_cannot_be_made_is_refused_before_any_data_are_read(script, monkeypatch):
     pathlib.Path('file').touch()
     nowhere = '--dataset folder --dataroot nowhere --save'
     assert refused(script(cifar, nowhere, 'file'), '--save file is not a folder')
     assert refused(script(cifar, nowhere, 'file/logs/run'), '--save file/logs/run: file is not a folder')
     os.symlink('away', 'link')
     assert refused(script(cifar, nowhere, 'link/run'), '--save link/run: link is not a folder')
+    monkeypatch.setattr(os, 'access', lambda *_: False)  # as for another user than root
+    assert refused(script(cifar, nowhere, 'new/run'), '--save new/run: . cannot be written to')
