@@ -212,6 +212,17 @@ def test_a_published_run_that_named_its_teacher_without_a_folder_is_still_the_sa
     assert [reproduce.run(opt, *run, 0) for run in reproduce.commands(opt).items()] == ['done', 'done']
 
 
+@pytest.mark.parametrize('more', ['', ' --cuda_graphs'])
+def test_runs_with_and_without_cuda_graphs_make_one_table(monkeypatch, more):
+    """They replay the compiled step. The published teacher had none, and its students had."""
+    monkeypatch.chdir(ROOT)
+    flags = f'table1 --rows 2 --methods teacher,student,at --seeds 3 --dtype bfloat16 --compile{more} --show'.split()
+    monkeypatch.setattr('sys.argv', ['reproduce.py', *flags])
+    opt = reproduce.parse()
+    runs = {name: command for name, command in reproduce.commands(opt).items() if reproduce.last_epoch(opt, name)}
+    assert len(runs) == 7 and {reproduce.run(opt, *run, 0) for run in runs.items()} == {'done'}
+
+
 def test_a_new_transfer_is_a_method_of_the_tables(script, fast, monkeypatch):
     row = transfer.TRANSFERS['full']._replace(term='nst', label='NST', beta='7')
     monkeypatch.setitem(transfer.TRANSFERS, 'selectivity', row)
