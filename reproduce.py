@@ -153,9 +153,11 @@ def _untrained(command):
 
 def check_settings(name, command):
     """Raise ValueError if logs/ has the run with other settings than those of a Command."""
-    flags = parse_cifar('', command.flags)
+    flags, records = parse_cifar('', command.flags), results(name)
     flags.control = command.control
-    changed = changed_settings(flags, results(name))
+    if records:  # a table may be of several machines, with and without a GPU
+        flags.cuda_graphs = records[-1].get('cuda_graphs', False)
+    changed = changed_settings(flags, records)
     if changed:
         raise ValueError(f'logs/{name} holds a run with other settings ({"; ".join(changed)})')
 

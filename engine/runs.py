@@ -15,7 +15,7 @@ from formats.write import write_whole
 
 MAX_NAMES = 10_000  # of a folder that are compared with a missing name
 NOT_SETTINGS = {
-    *'save resume overwrite save_every tensorboard verbose nthread gpu_id max_restarts cuda_graphs'.split(),
+    *'save resume overwrite save_every tensorboard verbose nthread gpu_id max_restarts'.split(),
     *'dataroot imagenetpath follow_links skip_teacher_check'.split(),
 }
 
