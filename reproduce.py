@@ -152,10 +152,10 @@ def _untrained(command):
 
 
 def check_settings(name, command):
-    """Raise ValueError if logs/ has the run with other settings than those of a Command."""
+    """Raise ValueError if logs/ has the run with other settings than those of a Command, --cuda_graphs aside."""
     flags, records = parse_cifar('', command.flags), results(name)
     flags.control = command.control
-    if records:  # a table may be of several machines, with and without a GPU
+    if records:  # they replay the same step, and need a GPU, which other runs of a table may lack
         flags.cuda_graphs = records[-1].get('cuda_graphs', False)
     changed = changed_settings(flags, records)
     if changed:
