@@ -151,13 +151,19 @@ def _untrained(command):
     return partial(f, params=freeze(fold(params), flags.dtype, device()), mode=False)
 
 
-def check_settings(name, command):
-    """Raise ValueError if logs/ has the run with other settings than those of a Command, --cuda_graphs aside."""
-    flags, records = parse_cifar('', command.flags), results(name)
-    flags.control = command.control
-    if records:  # they replay the same step, and need a GPU, which other runs of a table may lack
-        flags.cuda_graphs = records[-1].get('cuda_graphs', False)
-    changed = changed_settings(flags, records)
+def check_settings(name, command, shown=False):
+    """Raise ValueError if logs/ has the run with other settings than those of a Command, --cuda_graphs aside.
+
+    If the run is only shown, precision and compilation may differ too, and flags that its log lacks.
+    """
+    flags, records = {**vars(parse_cifar('', command.flags)), 'control': command.control}, results(name)
+    if records:
+        last = {'control': '', 'cuda_graphs': False, **records[-1]}
+        # CUDA graphs replay the same step, and need a GPU, which other runs of a table may lack.
+        free = ('cuda_graphs', 'dtype', 'compile') if shown else ('cuda_graphs',)
+        flags |= {flag: last[flag] for flag in free if flag in last}
+        flags = {flag: value for flag, value in flags.items() if flag in last or not shown}
+    changed = changed_settings(argparse.Namespace(**flags), records)
     if changed:
         raise ValueError(f'logs/{name} holds a run with other settings ({"; ".join(changed)})')
 
@@ -219,7 +225,11 @@ def main():
         print(f'# {len(missing)} runs, about {hours:.1f} hours here, one after the other ({MEASURED})')
         return
     failed = []
-    if not opt.show:
+    if opt.show:
+        for name in runs:
+            if last_epoch(opt, name):
+                check_settings(name, runs[name], shown=True)
+    else:
         waits_for = {name: command.teacher for name, command in runs.items()}
         failed = jobs.run_all(waits_for, lambda name, job: run(opt, name, runs[name], job), opt.jobs)
     lines = table_lines(opt)

@@ -32,8 +32,9 @@ RECORD = {
 def write_log(name, error, epochs=16, last=16, **more):
     folder = pathlib.Path('logs') / name
     folder.mkdir(parents=True)
+    steps = json.dumps([round(epochs * part) for part in (0.3, 0.6, 0.8)], separators=(',', ':'))
     records = [
-        {**RECORD, **more, 'epochs': epochs, 'epoch': e, 'test_acc': 100 - error - (last - e)}
+        {**RECORD, 'epoch_step': steps, **more, 'epochs': epochs, 'epoch': e, 'test_acc': 100 - error - (last - e)}
         for e in range(1, last + 1)
     ]
     (folder / 'log.txt').write_text(''.join(f'json_stats: {json.dumps(r)}\n' for r in records))
@@ -242,12 +243,13 @@ def test_crd_trains_an_epoch_on_cifar_100(script):
 
 
 def test_crd_names_the_published_errors_as_such_and_its_rate(script):
+    settings = {'epoch_step': '[151,181,211]', 'lr': 0.05, 'lr_decay_ratio': 0.1, 'batch_size': 64}
     for name in ('wrn-40-2-s0', 'wrn-16-2-s0', 'wrn-16-2-at-wrn-40-2-s0'):
-        write_log(f'cifar100-e240/{name}', 25.0, epochs=240, last=1)
+        write_log(f'cifar100-e240/{name}', 25.0, epochs=240, last=1, **settings)
         path = pathlib.Path('logs', 'cifar100-e240', name, 'log.txt')
         (record,) = read_log(path)
-        record |= {'epoch': 240, 'dataset': 'CIFAR100', 'lr': 0.05, 'lr_now': 5e-5, 'test_images': 10_000}
+        record |= {'epoch': 240, 'dataset': 'CIFAR100', 'lr_now': 5e-5, 'test_images': 10_000}
         path.write_text(f'json_stats: {json.dumps(record)}\n')
     _, out, _ = script(reproduce, 'crd --show --rows 1 --seeds 1')
     assert '| WRN-16-2 <- WRN-40-2 | AT | 25.00 |  | 0 | 25.92 | -0.92 |' in out and 'published, %' in out
-    assert 'for 240 epochs (lr 0.05, times 0.2 at' in out and '3 of 4 cells were run' in out
+    assert 'for 240 epochs (lr 0.05, times 0.1 at' in out and '3 of 4 cells were run' in out

@@ -4,6 +4,7 @@ import json
 import math
 import pathlib
 import re
+import shutil
 from argparse import Namespace
 from functools import partial
 
@@ -98,6 +99,28 @@ def test_the_table_is_written_between_its_markers_alone(script, tmp_path):
 
 
 @pytest.mark.parametrize(
+    'change, words',
+    [
+        ({'beta': 10.0}, 'beta 10.0, not 1000.0'),
+        ({'seed': 7}, 'seed 7, not 1'),
+        (
+            {'teacher_id': 'cifar10-e200/wrn-16-2-s0'},
+            "teacher_id 'cifar10-e200-wrn-16-2-s0', not ",
+        ),
+        ({'control': 'another_image'}, "control 'another_image', not ''"),
+    ],
+)
+def test_a_finished_run_with_other_settings_is_not_shown(script, change, words):
+    write_log('cifar10-e16/wrn-16-1-at-wrn-16-2-s0', 12.0, seed=0, beta=1000, compile=True)
+    write_log('cifar10-e16/wrn-16-1-at-wrn-16-2-s1', 9.0, last=15, **change)  # not finished: not in the table
+    assert '| AT | 12.00 |' in script(reproduce, 'table1 --rows 2 --epochs 16 --show')[1]
+    shutil.rmtree('logs/cifar10-e16/wrn-16-1-at-wrn-16-2-s1')
+    write_log('cifar10-e16/wrn-16-1-at-wrn-16-2-s1', 9.0, **change)
+    line = f'wrn-16-1-at-wrn-16-2-s1 holds a run with other settings ({words}'
+    assert refused(script(reproduce, 'table1 --rows 2 --epochs 16 --show'), line)
+
+
+@pytest.mark.parametrize(
     'change',
     [
         {'train_images': None},
@@ -115,13 +138,8 @@ def test_a_log_with_a_value_of_another_kind_is_named(script, change):
     assert refused(script(reproduce, 'table1 --epochs 16 --show'), f'{path} is not a log of cifar.py')
 
 
-def test_a_rate_that_no_float_holds_is_not_printed(script):
-    write_log('cifar10-e16/wrn-16-1-s0', 12.0)
-    path = pathlib.Path('logs/cifar10-e16/wrn-16-1-s0/log.txt')
-    record = {**RECORD, 'epoch': 16, 'test_acc': 88.0, 'lr_now': 1, 'lr': 10**400}
-    path.write_text(f'json_stats: {json.dumps(record)}\n')
-    status, out, err = script(reproduce, 'table1 --rows 2 --epochs 16 --show')
-    assert status == 0 and '(lr times 0.2 at' in out, err
+def test_a_rate_that_no_float_holds_is_not_printed():
+    assert '(lr times 0.2 at' in table.protocols([{**RECORD, 'lr': 10**400}])[0]
 
 
 def test_a_sentence_says_which_methods_differ_surely_from_the_student(script):
