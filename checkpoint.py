@@ -16,6 +16,7 @@ import os
 import sys
 
 from engine import arguments, ending
+from engine.log import epoch_of, read_log
 from engine.predict import open_network, predict
 from engine.runs import locked
 from formats.networks import build, checkpoint_of, describe, load, load_params, load_teacher
@@ -26,14 +27,21 @@ from utils import STATISTICS, num_parameters, without_adapters
 def slim(run):
     """Reduce a run's checkpoint to its parameters; it can still teach, but no longer be resumed.
 
-    Raises ValueError for a run that is training, or was stopped within an epoch: its parameters are those of no line of
-    its log.
+    Raises ValueError for a run that is training or, by the log beside it, not finished, and for one that was stopped
+    within an epoch: its parameters are those of no line of its log.
     """
     path = checkpoint_of(run)
+    log = os.path.join(os.path.dirname(path), 'log.txt')
     with locked((os.path.dirname(path) or '.') if os.path.isfile(path) else ''):
         state = load(path)
         if state.get('progress'):
             raise ValueError(f'{path} was stopped within an epoch: first finish the run with --resume auto')
+        records = read_log(log) if os.path.isfile(log) else []
+        last = records[-1] if records else {}
+        left = last['epochs'] - epoch_of(last) if type(last.get('epochs')) is int else 0
+        if left > 0:
+            lacks = f'{path} lacks {left} of {last["epochs"]} epochs'
+            raise ValueError(f'{lacks}: first finish the run with --resume auto, or slim a copy of the file')
         before = os.path.getsize(path)
         kept = {key: state[key] for key in ('epoch', 'classes', 'image_size') if key in state}
         save(path, {'params': without_adapters(state['params']), **kept})

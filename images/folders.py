@@ -122,7 +122,7 @@ def read_list(root, name, pattern):
     """The groups that a pattern matches in each line of a list of images."""
     path = os.path.join(root, name)
     if not os.path.isfile(path):
-        raise OSError(f'--dataroot {root} has no {name}')
+        raise OSError(f'--dataroot {root} has no {name}; your own images are --dataset folder')
     if os.path.getsize(path) > MAX_LIST:
         raise ValueError(f'{path} has more than {MAX_LIST:,} bytes: it is not a list of images')
     with open(path, 'rb') as file:

@@ -7,11 +7,9 @@ import resource
 import pytest
 import torch
 import torchvision
-from conftest import refused
 
 import checkpoint
 import resnet
-from engine import runs
 from engine.log import append_line
 from formats import networks, write
 from formats.torchvision import from_torchvision
@@ -26,21 +24,6 @@ def test_what_is_saved_is_loaded(tmp_path):
     assert loaded['epoch'] == 3 and set(loaded) == set(STATE)
     assert all(torch.equal(loaded['params'][k], v) for k, v in STATE['params'].items())
     assert os.listdir(tmp_path) == ['model.pt7']
-
-
-def test_a_run_that_was_stopped_within_an_epoch_is_not_slimmed(script, tmp_path):
-    write.save(tmp_path / 'model.pt7', {**STATE, 'progress': {'steps': 1}})
-    before = (tmp_path / 'model.pt7').read_bytes()
-    assert refused(script(checkpoint, 'slim', [tmp_path]), 'was stopped within an epoch', '--resume auto')
-    assert (tmp_path / 'model.pt7').read_bytes() == before
-
-
-def test_a_run_that_is_training_is_not_slimmed(script, tmp_path):
-    write.save(tmp_path / 'model.pt7', STATE)
-    before = (tmp_path / 'model.pt7').read_bytes()
-    with runs.locked(str(tmp_path)):
-        assert refused(script(checkpoint, 'slim', [tmp_path]), f'another process trains into {tmp_path}')
-    assert (tmp_path / 'model.pt7').read_bytes() == before
 
 
 def test_no_space_left_leaves_the_previous_checkpoint_whole(tmp_path):
@@ -280,14 +263,3 @@ def test_what_does_not_fit_is_named(tmp_path):
     found = message({'weight': torch.ones(1)})
     assert 'not a known network; its first parameters are weight; supported are wide ResNets, Networks-in-' in found
     assert 'ResNet-18, 34, 50, 101 and 152; examples/own_networks.py pairs any two networks' in found
-
-
-def test_slim_keeps_the_parameters_alone(tmp_path, script):
-    run = tmp_path / 'run'
-    run.mkdir()
-    write.save(run / 'model.pt7', STATE)
-    status, out, _ = script(checkpoint, 'slim', [run])
-    assert status == 0 and 'bytes before' in out
-    slimmed = networks.load(run / 'model.pt7')
-    assert set(slimmed) == {'params', 'epoch'} and torch.equal(slimmed['params']['a'], STATE['params']['a'])
-    assert refused(script(checkpoint, 'slim', [tmp_path / 'nowhere']), 'no such checkpoint')
