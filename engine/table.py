@@ -166,7 +166,7 @@ def protocols(records):
         way = protocol({**record, 'device': model if known else record['device']})
         threads.setdefault(way, set()).update([number.removesuffix(' threads')] if known else [])
     counts = {way: ' or '.join(sorted(numbers, key=int)) for way, numbers in threads.items()}
-    return [f'{way}, {counts[way]} threads' if counts[way] else way for way in sorted(threads)]
+    return [f'{way}, {n} thread{"s" * (n != "1")}' if (n := counts[way]) else way for way in sorted(threads)]
 
 
 def protocol(record):

@@ -34,7 +34,7 @@ def test_unusable_teachers_are_refused_and_nothing_is_written(train, script, tea
     shutil.copytree('logs/teacher', 'logs/damaged')
     open('logs/damaged/model.pt7', 'w').write('nothing')
     assert refused(train(student, 'nobody'), '--teacher_id nobody: there is no logs/nobody/log.txt')
-    assert refused(train(student, 'no_model'), 'there is no logs/no_model/model.pt7')
+    assert refused(train(student, 'no_model'), 'there is no logs/no_model/model.pt7; the run has its log alone')
     assert refused(train(student, 'no_log'), 'there is no logs/no_log/log.txt')
     assert refused(train(student, 'empty_log'), 'has no line of results')
     assert refused(train(student, 'damaged'), 'logs/damaged/model.pt7 is not a checkpoint')

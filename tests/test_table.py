@@ -66,6 +66,7 @@ def test_runs_that_differ_in_threads_alone_are_of_one_protocol():
     records = [{**RECORD, 'device': f'AMD EPYC, {n} threads'} for n in (2, 1, 2)]
     assert [line.rpartition('; ')[2] for line in table.protocols(records)] == ['torch 2, AMD EPYC, 1 or 2 threads']
     assert len(table.protocols([*records, {**RECORD, 'device': 'NVIDIA H100'}])) == 2
+    assert table.protocols([records[1]])[0].endswith(', 1 thread')
 
 
 def test_without_epochs_the_table_shows_the_longest_schedule_that_is_there_but_its_own_first(script):
