@@ -34,9 +34,9 @@ def find(teacher_id):
     missing = next((path for path in (log, model) if not os.path.isfile(path)), None)
     if missing:
         nearby = os.path.normpath(os.path.join('logs', os.path.dirname(folder)))
-        advice = _nearest(os.path.basename(folder), nearby if os.path.isdir(nearby) else os.path.dirname(folder))
-        if os.path.isfile(log):
-            advice = '; the run has its log alone, without parameters'
+        place = nearby if os.path.isdir(nearby) else os.path.dirname(folder)
+        alone = '; the run has its log alone, without parameters'
+        advice = alone if os.path.isfile(log) else _nearest(os.path.basename(folder), place)
         if ':' in teacher_id or (os.path.isfile(teacher_id) and not names_file):
             advice = (
                 '; cifar.py takes a run with its log, a file teaches in imagenet.py and finetune.py (--teacher_params)'
